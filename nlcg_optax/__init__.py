@@ -1,0 +1,30 @@
+"""Stochastic preconditioned nonlinear conjugate gradient (NLCG) for Optax."""
+
+from nlcg_optax import beta
+from nlcg_optax._alias import nlcg
+from nlcg_optax._diagnostics import diagnostics
+from nlcg_optax._direction import (
+    ConjugateDirectionState,
+    scale_by_conjugate_direction,
+)
+from nlcg_optax._preconditioner import DiagonalBfgsState, scale_by_diagonal_bfgs
+from nlcg_optax._step_size import (
+    LossFeedbackState,
+    scale_by_lars,
+    scale_by_loss_feedback,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConjugateDirectionState",
+    "DiagonalBfgsState",
+    "LossFeedbackState",
+    "beta",
+    "diagnostics",
+    "nlcg",
+    "scale_by_conjugate_direction",
+    "scale_by_diagonal_bfgs",
+    "scale_by_lars",
+    "scale_by_loss_feedback",
+]

@@ -1,0 +1,43 @@
+"""Checks of arguments, made when a transformation is built."""
+
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    exclusive: bool = False,
+    integer: bool = False,
+) -> None:
+    """Raises unless `value` is a number (an integer) from `minimum` on.
+
+    Arrays pass unseen: `optax.inject_hyperparams` turns numbers into arrays, which
+    have no value while they are traced.
+    """
+    if not isinstance(value, numbers.Number | str | bool | None):
+        return
+    kind = numbers.Integral if integer else numbers.Real
+    valid = isinstance(value, kind) and not isinstance(value, bool)
+    if valid:
+        valid = value > minimum if exclusive else value >= minimum
+    if not valid:
+        what = "an integer" if integer else "a number"
+        bound = ""
+        if minimum > -math.inf:
+            bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
+        raise ValueError(f"{name}={value!r} is not valid: expected {what}{bound}.")
+
+
+def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> None:
+    """Raises unless `value` is one of the known names."""
+    known = sorted(known)
+    if not isinstance(value, str) or value not in known:
+        names = ", ".join(repr(key) for key in known)
+        raise ValueError(
+            f"{name}={value!r} is unknown: expected one of {names}{otherwise}."
+        )

@@ -1,0 +1,90 @@
+"""What the optimizer did in its last step, read from its state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nlcg_optax import _direction, _preconditioner, _step_size
+
+# Name of the diagnostic -> field of the state that holds it.
+_FIELDS: dict[type, dict[str, str]] = {
+    _preconditioner.DiagonalBfgsState: {"skipped_curvature": "skipped"},
+    _direction.ConjugateDirectionState: {
+        "beta": "beta",
+        "cosine": "cosine",
+        "restarts": "restarts",
+    },
+    _step_size.LossFeedbackState: {
+        "base_step": "base_step",
+        "nonfinite_losses": "nonfinite",
+    },
+}
+
+
+def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
+    """What the last step did, from any optimizer state that contains ours.
+
+    Chained, masked, partitioned, and wrapped states are searched through.
+
+    Args:
+      opt_state: an optimizer state.
+
+    Returns:
+      Scalars (arrays with leading axes, where the state was made under `vmap`), as far
+      as the state holds the piece that they belong to:
+
+      - ``beta``: β, after clipping and restarts; 0 at the first step.
+      - ``cosine``: cosine between the direction and the negative gradient; below 0 the
+        step climbed.
+      - ``restarts``: restarts of the direction so far.
+      - ``base_step``: the factor of the learning rate.
+      - ``nonfinite_losses``: losses so far that were not finite.
+      - ``skipped_curvature``: curvature updates of the diagonal skipped so far.
+
+      If a piece occurs several times (say under ``optax.partition``), the path of its
+      state precedes the name: ``"['decoder'].inner_state[0]/beta"``.
+
+    Raises:
+      ValueError: if the state holds none of our pieces.
+
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> import nlcg_optax
+    >>> tx = optax.chain(optax.clip(1.0), nlcg_optax.nlcg(0.1))
+    >>> x = jnp.array([0.3, 0.4])
+    >>> state = tx.init(x)
+    >>> for loss in (0.5, 0.4):
+    ...     _, state = tx.update(x, state, x, value=loss)
+    >>> report = nlcg_optax.diagnostics(state)
+    >>> print(report["beta"].round(3), report["base_step"], report["skipped_curvature"])
+    1.0 1.0 1
+    """
+    found: list[tuple[str, Any]] = []
+
+    def collect(path: str, tree: Any) -> None:
+        nodes, _ = jax.tree_util.tree_flatten_with_path(
+            tree, is_leaf=lambda node: type(node) in _FIELDS
+        )
+        for keys, node in nodes:
+            if type(node) in _FIELDS:
+                where = path + jax.tree_util.keystr(keys)
+                found.append((where, node))
+                # A preconditioner's state lies within the direction's.
+                if isinstance(node, _direction.ConjugateDirectionState):
+                    collect(where + ".preconditioner_state", node.preconditioner_state)
+
+    collect("", opt_state)
+    if not found:
+        raise ValueError(
+            f"The optimizer state ({type(opt_state).__name__}) holds no state of "
+            "nlcg_optax. Pass the state that `init` or `update` of a transformation "
+            "containing one of its pieces returned."
+        )
+    kinds = [type(node) for _, node in found]
+    report = {}
+    for where, node in found:
+        prefix = f"{where}/" if kinds.count(type(node)) > 1 else ""
+        for name, field in _FIELDS[type(node)].items():
+            report[prefix + name] = jnp.asarray(getattr(node, field))
+    return report

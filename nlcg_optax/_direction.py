@@ -1,0 +1,236 @@
+"""Conjugate directions over any preconditioner."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nlcg_optax import _beta, _check, _tree
+
+
+class ConjugateDirectionState(NamedTuple):
+    """State of :func:`scale_by_conjugate_direction`.
+
+    Attributes:
+      count: steps taken, int32 scalar.
+      preconditioner_state: state of the nested preconditioner.
+      prev_update: the last output, the direction d with its sign turned.
+      prev_preconditioned: the last preconditioned gradient z; None for rules that do
+        not need it.
+      prev_grad: the last gradient g; None for rules that do not need it.
+      prev_g_z: gᵀz of the last step.
+      prev_g_d: gᵀd of the last step, its slope.
+      beta: β of the last step, after clipping and restarts.
+      cosine: cosine between d and −g in the last step; negative on an ascent step.
+      restarts: restarts so far, int32 scalar.
+    """
+
+    count: jax.typing.ArrayLike
+    preconditioner_state: optax.OptState
+    prev_update: optax.Updates
+    prev_preconditioned: optax.Updates | None
+    prev_grad: optax.Updates | None
+    prev_g_z: jax.Array
+    prev_g_d: jax.Array
+    beta: jax.Array
+    cosine: jax.Array
+    restarts: jax.Array
+
+
+def scale_by_conjugate_direction(
+    beta_rule: str | _beta.BetaRule = "fletcher_reeves",
+    preconditioner: optax.GradientTransformation | None = None,
+    *,
+    beta_bounds: tuple[float, float] = (0.0, 1.0),
+    restart_on_ascent: bool = False,
+    restart_every: int | None = None,
+    epsilon: float = 1e-8,
+    state_dtype: Any | None = None,
+    axis_name: _tree.AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Turns gradients into preconditioned conjugate directions.
+
+    .. math::
+        z_t = M_t^{-1} g_t, \qquad d_0 = -z_0, \qquad d_t = -z_t + \beta_t d_{t-1},
+
+    with β from a rule (:mod:`nlcg_optax.beta`) and clipped to ``beta_bounds``. As
+    everywhere in Optax the updates keep the gradient's sign until the final negative
+    scaling: the output is :math:`-d_t`.
+
+    The preconditioner is nested, not chained before, because β needs the gradient and
+    the preconditioned gradient together. A stochastic direction need not descend; the
+    paper takes such steps (the default here). With ``restart_on_ascent`` the direction
+    falls back to :math:`-z_t` wherever :math:`g_t^\top d_t \ge 0`.
+
+    Args:
+      beta_rule: ``"fletcher_reeves"``, ``"polak_ribiere"``, ``"hestenes_stiefel"``,
+        ``"dai_yuan"``, ``"hager_zhang"``, or a function of
+        :class:`nlcg_optax.beta.InnerProducts` and ε that returns β.
+      preconditioner: any gradient transformation, such as
+        :func:`nlcg_optax.scale_by_diagonal_bfgs`, ``optax.scale_by_rms()`` or a chain;
+        None for the plain gradient. It is given `params` and all extra arguments.
+      beta_bounds: β is clipped to this closed interval. The paper clips to [0, 1];
+        ``(0, math.inf)`` suits exact line searches.
+      restart_on_ascent: restart where the direction does not descend.
+      restart_every: restart every so many steps; None for never.
+      epsilon: ε of the denominators. The paper's absolute value makes β depend (by a
+        relative :math:`\epsilon / \rho_{t-1}`) on the scale of the loss; with 0 it does
+        not, and a zero denominator gives β = 0.
+      state_dtype: dtype of the history (kept complex for complex leaves); None for each
+        parameter's own.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
+        leaf is sharded; None where the trees are whole, as they are under `jit`.
+
+    Returns:
+      A transformation. Updates keep the gradient's dtype; inner products are taken in
+      float32 or wider.
+
+    Raises:
+      ValueError: when built, for an unknown rule or an argument out of range; in
+        `update`, if the gradients do not match the parameters.
+
+    On a quadratic with exact steps two conjugate directions reach the minimum:
+
+    >>> import jax.numpy as jnp
+    >>> import nlcg_optax
+    >>> hessian = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> tx = nlcg_optax.scale_by_conjugate_direction("hestenes_stiefel")
+    >>> x = jnp.array([1.0, -2.0])
+    >>> state = tx.init(x)
+    >>> for _ in range(2):
+    ...     gradient = hessian @ x
+    ...     update, state = tx.update(gradient, state)
+    ...     x = x - (gradient @ update) / (update @ hessian @ update) * update
+    >>> print(f"{state.beta:.4f}", bool(abs(x).max() < 1e-6))
+    0.1111 True
+    """
+    rule = _beta.resolve(beta_rule)
+    lower, upper = _check_bounds(beta_bounds)
+    if restart_every is not None:
+        _check.number("restart_every", restart_every, minimum=1, integer=True)
+    _check.number("epsilon", epsilon, minimum=0)
+    if preconditioner is None:
+        preconditioner = optax.identity()
+    elif not isinstance(preconditioner, optax.GradientTransformation):
+        raise ValueError(
+            f"preconditioner={preconditioner!r} is not valid: expected an "
+            "optax.GradientTransformation or None."
+        )
+    inner = optax.with_extra_args_support(preconditioner)
+
+    def init_fn(params: optax.Params) -> ConjugateDirectionState:
+        def zeros() -> optax.Updates:
+            return _tree.zeros_like(params, state_dtype)
+
+        def scalar() -> jax.Array:
+            return jnp.zeros([], _tree.scalar_dtype(params))
+
+        return ConjugateDirectionState(
+            count=jnp.zeros([], jnp.int32),
+            preconditioner_state=inner.init(params),
+            prev_update=zeros(),
+            prev_preconditioned=zeros() if rule.needs_prev_preconditioned else None,
+            prev_grad=zeros() if rule.needs_prev_grad else None,
+            prev_g_z=scalar(),
+            prev_g_d=scalar(),
+            beta=scalar(),
+            cosine=scalar(),
+            restarts=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        _tree.check_match(updates, state.prev_update, "the optimizer's state")
+        grad = updates
+        preconditioned, preconditioner_state = inner.update(
+            grad, state.preconditioner_state, params, **extra_args
+        )
+        prev_preconditioned, prev_grad = state.prev_preconditioned, state.prev_grad
+        dtype = state.beta.dtype
+
+        def integrands(g, z, u, prev_z, prev_g):
+            dots = [(g, z), (g, u), (g, g), (z, z), (z, u), (u, u)]
+            if rule.needs_prev_preconditioned:
+                dots.append((g, z - prev_z))
+            if rule.needs_prev_grad:
+                dots.append((g - prev_g, z - prev_z))
+            return [_tree.real_inner(a, b) for a, b in dots]
+
+        g_z, g_u, g_g, z_z, z_u, u_u, *rest = _tree.reduce_products(
+            integrands,
+            grad,
+            preconditioned,
+            state.prev_update,
+            # A rule without history ignores these two; the gradient fills their place.
+            grad if prev_preconditioned is None else prev_preconditioned,
+            grad if prev_grad is None else prev_grad,
+            dtype=dtype,
+            axis_name=axis_name,
+        )
+        nan = jnp.asarray(jnp.nan, dtype)
+        products = _beta.InnerProducts(
+            g_z=g_z,
+            prev_g_z=state.prev_g_z,
+            g_d=-g_u,
+            prev_g_d=state.prev_g_d,
+            g_w=rest[0] if rule.needs_prev_preconditioned else nan,
+            y_w=rest[1] if rule.needs_prev_grad else nan,
+        )
+
+        first = state.count == 0
+        beta = jnp.asarray(rule.function(products, epsilon)).astype(dtype)
+        beta = jnp.clip(beta, lower, upper)
+        restart = jnp.zeros([], bool)
+        if restart_every is not None:
+            restart |= state.count % restart_every == 0
+        if restart_on_ascent:
+            restart |= (-g_z - beta * g_u >= 0) & (beta != 0)
+        restart &= ~first
+        beta = jnp.where(first | restart, 0, beta)
+
+        def direction(z, u):
+            z, u = _tree.lift(z), _tree.lift(u)
+            return z + _tree.scalar_like(beta, z) * u.astype(z.dtype)
+
+        turned = jax.tree.map(direction, preconditioned, state.prev_update)
+        # ‖d‖ from what is known of z and the last d: no pass over the new direction.
+        norm_sq = jnp.maximum(z_z + 2 * beta * z_u + jnp.square(beta) * u_u, 0)
+        slope = -(g_z + beta * g_u)
+        norms = jnp.sqrt(g_g) * jnp.sqrt(norm_sq)
+        cosine = jnp.where(norms == 0, 0, -slope / jnp.where(norms == 0, 1, norms))
+
+        return _tree.cast_like(turned, grad), ConjugateDirectionState(
+            count=optax.safe_increment(state.count),
+            preconditioner_state=preconditioner_state,
+            prev_update=_tree.cast_like(turned, state.prev_update),
+            prev_preconditioned=None
+            if prev_preconditioned is None
+            else _tree.cast_like(preconditioned, prev_preconditioned),
+            prev_grad=None if prev_grad is None else _tree.cast_like(grad, prev_grad),
+            prev_g_z=g_z,
+            prev_g_d=slope,
+            beta=beta,
+            cosine=cosine,
+            restarts=state.restarts + restart,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
+    """Raises unless `beta_bounds` is an interval; returns its two ends."""
+    try:
+        lower, upper = beta_bounds
+    except (TypeError, ValueError):
+        lower, upper = 1, 0
+    if isinstance(lower, bool | str) or not lower <= upper:
+        raise ValueError(
+            f"beta_bounds={beta_bounds!r} is not valid: expected two numbers, "
+            "lower and upper, with lower <= upper."
+        )
+    return lower, upper

@@ -1,0 +1,140 @@
+"""Inner products and leaf-wise arithmetic over pytrees of parameters.
+
+Everything runs leaf by leaf: a raveled vector would force communication between
+devices wherever the leaves are sharded.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+AxisName = Hashable
+
+
+def real_dtype(dtype: Any) -> jnp.dtype:
+    """The real dtype of the same precision: complex64 gives float32."""
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"Conjugate gradient needs real or complex floating-point leaves, got "
+            f"{jnp.dtype(dtype).name}: keep such leaves out with `optax.masked` or "
+            "`optax.partition`."
+        )
+    return jnp.finfo(dtype).dtype
+
+
+def compute_dtype(dtype: Any) -> jnp.dtype:
+    """`dtype` itself, or float32 where it is a 16-bit (or smaller) float."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def scalar_dtype(tree: Any) -> jnp.dtype:
+    """The real dtype in which scalars of `tree` are kept: float32 or wider."""
+    dtypes = [real_dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def lift(x: jax.Array) -> jax.Array:
+    """Casts a leaf to the dtype in which its arithmetic is done."""
+    x = jnp.asarray(x)
+    return x.astype(compute_dtype(x.dtype))
+
+
+def scalar_like(scalar: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+    """Casts a scalar to the real dtype of a (lifted) leaf."""
+    return jnp.asarray(scalar).astype(real_dtype(x.dtype))
+
+
+def real_inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Elementwise integrand of the real inner product, Re(conj(a) b)."""
+    if jnp.iscomplexobj(a) or jnp.iscomplexobj(b):
+        return jnp.real(a) * jnp.real(b) + jnp.imag(a) * jnp.imag(b)
+    return a * b
+
+
+def abs_sq(a: jax.Array) -> jax.Array:
+    """Elementwise squared modulus, real for complex input."""
+    return real_inner(a, a)
+
+
+def reduce_products(
+    integrands: Callable[..., Sequence[jax.Array]],
+    *trees: Any,
+    dtype: jnp.dtype,
+    axis_name: AxisName | None = None,
+) -> list[jax.Array]:
+    """Sums several elementwise integrands over all the leaves of some trees.
+
+    Args:
+      integrands: maps one (lifted) leaf of each tree to a sequence of real arrays.
+      *trees: trees of one structure.
+      dtype: dtype of the sums.
+      axis_name: mapped axis (or axes) over which *every* leaf is sharded; the sums
+        are then global. All of them travel in a single all-reduce.
+
+    Returns:
+      One scalar for each integrand.
+    """
+    columns = [jax.tree.leaves(tree) for tree in trees]
+    if not columns[0]:  # a group of `optax.partition` may be empty
+        columns = [[jnp.zeros([0], dtype)] for _ in trees]
+    rows = []
+    for leaves in zip(*columns, strict=True):
+        values = integrands(*(lift(leaf) for leaf in leaves))
+        rows.append([jnp.sum(value).astype(dtype) for value in values])
+    totals = [
+        functools.reduce(operator.add, column) for column in zip(*rows, strict=True)
+    ]
+    if axis_name is None:
+        return totals
+    return list(jax.lax.psum(jnp.stack(totals), axis_name))
+
+
+def zeros_like(tree: Any, dtype: Any | None = None) -> Any:
+    """Zeros shaped (and sharded) like `tree`; complex leaves stay complex."""
+
+    def zeros(x: Any) -> jax.Array:
+        kind = jnp.result_type(x) if dtype is None else jnp.dtype(dtype)
+        if dtype is not None and jnp.iscomplexobj(x):
+            kind = jnp.promote_types(kind, jnp.complex64)
+        return jnp.zeros_like(x, dtype=kind)
+
+    return jax.tree.map(zeros, tree)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Casts every leaf to the dtype of the corresponding leaf of `like`."""
+    return jax.tree.map(lambda x, y: jnp.asarray(x).astype(y.dtype), tree, like)
+
+
+def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """Selects one of two trees by a scalar condition."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def check_match(updates: Any, expected: Any, name: str) -> None:
+    """Raises unless two trees agree in structure and in the shapes of their leaves.
+
+    Args:
+      updates: the gradients given to `update`.
+      expected: the tree they must match.
+      name: what `expected` is, for the message.
+    """
+    structure = jax.tree.structure(updates)
+    wanted = jax.tree.structure(expected)
+    if structure != wanted:
+        raise ValueError(
+            f"The gradients do not match {name}: their tree is {structure}, expected "
+            f"{wanted}. Pass `update` the gradients of the parameters that `init` saw."
+        )
+    flat, _ = jax.tree_util.tree_flatten_with_path(updates)
+    for (path, leaf), other in zip(flat, jax.tree.leaves(expected), strict=True):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"The gradients do not match {name}: leaf "
+                f"'{jax.tree_util.keystr(path)}' has shape {jnp.shape(leaf)}, expected "
+                f"{jnp.shape(other)}."
+            )

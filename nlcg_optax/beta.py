@@ -1,0 +1,23 @@
+"""β rules: pure functions of inner products, by name in ``BETA_RULES``."""
+
+from nlcg_optax._beta import (
+    BETA_RULES,
+    BetaRule,
+    InnerProducts,
+    dai_yuan,
+    fletcher_reeves,
+    hager_zhang,
+    hestenes_stiefel,
+    polak_ribiere,
+)
+
+__all__ = [
+    "BETA_RULES",
+    "BetaRule",
+    "InnerProducts",
+    "dai_yuan",
+    "fletcher_reeves",
+    "hager_zhang",
+    "hestenes_stiefel",
+    "polak_ribiere",
+]
