@@ -119,7 +119,7 @@ def scale_by_conjugate_direction(
         )
     inner = optax.with_extra_args_support(preconditioner)
 
-    def init_fn(params: optax.Params) -> ConjugateDirectionState:
+    def init_fn(params: optax.Params) -> Any:
         def zeros() -> optax.Updates:
             return _tree.zeros_like(params, state_dtype)
 
@@ -216,7 +216,7 @@ def scale_by_conjugate_direction(
             prev_g_d=slope,
             beta=beta,
             cosine=cosine,
-            restarts=state.restarts + restart,
+            restarts=state.restarts + restart.astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -161,7 +161,7 @@ def scale_by_diagonal_bfgs(
             diagonal=diagonal,
             prev_params=_tree.cast_like(params, state.prev_params),
             prev_grad=_tree.cast_like(updates, state.prev_grad),
-            skipped=state.skipped + (~first & ~usable),
+            skipped=state.skipped + (~first & ~usable).astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
