@@ -86,6 +86,7 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
     # Figure and not pyplot: no window system, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     def series(split: str, name: str) -> tuple[list[int], list[float]]:
         points = [
@@ -108,13 +109,22 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
                 "× base step": series("train", "step_size"),
             },
         ),
-        ("β and cosine", {k: series("train", k) for k in ("beta", "cosine")}),
+        (
+            "β and cosine",
+            {
+                "β": series("train", "beta"),
+                "cosine of direction and -gradient": series("train", "cosine"),
+            },
+        ),
     )
     for axis, (name, curves) in zip(axes, panels, strict=True):
         drawn = {label: xy for label, xy in curves.items() if xy[0]}
         for label, (x, y) in drawn.items():
             marker = "." if len(x) < 200 else ""
-            axis.plot(x, y, marker=marker, markersize=4, linewidth=1, label=label)
+            style = "--" if label == "learning rate" else "-"
+            axis.plot(
+                x, y, style, marker=marker, markersize=4, linewidth=1, label=label
+            )
         axis.set_title(name, fontsize="medium")
         axis.grid(alpha=0.3)
         if drawn:
@@ -126,6 +136,7 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
         figure.axes[0].set_yscale("log")
     for axis in figure.axes[2:]:
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
 
 
