@@ -13,7 +13,12 @@ from nlcg_optax._linesearch import (
     scale_by_hager_zhang_linesearch,
 )
 from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
-from nlcg_optax._preconditioner import DiagonalBfgsState, scale_by_diagonal_bfgs
+from nlcg_optax._preconditioner import (
+    DiagonalBfgsState,
+    LimitedMemoryBfgsState,
+    scale_by_diagonal_bfgs,
+    scale_by_limited_memory_bfgs,
+)
 from nlcg_optax._step_size import (
     LossFeedbackState,
     scale_by_lars,
@@ -28,6 +33,7 @@ __all__ = [
     "HagerZhangLinesearchInfo",
     "HagerZhangLinesearchState",
     "IterationInfo",
+    "LimitedMemoryBfgsState",
     "LossFeedbackState",
     "MinimizeResult",
     "beta",
@@ -37,6 +43,7 @@ __all__ = [
     "scale_by_conjugate_direction",
     "scale_by_diagonal_bfgs",
     "scale_by_hager_zhang_linesearch",
+    "scale_by_limited_memory_bfgs",
     "scale_by_lars",
     "scale_by_loss_feedback",
 ]

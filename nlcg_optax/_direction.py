@@ -235,7 +235,7 @@ def scale_by_conjugate_direction(
             prev_d_d=g_z + 2 * beta * g_u + jnp.square(beta) * state.prev_d_d,
             beta=beta,
             cosine=cosine,
-            restarts=state.restarts + restart,
+            restarts=state.restarts + restart.astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

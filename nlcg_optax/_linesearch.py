@@ -1,7 +1,6 @@
 """A line search for conjugate directions: Hager and Zhang's."""
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ class _Search(NamedTuple):
 def scale_by_hager_zhang_linesearch(
     max_linesearch_steps: int = 30,
     *,
-    delta: float = 0.1,
+    delta: float = 1e-3,
     sigma: float = 0.9,
     epsilon: float = 1e-6,
     initial_step: str = "quadratic",
@@ -113,10 +112,12 @@ def scale_by_hager_zhang_linesearch(
         \phi(\alpha) \le \phi(0) + \epsilon_k .
 
     The search expands until a minimum is bracketed, then takes secant² steps, each
-    pair followed by a bisection if it did not shrink the interval enough. A point
-    where the value or the slope is not finite is backed off from. Each point costs one
-    evaluation of the value and the gradient together, and there is one call of the
-    objective in the compiled program.
+    pair followed by a bisection if it did not shrink the interval enough. Deviation
+    from the papers: while the values at the ends of the interval can be told apart, the
+    minimum of the cubic through them (and the slopes) replaces the pair of secants. A
+    point where the value or the slope is not finite is backed off from. Each point
+    costs one evaluation of the value and the gradient together, and there is one call
+    of the objective in the compiled program.
 
     :math:`\epsilon_k` is ``epsilon`` times the running average of :math:`|f|`, and at
     least four units in the last place of it: in float32 the approximate conditions
@@ -331,49 +332,38 @@ def _advance(
     # on until that end rises.
     bisect = too_high | ((stage == _BISECT) & low_enough)
 
-    # One pass of secant², then the test of the width, begins with a new bracket.
-    bracketed = (expanding | (stage == _BISECT)) & rising
-    width = jnp.where(bracketed, high.step - low.step, search.width)
+    # Between points whose values can be told apart a cubic knows most; near a minimum,
+    # where rounding hides their difference, secants go by the slopes alone.
+    dtype = start.value.dtype
+    visible = jnp.finfo(dtype).eps ** (2 / 3) * jnp.maximum(
+        jnp.abs(low.value), jnp.abs(high.value)
+    )
+    by_value = jnp.abs(high.value - low.value) > visible
     # S2 and S3: a second secant through the end that was just replaced.
     replaced = _tree.where(low_enough, search.low, search.high)
     second = _secant(replaced, point)
-    inside = (second > low.step) & (second < high.step)
+    inside = ~by_value & (second > low.step) & (second < high.step)
     take_second = (stage == _SECANT) & inside
-    to_midpoint = (
-        ((stage == _SECANT) & ~inside) | (stage == _SECOND_SECANT)
-    ) & (high.step - low.step > _SHRINKAGE * width)
+    to_midpoint = (((stage == _SECANT) & ~inside) | (stage == _SECOND_SECANT)) & (
+        high.step - low.step > _SHRINKAGE * search.width
+    )
 
     middle = low.step + 0.5 * (high.step - low.step)
-    first = _secant(low, high)
+    first = jnp.where(by_value, _cubic(low, high), _secant(low, high))
     usable = (first > low.step) & (first < high.step)
     back_off = low.step + jnp.where(finite, 0.5, 0.1) * (high.step - low.step)
-    trial, next_stage = (
-        jnp.where(
-            expand,
-            grown,
-            jnp.where(
-                bisect,
-                backed_off,
-                jnp.where(
-                    take_second,
-                    secant,
-                    jnp.where(to_midpoint, midpoint, anew),
-                ),
-            ),
-        )
-        for grown, backed_off, secant, midpoint, anew in (
-            (
-                _EXPANSION * point.step,
-                jnp.where(too_high, back_off, middle),
-                second,
-                middle,
-                jnp.where(usable, first, middle),
-            ),
-            (_EXPAND, _BISECT, _SECOND_SECANT, _MIDPOINT, _SECANT),
-        )
+    cases = (
+        (expand, _EXPANSION * point.step, _EXPAND),
+        (bisect, jnp.where(too_high, back_off, middle), _BISECT),
+        (take_second, second, _SECOND_SECANT),
+        (to_midpoint, middle, _MIDPOINT),
     )
+    trial, next_stage = jnp.where(usable, first, middle), _SECANT
+    for condition, step, name in reversed(cases):
+        trial = jnp.where(condition, step, trial)
+        next_stage = jnp.where(condition, name, next_stage)
     starts_anew = ~(expand | bisect | take_second | to_midpoint)
-    width = jnp.where(starts_anew, high.step - low.step, width)
+    width = jnp.where(starts_anew, high.step - low.step, search.width)
     # No number lies strictly between the ends (or beyond the last one).
     exhausted = jnp.where(
         expand,
@@ -387,7 +377,7 @@ def _advance(
         high=high,
         width=width,
         count=search.count + 1,
-        nonfinite=search.nonfinite + ~finite,
+        nonfinite=search.nonfinite + (~finite).astype(jnp.int32),
         accepted=accepted,
         exhausted=exhausted,
         best=_tree.where(better, point, search.best),
@@ -405,6 +395,18 @@ def _secant(a: _Point, b: _Point) -> jax.Array:
     level = rise == 0
     zero = a.step - a.slope * (b.step - a.step) / jnp.where(level, 1, rise)
     return jnp.where(level, jnp.nan, zero)
+
+
+def _cubic(a: _Point, b: _Point) -> jax.Array:
+    """The minimum of the cubic through two values and slopes; NaN if it has none."""
+    h = b.step - a.step
+    c = a.slope + b.slope - 3 * (b.value - a.value) / h
+    discriminant = jnp.square(c) - a.slope * b.slope
+    root = jnp.sqrt(jnp.maximum(discriminant, 0))
+    denominator = b.slope - a.slope + 2 * root
+    exists = (discriminant >= 0) & (denominator != 0)
+    step = b.step - h * (b.slope + root - c) / jnp.where(exists, denominator, 1)
+    return jnp.where(exists, step, jnp.nan)
 
 
 def _slope(grad: Any, updates: Any, dtype: Any, axis_name: Any) -> jax.Array:
@@ -437,7 +439,7 @@ def _initial_step(
     )
 
     def ratio(a, b):
-        """a / b, or 0 where that is no positive number."""
+        """The quotient, or 0 where that is no positive number."""
         quotient = a / jnp.where(b == 0, 1, b)
         usable = (b != 0) & jnp.isfinite(quotient) & (quotient > 0)
         return jnp.where(usable, quotient, 0)

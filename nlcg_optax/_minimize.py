@@ -11,11 +11,11 @@ import numpy as np
 import optax
 
 from nlcg_optax import (
-    _alias,
     _beta,
     _check,
     _direction,
     _linesearch,
+    _preconditioner,
     _tree,
 )
 
@@ -30,6 +30,10 @@ _MESSAGES = (
     "is not finite",
 )
 _RUNNING, _GTOL, _FTOL, _MAX_ITER, _STUCK, _BAD_START, _NONFINITE = range(7)
+
+# The predicted decrease that is left when the search may stop, in units of gtol times
+# the value or the decrease made so far.
+_PREDICTED = 0.1
 
 # Iterations without a lower value or gradient after which the search starts afresh.
 _PATIENCE = 10
@@ -108,7 +112,9 @@ class _Options(NamedTuple):
     preconditioner: str | optax.GradientTransformation | None
     line_search: str | optax.GradientTransformation
     memory_size: int
+    restart_every: int | None
     callback: Callable[[IterationInfo], Any] | None
+    progress: bool
 
 
 class _State(NamedTuple):
@@ -118,6 +124,7 @@ class _State(NamedTuple):
     value: jax.Array
     grad: Any
     grad_norm: jax.Array
+    updates: Any
     direction: Any
     line_search: Any
     iterations: jax.Array
@@ -135,16 +142,124 @@ def minimize(
     params: optax.Params,
     *args: Any,
     max_iter: int = 10_000,
-    gtol: float = 1e-6,
+    gtol: jax.typing.ArrayLike | None = None,
     ftol: float = 0.0,
     has_aux: bool = False,
-    beta_rule: str | _beta.BetaRule = "hager_zhang",
+    beta_rule: str | _beta.BetaRule | None = "auto",
     preconditioner: str | optax.GradientTransformation | None = "lbfgs",
     line_search: str | optax.GradientTransformation = "hager_zhang",
     memory_size: int = 10,
+    restart_every: int | None = None,
     callback: Callable[[IterationInfo], Any] | None = None,
+    progress: bool = False,
 ) -> MinimizeResult:
-    """TODO."""
+    r"""Minimizes a smooth function by preconditioned nonlinear conjugate gradient.
+
+    .. math::
+        d_t = -M_t^{-1} g_t + \beta_t d_{t-1}, \qquad x_{t+1} = x_t + \alpha_t d_t,
+
+    with α from a line search. It stops where
+
+    .. math::
+        \lVert g \rVert_\infty \le \mathrm{gtol} \cdot
+            \max(1, \lVert g_0 \rVert_\infty)
+        \quad\text{and}\quad
+        -\tfrac{1}{2} \alpha\, g^\top d \le 0.1\, \mathrm{gtol} \cdot
+            \max(\lvert f \rvert, f_0 - f),
+
+    the second being the decrease that the next step promises. Where no lower point is
+    found, or neither the value nor the gradient has fallen for 10 iterations, the
+    direction is started afresh from the gradient, once; if that does not help either
+    the search stops and says so. Nothing raises inside: points where the value or the
+    gradient is not finite are backed off from.
+
+    The default preconditioner is limited-memory BFGS. Its newest pair makes the
+    direction satisfy Perry's condition :math:`d_t^\top y_{t-1} = -g_t^\top s_{t-1}`, so
+    that with an exact search it is conjugate already; Dai & Kou's β in that metric is
+    identically 0, and ``beta_rule="auto"`` then leaves the second term out.
+    With ``preconditioner=None`` this is nonlinear conjugate gradient in the narrow
+    sense, with five vectors of state instead of 25.
+
+    The result is differentiable, forwards and backwards, with respect to `args` and to
+    whatever `fun` closes over, by the implicit function theorem: the Hessian at the
+    solution, which must be positive definite, is solved with by linear conjugate
+    gradient. Its derivative with respect to the starting point is 0.
+
+    Args:
+      fun: the objective, called as ``fun(params, *args)``; returns a real scalar, or,
+        with `has_aux`, a scalar and anything else. Outside `jit` the compiled solver is
+        kept for the function object and the options: pass what varies through `args`.
+      params: where to start, any tree of real or complex floating-point arrays. The
+        result is sharded like them.
+      *args: further arguments of the objective: trees of arrays.
+      max_iter: iterations at most.
+      gtol: tolerance of the gradient; None for 1e-8 in float64 and 1e-5 in float32.
+      ftol: stops too where an iteration lowers the value by no more than this times
+        the larger of the value's size and 1; 0 for never.
+      has_aux: whether the objective returns something beside the value. It is evaluated
+        once more, at the solution, for it.
+      beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`; β is not clipped.
+        None for β = 0. ``"auto"`` is None over ``"lbfgs"`` and ``"hager_zhang"``
+        otherwise.
+      preconditioner: ``"lbfgs"``, ``"diagonal_bfgs"``, any gradient transformation, or
+        None.
+      line_search: ``"hager_zhang"``
+        (:func:`~nlcg_optax.scale_by_hager_zhang_linesearch`) or any transformation
+        that takes a descent direction, such as
+        ``optax.scale_by_zoom_linesearch(20)``. One that keeps no value or gradient
+        costs a further evaluation in each iteration.
+      memory_size: pairs of vectors that ``"lbfgs"`` keeps.
+      restart_every: β = 0 every so many iterations; None for never.
+      callback: called on the host after each iteration with an
+        :class:`IterationInfo`; under `vmap` once for each problem still running.
+      progress: prints a line after each iteration.
+
+    Returns:
+      A :class:`MinimizeResult`; its `message` says why it stopped. Evaluations by other
+      line searches than ours are counted as they report them.
+
+    Raises:
+      ValueError: for an unknown name or an argument out of range.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nlcg_optax
+    >>> def rosenbrock(x, a):
+    ...     return jnp.sum((a - x[:-1]) ** 2 + 100.0 * (x[1:] - x[:-1] ** 2) ** 2)
+    >>> result = nlcg_optax.minimize(rosenbrock, jnp.zeros(2), 2.0)
+    >>> print(result.params.round(2), result.message)
+    [2. 4.] converged: the gradient is small enough (gtol)
+
+    The solution is (a, a²), so its derivative with respect to a is (1, 2a):
+
+    >>> def solution(a):
+    ...     return nlcg_optax.minimize(rosenbrock, jnp.zeros(2), a).params
+    >>> print(jax.jacobian(solution)(2.0).round(2))
+    [1. 4.]
+    """
+    _check.number("max_iter", max_iter, minimum=0, integer=True)
+    _check.number("ftol", ftol, minimum=0)
+    _check.number("memory_size", memory_size, minimum=1, integer=True)
+    if gtol is not None:
+        _check.number("gtol", gtol, minimum=0)
+    if isinstance(preconditioner, str):
+        _check.one_of(
+            "preconditioner",
+            preconditioner,
+            ("lbfgs", "diagonal_bfgs"),
+            ", a gradient transformation, or None",
+        )
+    if beta_rule == "auto":
+        beta_rule = None if preconditioner == "lbfgs" else "hager_zhang"
+    elif beta_rule is not None:
+        _beta.resolve(beta_rule)
+    if not isinstance(line_search, optax.GradientTransformation):
+        _check.one_of(
+            "line_search",
+            line_search,
+            ("hager_zhang",),
+            " or a gradient transformation",
+        )
     options = _Options(
         max_iter=max_iter,
         ftol=ftol,
@@ -153,10 +268,15 @@ def minimize(
         preconditioner=preconditioner,
         line_search=line_search,
         memory_size=memory_size,
+        restart_every=restart_every,
         callback=callback,
+        progress=progress,
     )
     params = jax.tree.map(jnp.asarray, params)
-    return _minimize(fun, options, params, args, gtol)
+    dtype = _tree.scalar_dtype(params)
+    if gtol is None:
+        gtol = 1e-5 if dtype == jnp.float32 else 1e-8
+    return _minimize(fun, options, params, args, jnp.asarray(gtol, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -202,7 +322,13 @@ def _solution_jvp(fun, options, primals, tangents):
         return jax.jvp(gradient, (_to_real(x),), (v,))[1]
 
     tolerance = float(jnp.finfo(result.value.dtype).eps) ** 0.75
-    x_dot, _ = jax.scipy.sparse.linalg.cg(hessian_product, grad_dot, tol=tolerance)
+
+    def solve(matvec, b):
+        return jax.scipy.sparse.linalg.cg(matvec, b, tol=tolerance)[0]
+
+    x_dot = jax.lax.custom_linear_solve(
+        hessian_product, grad_dot, solve, symmetric=True
+    )
     x_dot = jax.tree.map(jnp.negative, _from_real(x_dot, x))
     still = jax.tree.map(_zero_tangent, result)
     return result, still._replace(
@@ -246,17 +372,26 @@ def _solve(objective, options, params, gtol):
         return _tree.max_abs(grad, dtype=dtype)
 
     value, grad = jax.value_and_grad(value_fn)(params)
-    value = value.astype(dtype)
+    value = first_value = value.astype(dtype)
     grad_norm = norm(grad)
     tolerance = gtol * jnp.maximum(1, grad_norm)
     zero = jnp.zeros([], jnp.int32)
 
-    def body(state: _State) -> _State:
+    def search_direction(grad, direction_state, params):
         updates, direction_state = direction.update(
-            jax.tree.map(jnp.conj, state.grad), state.direction, state.params
+            jax.tree.map(jnp.conj, grad), direction_state, params
         )
+        return jax.tree.map(jnp.negative, updates), direction_state
+
+    def slope(grad, updates):
+        (total,) = _tree.reduce_products(
+            lambda g, u: [_tree.real_inner(jnp.conj(g), u)], grad, updates, dtype=dtype
+        )
+        return total
+
+    def body(state: _State) -> _State:
         steps, line_search_state = line_search.update(
-            jax.tree.map(jnp.negative, updates),
+            state.updates,
             state.line_search,
             state.params,
             value=state.value,
@@ -289,50 +424,59 @@ def _solve(objective, options, params, gtol):
         def keep(new, old):
             return _tree.where(failed, old, new)
 
-        value, grad_norm = keep(
-            (new_value, new_norm), (state.value, state.grad_norm)
+        new_grad = _tree.cast_like(new_grad, state.grad)
+        x, value, grad, grad_norm = keep(
+            (new_params, new_value, new_grad, new_norm),
+            (state.params, state.value, state.grad, state.grad_norm),
         )
+        updates, direction_state = search_direction(
+            grad, _tree.where(restart, direction.init(params), state.direction), x
+        )
+        line_search_state = _tree.where(
+            restart, line_search.init(params), line_search_state
+        )
+
         iterations = state.iterations + 1
+        step = optax.tree.get(line_search_state, "learning_rate", 0)
+        predicted = -0.5 * step * slope(grad, updates)
+        decided = predicted <= _PREDICTED * gtol * jnp.maximum(
+            jnp.abs(value), first_value - value
+        )
+        stuck = restart & state.fresh
+        small = grad_norm <= tolerance
         decrease = state.value - new_value
         scale = jnp.maximum(jnp.maximum(jnp.abs(state.value), jnp.abs(new_value)), 1)
-        small = (options.ftol > 0) & ~failed & (decrease <= options.ftol * scale)
-        stuck = restart & state.fresh
+        level = (options.ftol > 0) & ~failed & (decrease <= options.ftol * scale)
         hopeless = (evaluations > 0) & (nonfinite == evaluations)
-        status = jnp.where(
-            grad_norm <= tolerance,
-            _GTOL,
-            jnp.where(
-                small,
-                _FTOL,
-                jnp.where(
-                    stuck,
-                    jnp.where(hopeless, _NONFINITE, _STUCK),
-                    jnp.where(iterations >= options.max_iter, _MAX_ITER, _RUNNING),
-                ),
-            ),
+        status = jnp.select(
+            [
+                small & (decided | stuck),
+                level,
+                stuck & hopeless,
+                stuck,
+                iterations >= options.max_iter,
+            ],
+            [_GTOL, _FTOL, _NONFINITE, _STUCK, _MAX_ITER],
+            _RUNNING,
         ).astype(jnp.int32)
         new_state = _State(
-            params=keep(new_params, state.params),
+            params=x,
             value=value,
-            grad=keep(_tree.cast_like(new_grad, state.grad), state.grad),
+            grad=grad,
             grad_norm=grad_norm,
-            direction=_tree.where(restart, direction.init(params), direction_state),
-            line_search=_tree.where(
-                restart, line_search.init(params), line_search_state
-            ),
+            updates=updates,
+            direction=direction_state,
+            line_search=line_search_state,
             iterations=iterations,
             value_evaluations=state.value_evaluations + evaluations,
             grad_evaluations=state.grad_evaluations + grad_evaluations,
-            restarts=state.restarts + (restart & ~stuck),
-            fresh=jnp.where(restart, True, state.fresh & ~improved),
+            restarts=state.restarts + (restart & ~stuck).astype(jnp.int32),
+            fresh=restart | (state.fresh & ~improved),
             idle=jnp.where(restart, 0, idle),
-            lowest=(
-                jnp.fmin(value, lowest_value),
-                jnp.fmin(grad_norm, lowest_norm),
-            ),
+            lowest=(jnp.fmin(value, lowest_value), jnp.fmin(grad_norm, lowest_norm)),
             status=status,
         )
-        _report(options.callback, state.status == _RUNNING, new_state)
+        _report(options, state.status == _RUNNING, new_state)
         return new_state
 
     bad = ~(jnp.isfinite(value) & jnp.isfinite(grad_norm))
@@ -345,6 +489,7 @@ def _solve(objective, options, params, gtol):
             _MAX_ITER if options.max_iter == 0 else _RUNNING,
         ),
     )
+    updates, direction_state = search_direction(grad, direction.init(params), params)
     final = jax.lax.while_loop(
         lambda state: state.status == _RUNNING,
         body,
@@ -353,7 +498,8 @@ def _solve(objective, options, params, gtol):
             value=value,
             grad=grad,
             grad_norm=grad_norm,
-            direction=direction.init(params),
+            updates=updates,
+            direction=direction_state,
             line_search=line_search.init(params),
             iterations=zero,
             value_evaluations=zero + 1,
@@ -371,7 +517,7 @@ def _solve(objective, options, params, gtol):
         value=final.value,
         grad_norm=final.grad_norm,
         iterations=final.iterations,
-        value_evaluations=final.value_evaluations + options.has_aux,
+        value_evaluations=final.value_evaluations + int(options.has_aux),
         grad_evaluations=final.grad_evaluations,
         restarts=final.restarts,
         status=final.status,
@@ -382,14 +528,20 @@ def _solve(objective, options, params, gtol):
 def _make_direction(options: _Options) -> optax.GradientTransformationExtraArgs:
     preconditioner = options.preconditioner
     if preconditioner == "lbfgs":
-        preconditioner = optax.scale_by_lbfgs(options.memory_size)
+        preconditioner = _preconditioner.scale_by_limited_memory_bfgs(
+            options.memory_size
+        )
     elif preconditioner == "diagonal_bfgs":
-        preconditioner = _alias._preconditioner.scale_by_diagonal_bfgs(0)
+        preconditioner = _preconditioner.scale_by_diagonal_bfgs(0)
+    if options.beta_rule is None:
+        preconditioner = optax.identity() if preconditioner is None else preconditioner
+        return optax.with_extra_args_support(preconditioner)
     return _direction.scale_by_conjugate_direction(
         options.beta_rule,
         preconditioner,
         beta_bounds=(-math.inf, math.inf),
         restart_on_ascent=True,
+        restart_every=options.restart_every,
         epsilon=0,
     )
 
@@ -399,25 +551,34 @@ def _make_line_search(options: _Options) -> optax.GradientTransformationExtraArg
     if line_search == "hager_zhang":
         scaled = options.preconditioner == "lbfgs"
         line_search = _linesearch.scale_by_hager_zhang_linesearch(
-            initial_step="auto" if scaled else "quadratic"
+            initial_step="one" if scaled else "quadratic"
         )
     return optax.with_extra_args_support(line_search)
 
 
-def _report(callback, active, state):
+def _report(options: _Options, active: jax.Array, state: _State) -> None:
     """Calls back on the host; problems of a batch that have stopped are silent."""
-    if callback is None:
+    if options.callback is None and not options.progress:
         return
 
     def call(active, *info):
-        if active:
-            callback(IterationInfo(*info))
+        if not active:
+            return
+        info = IterationInfo(*info)
+        if options.progress:
+            print(
+                f"iteration {info.iteration:6d}  value {info.value:.8g}  "
+                f"gradient {info.grad_norm:.3g}  "
+                f"evaluations {info.value_evaluations}"
+            )
+        if options.callback is not None:
+            options.callback(info)
 
     jax.debug.callback(
         call,
         active,
         state.iterations,
-        state.params,
+        state.params if options.callback is not None else None,
         state.value,
         state.grad_norm,
         state.value_evaluations,

@@ -28,13 +28,15 @@ def real_dtype(dtype: Any) -> jnp.dtype:
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
     """`dtype` itself, or float32 where it is a 16-bit (or smaller) float."""
-    return jnp.promote_types(dtype, jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def scalar_dtype(tree: Any) -> jnp.dtype:
     """The real dtype in which scalars of `tree` are kept: float32 or wider."""
     dtypes = [real_dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.result_type(jnp.float32, *dtypes)
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(jnp.float32, *dtypes)
 
 
 def lift(x: jax.Array) -> jax.Array:
@@ -44,8 +46,8 @@ def lift(x: jax.Array) -> jax.Array:
 
 
 def scalar_like(scalar: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-    """Casts a scalar to the real dtype of a (lifted) leaf."""
-    return jnp.asarray(scalar).astype(real_dtype(x.dtype))
+    """Casts a scalar to the dtype of a (lifted) leaf, complex if that is."""
+    return jnp.asarray(scalar).astype(x.dtype)
 
 
 def real_inner(a: jax.Array, b: jax.Array) -> jax.Array:

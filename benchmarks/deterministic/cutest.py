@@ -11,7 +11,6 @@ import pathlib
 import selectors
 import subprocess
 import sys
-import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 MAX_POINTS = 5_000
@@ -103,7 +102,9 @@ def drive(names, solver_names, out, timing, limit):
                 sink.write(json.dumps(cell) + "\n")
                 todo.remove(current)
                 print(cell, flush=True)
-            elif todo and error == "the worker died" and worker.returncode not in (0, -9):
+            elif (
+                todo and error == "the worker died" and worker.returncode not in (0, -9)
+            ):
                 raise RuntimeError("The worker failed before its first cell.")
 
 
@@ -123,9 +124,11 @@ def main():
         return
     import problems
 
-    names = flags.problems.split(",") if flags.problems else [
-        name for name, n in problems.names(LARGEST) if n >= flags.smallest
-    ]
+    names = (
+        flags.problems.split(",")
+        if flags.problems
+        else [name for name, n in problems.names(LARGEST) if n >= flags.smallest]
+    )
     default = "ours,ours-plain,scipy-cg,jaxopt-zoom,jaxopt-hz,optimistix,optax-lbfgs,"
     default += "scipy-lbfgs"
     solver_names = (flags.solvers or default).split(",")

@@ -1,11 +1,13 @@
 """The CUTEst problems of sif2jax, with a record of what was evaluated."""
 
+import functools
 import json
 import pathlib
 
 import numpy as np
 
 
+@functools.cache
 def _all():
     """The unconstrained problems, without importing the others.
 
