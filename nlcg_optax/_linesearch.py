@@ -87,7 +87,7 @@ class _Search(NamedTuple):
 
 
 def scale_by_hager_zhang_linesearch(
-    max_linesearch_steps: int = 30,
+    max_linesearch_steps: int = 20,
     *,
     delta: float = 1e-3,
     sigma: float = 0.9,
@@ -168,7 +168,7 @@ def scale_by_hager_zhang_linesearch(
     >>> x = jnp.array([-1.2, 1.0])
     >>> state = tx.init(x)
     >>> value_and_grad = optax.value_and_grad_from_state(value_fn)
-    >>> for _ in range(40):
+    >>> for _ in range(60):
     ...     value, grad = value_and_grad(x, state=state)
     ...     updates, state = tx.update(
     ...         grad, state, x, value=value, grad=grad, value_fn=value_fn
