@@ -1,5 +1,6 @@
 """A line search for conjugate directions: Hager and Zhang's."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -110,6 +111,9 @@ def scale_by_hager_zhang_linesearch(
     .. math::
         (2 \delta - 1) \phi'(0) \ge \phi'(\alpha) \ge \sigma \phi'(0), \qquad
         \phi(\alpha) \le \phi(0) + \epsilon_k .
+
+    The latter count only where :math:`\phi` changed by less than a thousandth of the
+    average of :math:`|f|`: further away they would accept any point that is level.
 
     The search expands until a minimum is bracketed, then takes secant² steps, each
     pair followed by a bisection if it did not shrink the interval enough. Deviation
@@ -250,7 +254,15 @@ def scale_by_hager_zhang_linesearch(
 
         search = jax.lax.while_loop(
             lambda s: ~s.accepted & ~s.exhausted & (s.count < max_linesearch_steps),
-            lambda s: _advance(s, start, ceiling, evaluate, delta=delta, sigma=sigma),
+            functools.partial(
+                _advance,
+                start=start,
+                ceiling=ceiling,
+                small_change=_SMALL_CHANGE * scale + tolerance,
+                evaluate=evaluate,
+                delta=delta,
+                sigma=sigma,
+            ),
             _Search(
                 stage=jnp.asarray(_EXPAND, jnp.int32),
                 trial=_initial_step(
@@ -294,6 +306,7 @@ def scale_by_hager_zhang_linesearch(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+_SMALL_CHANGE = 1e-3  # ω of the papers
 _EXPANSION = 5.0  # ρ of the papers
 _SHRINKAGE = 0.66  # γ of the papers
 
@@ -302,6 +315,7 @@ def _advance(
     search: _Search,
     start: _Point,
     ceiling: jax.Array,
+    small_change: jax.Array,
     evaluate: Callable[[jax.Array], tuple[_Point, Any]],
     *,
     delta: float,
@@ -311,8 +325,10 @@ def _advance(
     point, grad = evaluate(search.trial)
     finite = jnp.isfinite(point.value) & jnp.isfinite(point.slope)
     wolfe = point.value - start.value <= delta * point.step * start.slope
-    approximate = (point.slope <= (2 * delta - 1) * start.slope) & (
-        point.value <= ceiling
+    approximate = (
+        (point.slope <= (2 * delta - 1) * start.slope)
+        & (point.value <= ceiling)
+        & (jnp.abs(point.value - start.value) <= small_change)
     )
     accepted = finite & (point.slope >= sigma * start.slope) & (wolfe | approximate)
     better = accepted | (finite & (point.value < search.best.value))

@@ -26,8 +26,8 @@ _MESSAGES = (
     "stopped: max_iter iterations are used up",
     "stopped: no lower point is found along steepest descent at this precision",
     "stopped: the value or the gradient is not finite at the starting point",
-    "stopped: every point tried along steepest descent gave a value or a gradient that "
-    "is not finite",
+    "stopped: along steepest descent most points tried gave a value or a gradient that "
+    "is not finite, and none a lower value",
 )
 _RUNNING, _GTOL, _FTOL, _MAX_ITER, _STUCK, _BAD_START, _NONFINITE = range(7)
 
@@ -447,7 +447,7 @@ def _solve(objective, options, params, gtol):
         decrease = state.value - new_value
         scale = jnp.maximum(jnp.maximum(jnp.abs(state.value), jnp.abs(new_value)), 1)
         level = (options.ftol > 0) & ~failed & (decrease <= options.ftol * scale)
-        hopeless = (evaluations > 0) & (nonfinite == evaluations)
+        hopeless = 2 * nonfinite > evaluations
         status = jnp.select(
             [
                 small & (decided | stuck),

@@ -36,9 +36,7 @@ def oracle(name, g, prev_g, d):
 @pytest.mark.parametrize("seed", range(8))
 def test_rules_match_the_papers(x64, name, seed):
     rng = np.random.default_rng(seed)
-    tx = nlcg_optax.scale_by_conjugate_direction(
-        name, beta_bounds=UNBOUNDED, epsilon=0
-    )
+    tx = nlcg_optax.scale_by_conjugate_direction(name, beta_bounds=UNBOUNDED, epsilon=0)
     state = tx.init(jnp.zeros(4))
     prev_g, d = None, None
     for _ in range(5):

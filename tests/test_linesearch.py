@@ -195,13 +195,16 @@ def test_steps_follow_the_scale_of_the_objective(x64):
         )
         x = jnp.array([3.0, -2.0])
         state = tx.init(x)
-        for _ in range(5):
+
+        def step(_, carry):
+            x, state = carry
             value, grad = jax.value_and_grad(value_fn)(x)
             u, state = tx.update(
                 grad, state, x, value=value, grad=grad, value_fn=value_fn
             )
-            x = x + u
-        return x
+            return x + u, state
+
+        return jax.lax.fori_loop(0, 5, step, (x, state))[0]
 
     np.testing.assert_allclose(run(2.0**20), run(1.0), rtol=1e-9)
 
