@@ -108,7 +108,7 @@ class _Options(NamedTuple):
     max_iter: int
     ftol: float
     has_aux: bool
-    beta_rule: str | _beta.BetaRule
+    beta_rule: str | _beta.BetaRule | None
     preconditioner: str | optax.GradientTransformation | None
     line_search: str | optax.GradientTransformation
     memory_size: int
@@ -377,9 +377,9 @@ def _solve(objective, options, params, gtol):
     tolerance = gtol * jnp.maximum(1, grad_norm)
     zero = jnp.zeros([], jnp.int32)
 
-    def search_direction(grad, direction_state, params):
+    def search_direction(value, grad, direction_state, params):
         updates, direction_state = direction.update(
-            jax.tree.map(jnp.conj, grad), direction_state, params
+            jax.tree.map(jnp.conj, grad), direction_state, params, value=value
         )
         return jax.tree.map(jnp.negative, updates), direction_state
 
@@ -430,7 +430,10 @@ def _solve(objective, options, params, gtol):
             (state.params, state.value, state.grad, state.grad_norm),
         )
         updates, direction_state = search_direction(
-            grad, _tree.where(restart, direction.init(params), state.direction), x
+            value,
+            grad,
+            _tree.where(restart, direction.init(params), state.direction),
+            x,
         )
         line_search_state = _tree.where(
             restart, line_search.init(params), line_search_state
@@ -489,7 +492,9 @@ def _solve(objective, options, params, gtol):
             _MAX_ITER if options.max_iter == 0 else _RUNNING,
         ),
     )
-    updates, direction_state = search_direction(grad, direction.init(params), params)
+    updates, direction_state = search_direction(
+        value, grad, direction.init(params), params
+    )
     final = jax.lax.while_loop(
         lambda state: state.status == _RUNNING,
         body,
@@ -527,15 +532,15 @@ def _solve(objective, options, params, gtol):
 
 def _make_direction(options: _Options) -> optax.GradientTransformationExtraArgs:
     preconditioner = options.preconditioner
-    if preconditioner == "lbfgs":
-        preconditioner = _preconditioner.scale_by_limited_memory_bfgs(
-            options.memory_size
-        )
-    elif preconditioner == "diagonal_bfgs":
-        preconditioner = _preconditioner.scale_by_diagonal_bfgs(0)
+    if isinstance(preconditioner, str):
+        if preconditioner == "lbfgs":
+            preconditioner = _preconditioner.scale_by_limited_memory_bfgs(
+                options.memory_size
+            )
+        else:
+            preconditioner = _preconditioner.scale_by_diagonal_bfgs(0)
     if options.beta_rule is None:
-        preconditioner = optax.identity() if preconditioner is None else preconditioner
-        return optax.with_extra_args_support(preconditioner)
+        return optax.with_extra_args_support(preconditioner or optax.identity())
     return _direction.scale_by_conjugate_direction(
         options.beta_rule,
         preconditioner,
@@ -548,7 +553,7 @@ def _make_direction(options: _Options) -> optax.GradientTransformationExtraArgs:
 
 def _make_line_search(options: _Options) -> optax.GradientTransformationExtraArgs:
     line_search = options.line_search
-    if line_search == "hager_zhang":
+    if isinstance(line_search, str):
         scaled = options.preconditioner == "lbfgs"
         line_search = _linesearch.scale_by_hager_zhang_linesearch(
             initial_step="one" if scaled else "quadratic"

@@ -79,12 +79,17 @@ def optax_lbfgs(function, x0, tolerance):
             grad, state, x, value=value, grad=grad, value_fn=function
         )
         x = optax.apply_updates(x, updates)
-        return x, state, jnp.max(jnp.abs(optax.tree.get(state, "grad"))), count + 1
+        norms = [jnp.max(jnp.abs(g)) for g in jax.tree.leaves(_grad(state))]
+        return x, state, functools.reduce(jnp.maximum, norms), count + 1
+
+    def _grad(state):
+        return optax.tree.get(state, "grad")
 
     def unfinished(carry):
         return ~(carry[2] <= tolerance) & (carry[3] < MAX_ITER)
 
-    start = (x0, solver.init(x0), jnp.asarray(jnp.inf, x0.dtype), 0)
+    dtype = jax.tree.leaves(x0)[0].dtype
+    start = (x0, solver.init(x0), jnp.asarray(jnp.inf, dtype), 0)
     return jax.lax.while_loop(unfinished, step, start)[0]
 
 
