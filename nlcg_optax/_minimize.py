@@ -383,6 +383,15 @@ def _solve(objective, options, params, gtol):
         )
         return jax.tree.map(jnp.negative, updates), direction_state
 
+    def start_afresh(restart, transformation, state):
+        # Not a select, which would read and write all of the memory at every step.
+        return jax.lax.cond(
+            restart,
+            lambda state: _tree.cast_like(transformation.init(params), state),
+            lambda state: state,
+            state,
+        )
+
     def slope(grad, updates):
         (total,) = _tree.reduce_products(
             lambda g, u: [_tree.real_inner(jnp.conj(g), u)], grad, updates, dtype=dtype
@@ -432,12 +441,10 @@ def _solve(objective, options, params, gtol):
         updates, direction_state = search_direction(
             value,
             grad,
-            _tree.where(restart, direction.init(params), state.direction),
+            start_afresh(restart, direction, state.direction),
             x,
         )
-        line_search_state = _tree.where(
-            restart, line_search.init(params), line_search_state
-        )
+        line_search_state = start_afresh(restart, line_search, line_search_state)
 
         iterations = state.iterations + 1
         step = optax.tree.get(line_search_state, "learning_rate", 0)

@@ -241,8 +241,8 @@ def scale_by_limited_memory_bfgs(
     ...     update, state = tx.update(gradient, state, x)
     ...     exact = (gradient @ update) / (update @ hessian @ update)
     ...     x = x - exact * update
-    >>> print(update.round(4), bool(abs(x).max() < 1e-6))
-    [ 0.5    -0.1667] True
+    >>> print([f"{u:.4f}" for u in update], bool(abs(x).max() < 1e-6))
+    ['0.5000', '-0.1667'] True
     """
     _check.number("memory_size", memory_size, minimum=1, integer=True)
 
@@ -332,23 +332,29 @@ def scale_by_limited_memory_bfgs(
             )
             return *at, weights[index]
 
-        def backwards(q, index):
+        def backwards(k, carry):  # from the newest pair to the oldest
+            q, coefficients = carry
+            index = (pairs - 1 - k) % memory_size
             s, y, weight = pair(index)
             coefficient = weight * inner(s, q)
-            return add(q, -coefficient, y), coefficient
+            return add(q, -coefficient, y), coefficients.at[index].set(coefficient)
 
-        def forwards(q, inputs):
-            index, coefficient = inputs
+        def forwards(k, q):
+            index = (pairs - kept + k) % memory_size
             s, y, weight = pair(index)
-            return add(q, coefficient - weight * inner(y, q), s), None
+            return add(q, coefficients[index] - weight * inner(y, q), s)
 
-        # From the oldest pair to the newest.
-        order = (pairs + jnp.arange(memory_size, dtype=jnp.int32)) % memory_size
-        q, coefficients = jax.lax.scan(
-            backwards, jax.tree.map(_tree.lift, updates), order, reverse=True
+        # Only over the pairs that are there: the first steps cost little.
+        zero = jnp.zeros([], jnp.int32)
+        kept = jnp.minimum(pairs, memory_size)
+        q, coefficients = jax.lax.fori_loop(
+            zero,
+            kept,
+            backwards,
+            (jax.tree.map(_tree.lift, updates), jnp.zeros_like(weights)),
         )
         q = jax.tree.map(lambda x: _tree.scalar_like(gamma, x) * x, q)
-        q, _ = jax.lax.scan(forwards, q, (order, coefficients))
+        q = jax.lax.fori_loop(zero, kept, forwards, q)
 
         return _tree.cast_like(q, updates), LimitedMemoryBfgsState(
             count=optax.safe_increment(state.count),
