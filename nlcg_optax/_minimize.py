@@ -141,7 +141,7 @@ def minimize(
     fun: Callable[..., Any],
     params: optax.Params,
     *args: Any,
-    max_iter: int = 10_000,
+    max_iter: int = 3_000,
     gtol: jax.typing.ArrayLike | None = None,
     ftol: float = 0.0,
     has_aux: bool = False,
