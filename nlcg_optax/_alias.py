@@ -75,6 +75,8 @@ def nlcg(
     >>> print(x.round(2))
     [ 1. -2.]
     """
+    if not callable(learning_rate):
+        _check.number("learning_rate", learning_rate)
     if isinstance(preconditioner, str):
         _check.one_of(
             "preconditioner",

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax import _check
+from nlcg_optax import _check, _tree
 
 
 class InnerProducts(NamedTuple):
@@ -47,7 +47,7 @@ def _divide(
     numerator: jax.Array, denominator: jax.Array, epsilon: jax.typing.ArrayLike
 ) -> jax.Array:
     """Divides, with the denominator moved away from zero by ε; 0 if it is still 0."""
-    epsilon = jnp.asarray(epsilon, denominator.dtype)
+    epsilon = _tree.real_scalar(epsilon, denominator.dtype)
     denominator = jnp.where(
         denominator < 0, denominator - epsilon, denominator + epsilon
     )

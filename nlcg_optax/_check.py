@@ -22,9 +22,9 @@ def number(
     if not isinstance(value, numbers.Number | str | bool | None):
         return
     kind = numbers.Integral if integer else numbers.Real
-    valid = isinstance(value, kind) and not isinstance(value, bool)
-    if valid:
-        valid = value > minimum if exclusive else value >= minimum
+    valid = False
+    if isinstance(value, kind) and not isinstance(value, bool):
+        valid = float(value) > minimum if exclusive else float(value) >= minimum
     if not valid:
         what = "an integer" if integer else "a number"
         bound = ""

@@ -132,7 +132,7 @@ def scale_by_conjugate_direction(
         )
     inner = optax.with_extra_args_support(preconditioner)
 
-    def init_fn(params: optax.Params) -> ConjugateDirectionState:
+    def init_fn(params: optax.Params) -> Any:
         def zeros() -> optax.Updates:
             return _tree.zeros_like(params, state_dtype)
 
@@ -168,6 +168,7 @@ def scale_by_conjugate_direction(
         dtype = state.beta.dtype
 
         def integrands(g, z, u, prev_z, prev_g):
+            z, u, prev_z, prev_g = (a.astype(g.dtype) for a in (z, u, prev_z, prev_g))
             dots = [(g, z), (g, u), (g, g), (z, z), (z, u), (u, u)]
             if needs_prev_preconditioned:
                 dots.append((g, z - prev_z))
@@ -245,11 +246,14 @@ def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
     """Raises unless `beta_bounds` is an interval; returns its two ends."""
     try:
         lower, upper = beta_bounds
+        for end in (lower, upper):
+            _check.number("beta_bounds", end)
+        ordered = isinstance(beta_bounds, tuple | list) and bool(lower <= upper)
     except (TypeError, ValueError):
-        lower, upper = 1, 0
-    if isinstance(lower, bool | str) or not lower <= upper:
+        ordered = False
+    if not ordered:
         raise ValueError(
             f"beta_bounds={beta_bounds!r} is not valid: expected two numbers, "
             "lower and upper, with lower <= upper."
         )
-    return lower, upper
+    return beta_bounds

@@ -126,7 +126,7 @@ def scale_by_diagonal_bfgs(
             dtype=_tree.scalar_dtype(params),
             axis_name=axis_name,
         )
-        eps = jnp.asarray(epsilon).astype(y_s.dtype)
+        eps = _tree.real_scalar(epsilon, y_s.dtype)
         # Positive as well as at least ε: with ε = 0, zero curvature is no curvature.
         usable = ~first & (y_s >= eps) & (s_b_s >= eps) & (y_s > 0) & (s_b_s > 0)
         y_s, s_b_s = (jnp.where(usable, x, 1) for x in (y_s, s_b_s))
@@ -154,8 +154,8 @@ def scale_by_diagonal_bfgs(
 
         def precondition(g, b):
             lifted = _tree.lift(g)
-            divisor = (b + _tree.scalar_like(eps, b)).astype(lifted.dtype)
-            return jnp.where(first, g, (lifted / divisor).astype(g.dtype))
+            scaled = lifted / (b + _tree.scalar_like(eps, b)).astype(lifted.dtype)
+            return jnp.where(first, g, scaled.astype(g.dtype))
 
         return jax.tree.map(precondition, updates, diagonal), DiagonalBfgsState(
             count=optax.safe_increment(state.count),

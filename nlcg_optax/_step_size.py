@@ -152,7 +152,7 @@ def scale_by_loss_feedback(
         )
         relative = jnp.where(rise == 0, 0, relative)  # 0/0 and inf·0
 
-        tau = jnp.asarray(threshold).astype(dtype)
+        tau = _tree.real_scalar(threshold, dtype)
         exceeded = relative > tau * jnp.asarray(_RISE, dtype)
         row = jnp.argmax(exceeded)
         rises = act & jnp.any(exceeded)
@@ -277,8 +277,9 @@ def scale_by_lars(
             g_g, w_w = _tree.reduce_products(
                 squares, g, w, dtype=_tree.scalar_dtype(w), axis_name=axis_name
             )
-            scaled_norm = coefficient * jnp.sqrt(w_w)
-            denominator = jnp.sqrt(g_g) + damping * scaled_norm
+            scaled_norm = _tree.real_scalar(coefficient, w_w.dtype) * jnp.sqrt(w_w)
+            damped = _tree.real_scalar(damping, w_w.dtype) * scaled_norm
+            denominator = jnp.sqrt(g_g) + damped
             zero = (g_g == 0) | (w_w == 0)
             factor = jnp.where(zero, 1, scaled_norm / jnp.where(zero, 1, denominator))
             lifted = _tree.lift(g)

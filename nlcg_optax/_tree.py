@@ -28,15 +28,14 @@ def real_dtype(dtype: Any) -> jnp.dtype:
 
 def compute_dtype(dtype: Any) -> jnp.dtype:
     """`dtype` itself, or float32 where it is a 16-bit (or smaller) float."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float32 if real_dtype(dtype).itemsize < 4 else dtype)
 
 
 def scalar_dtype(tree: Any) -> jnp.dtype:
     """The real dtype in which scalars of `tree` are kept: float32 or wider."""
+    # Compared by size: under strict promotion JAX does not mix dtypes.
     dtypes = [real_dtype(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)]
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(jnp.float32, *dtypes)
+    return max(dtypes + [jnp.dtype(jnp.float32)], key=lambda dtype: dtype.itemsize)
 
 
 def lift(x: jax.Array) -> jax.Array:
@@ -45,8 +44,16 @@ def lift(x: jax.Array) -> jax.Array:
     return x.astype(compute_dtype(x.dtype))
 
 
+def real_scalar(value: jax.typing.ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """A hyperparameter as a real scalar.
+
+    Beside complex parameters `optax.inject_hyperparams` makes it complex.
+    """
+    return jnp.real(jnp.asarray(value)).astype(dtype)
+
+
 def scalar_like(scalar: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-    """Casts a scalar to the dtype of a (lifted) leaf, complex if that is."""
+    """Casts a scalar to the dtype of a (lifted) leaf."""
     return jnp.asarray(scalar).astype(x.dtype)
 
 
@@ -113,7 +120,7 @@ def zeros_like(tree: Any, dtype: Any | None = None) -> Any:
     def zeros(x: Any) -> jax.Array:
         kind = jnp.result_type(x) if dtype is None else jnp.dtype(dtype)
         if dtype is not None and jnp.iscomplexobj(x):
-            kind = jnp.promote_types(kind, jnp.complex64)
+            kind = jnp.complex128 if kind.itemsize == 8 else jnp.complex64
         return jnp.zeros_like(x, dtype=kind)
 
     return jax.tree.map(zeros, tree)

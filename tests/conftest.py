@@ -3,10 +3,19 @@ import pathlib
 import jax
 import pytest
 
-# Silent promotions between dtypes are bugs in an optimizer.
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-
 REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Silent promotions between dtypes are bugs in an optimizer.
+
+    Tests of code that promotes (some of optax's and flax's does) are marked
+    `standard_promotion`.
+    """
+    marked = request.node.get_closest_marker("standard_promotion")
+    with jax.numpy_dtype_promotion("standard" if marked else "strict"):
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,25 @@
+"""ResNet-8 on scikit-learn's digits, full batch: the default, made for a laptop.
+
+python examples/train.py --config=configs/digits_resnet8.py --workdir=runs/digits
+"""
+
+from nlcg_optax.training.config import base_config
+
+
+def get_config():
+    """1,437 real 8×8 images in one batch, 60 steps."""
+    config = base_config()
+    config.model.name = "resnet8"
+    # 60 steps: the running statistics must follow sooner than the paper's 0.99.
+    config.model.batch_norm_momentum = 0.9
+    config.dataset.name = "digits"
+    config.dataset.crop_padding = 1
+    config.dataset.flip = False  # a mirrored digit is another sign
+    config.batch_size = 1437
+    config.num_epochs = 60.0
+    config.optimizer.learning_rate = 0.5
+    config.schedule.name = "cosine"
+    config.schedule.warmup_epochs = 5.0
+    config.eval_every_epochs = 10.0
+    config.checkpoint_every_epochs = 10.0
+    return config

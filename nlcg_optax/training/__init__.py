@@ -1,0 +1,1 @@
+"""Training Flax ResNets with NLCG and its peers (the ``[train]`` extra)."""

@@ -1,0 +1,183 @@
+"""Configuration of a run: the fields, config files, and overrides.
+
+A config file defines `get_config()`, which fills in :func:`base_config`.
+"""
+
+import ast
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import ml_collections
+from ml_collections import config_dict
+
+_Group = ml_collections.ConfigDict
+
+if TYPE_CHECKING:
+    ConfigDict = Any  # fields are attributes that no type checker can know
+else:
+    ConfigDict = _Group
+
+
+class ConfigError(ValueError):
+    """A config file or an override that cannot be used."""
+
+
+def base_config() -> ConfigDict:
+    """All the fields there are, with their defaults (the paper's where it has one)."""
+    config: Any = _Group()
+    config.seed = 0
+
+    config.model = _Group()
+    config.model.name = "resnet8"  # resnet8, 14, 20, 32, 56 (small images), resnet50
+    config.model.dtype = "float32"  # of the computation; parameters are float32
+    config.model.batch_norm_momentum = 0.99
+    config.model.batch_norm_epsilon = 1e-5
+
+    config.dataset = _Group()
+    config.dataset.name = "digits"  # digits, folder, or any TFDS name
+    config.dataset.data_dir = config_dict.placeholder(str)
+    config.dataset.image_size = config_dict.placeholder(int)
+    config.dataset.in_memory = "auto"  # auto, yes, no (stream)
+    config.dataset.validation_fraction = 0.0  # of the training split, held out
+    config.dataset.split_seed = 0
+    config.dataset.max_train_examples = config_dict.placeholder(int)
+    config.dataset.normalization = "per_image"  # per_image, imagenet
+    config.dataset.crop_padding = 4  # random crop after padding; 0 for none
+    config.dataset.flip = True  # random horizontal flip
+
+    config.batch_size = 128  # the global batch
+    config.eval_batch_size = 1000
+    config.num_epochs = 200.0
+
+    config.optimizer = _Group()
+    # nlcg, sgd, momentum, nesterov, rmsprop, adam, adamw, lars, lamb
+    config.optimizer.name = "nlcg"
+    config.optimizer.learning_rate = 0.1  # the maximum of the schedule
+    config.optimizer.momentum = 0.9  # of momentum, nesterov, lars
+    config.optimizer.layerwise_coefficient = 0.0  # scale_by_lars before any; 0: off
+    config.optimizer.nlcg = _Group(
+        dict(
+            beta_rule="fletcher_reeves",
+            preconditioner="diagonal_bfgs",  # diagonal_bfgs, rms, adam, none
+            step_rule="step",  # step, online, none
+            beta_bounds=(0.0, 1.0),
+            restart_on_ascent=False,
+            period=5,
+            threshold=1.0,
+            epsilon=1e-8,
+        )
+    )
+    config.optimizer.rmsprop = _Group(dict(decay=0.9, momentum=0.9, eps=1.0))
+    config.optimizer.adam = _Group(dict(b1=0.9, b2=0.999, eps=1e-8))  # and lamb
+    config.optimizer.lars = _Group(dict(trust_coefficient=0.001, eps=0.0))
+
+    config.schedule = _Group()
+    config.schedule.name = "step"  # step, cosine, constant
+    config.schedule.warmup_epochs = 0.0
+    config.schedule.warmup_power = 0.5
+    config.schedule.warmup_init = 0.0  # as a fraction of the learning rate
+    config.schedule.boundaries = ()  # epochs at which the rate is divided
+    config.schedule.decay_factor = 10.0
+
+    config.l2_penalty = 2e-4  # l2_penalty/2·‖w‖² in the loss, without BatchNorm
+    config.weight_decay = 0.0  # decoupled, without BatchNorm
+    config.average_decay = 0.0  # of the parameters used for evaluation; 0: off
+
+    config.log_every_steps = 1
+    config.eval_every_epochs = 1.0
+    config.checkpoint_every_epochs = 1.0
+    config.keep_checkpoints = 2
+    return config.lock()
+
+
+def load_config(path: str | pathlib.Path) -> ConfigDict:
+    """Runs `get_config()` of a config file.
+
+    Raises:
+      ConfigError: if there is no such file, or it does not define `get_config`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py"))
+        raise ConfigError(
+            f"There is no config file {str(path)!r}. "
+            + (f"Beside it there are: {', '.join(near)}." if near else "")
+        )
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except AttributeError as error:
+        raise ConfigError(f"Config file {str(path)!r}: {error}") from error
+    return config.lock()
+
+
+def known_fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all the fields."""
+    names = []
+    for key, value in config.items():
+        if isinstance(value, _Group):
+            names += known_fields(value, f"{prefix}{key}.")
+        else:
+            names.append(prefix + key)
+    return names
+
+
+def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
+    """Sets fields in place from strings such as ``optimizer.learning_rate=0.1``.
+
+    Raises:
+      ConfigError: for an unknown field (lists the known ones) or an unfitting value.
+    """
+    known = known_fields(config)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not equals or name not in known:
+            raise ConfigError(
+                f"There is no config field {name!r}. The fields are: "
+                f"{', '.join(known)}. Set one by --config.FIELD=VALUE."
+            )
+        *groups, last = name.split(".")
+        node: Any = config
+        for group in groups:
+            node = node[group]
+        try:
+            node[last] = _parse(text, node.get_type(last))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"--config.{name}={text} does not fit: expected "
+                f"{node.get_type(last).__name__}, as in {node[last]!r}."
+            ) from error
+
+
+def _parse(text: str, kind: type) -> Any:
+    """Reads a value of the given type from the command line."""
+    if kind is str:
+        return text
+    if kind is bool:
+        known = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in known:
+            raise ValueError(text)
+        return known[text.lower()]
+    try:
+        value = ast.literal_eval(text)
+    except SyntaxError as error:
+        raise ValueError(text) from error
+    if kind is tuple and not isinstance(value, tuple | list):
+        value = (value,)
+    return float(value) if kind is float and isinstance(value, int) else value
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain dictionaries, lists and numbers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, _Group):
+            return {key: plain(v) for key, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(config)

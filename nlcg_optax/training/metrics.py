@@ -1,0 +1,187 @@
+"""What a run leaves behind for people: metrics, curves, progress."""
+
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import tensorboardX
+import tqdm
+
+
+class MetricsWriter:
+    """Writes metrics as JSON lines and TensorBoard events.
+
+    One line of ``metrics.jsonl`` is an object with ``"step"`` (the number of steps
+    taken), ``"split"`` (``"train"`` or the name of an evaluated split) and the metrics.
+    Numbers that are not finite are written as strings ("nan", "inf"), so that every
+    line is valid JSON.
+
+    Args:
+      workdir: folder of the run.
+      resume_step: what was written after this step is dropped: it will come again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, resume_step: int):
+        """Opens the files, dropping what lies after `resume_step`."""
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
+        partial = self.path.with_suffix(".jsonl.tmp")
+        partial.write_text("".join(_line(row) for row in kept))
+        partial.replace(self.path)
+        self._file = self.path.open("a")
+        self._events = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=resume_step + 1
+        )
+
+    def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of one step or evaluation."""
+        self._file.write(_line({"step": step, "split": split, **metrics}))
+        for name, value in metrics.items():
+            self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Makes sure that everything written is on disk."""
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {
+        key: str(value)
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in row.items()
+    }
+    return json.dumps(finite) + "\n"
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl``; a last line cut off by a crash is left out."""
+    rows = []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {line!r}") from error
+        for key, value in row.items():
+            if value in ("nan", "inf", "-inf"):
+                row[key] = float(value)
+        rows.append(row)
+    return rows
+
+
+def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Draws loss, accuracy, step size and β against the step, as a PNG."""
+    # Figure and not pyplot: no window system, no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    def series(split: str, name: str) -> tuple[list[int], list[float]]:
+        points = [
+            (r["step"], r[name]) for r in rows if r["split"] == split and name in r
+        ]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    splits = sorted({row["split"] for row in rows}, key=lambda s: (s != "train", s))
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    axes = figure.subplots(2, 2, sharex=True).flat
+    panels = (
+        ("loss", {s: series(s, "loss") for s in splits}),
+        ("accuracy", {s: series(s, "accuracy") for s in splits}),
+        (
+            "learning rate × base step",
+            {
+                "learning rate": series("train", "learning_rate"),
+                "× base step": series("train", "step_size"),
+            },
+        ),
+        (
+            "β and cosine",
+            {
+                "β": series("train", "beta"),
+                "cosine of direction and -gradient": series("train", "cosine"),
+            },
+        ),
+    )
+    for axis, (name, curves) in zip(axes, panels, strict=True):
+        drawn = {label: xy for label, xy in curves.items() if xy[0]}
+        for label, (x, y) in drawn.items():
+            marker = "." if len(x) < 200 else ""
+            style = "--" if label == "learning rate" else "-"
+            axis.plot(
+                x, y, style, marker=marker, markersize=4, linewidth=1, label=label
+            )
+        axis.set_title(name, fontsize="medium")
+        axis.grid(alpha=0.3)
+        if drawn:
+            axis.legend(fontsize="small")
+        else:
+            axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
+    losses = [v for _, ys in panels[0][1].values() for v in ys if math.isfinite(v)]
+    if losses and min(losses) > 0:
+        figure.axes[0].set_yscale("log")
+    for axis in figure.axes[2:]:
+        axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.savefig(path, dpi=120)
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere.
+
+    Args:
+      total: steps of the whole run.
+      initial: steps taken already.
+      batch_size: images a step.
+      file: where to; standard error by default.
+    """
+
+    def __init__(
+        self, total: int, initial: int, batch_size: int, file: TextIO | None = None
+    ):
+        """Starts the bar."""
+        self._file = file or sys.stderr
+        self._batch_size = batch_size
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=initial,
+            unit="step",
+            dynamic_ncols=True,
+            file=self._file,
+            disable=not self._file.isatty(),
+            bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, "
+            "{rate_fmt}{postfix}]",
+        )
+
+    def update(self, metrics: Mapping[str, float] | None, seconds: float) -> None:
+        """Advances by one step that took so many seconds."""
+        if metrics is not None:
+            self._bar.set_postfix_str(
+                f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}, "
+                f"{self._batch_size / max(seconds, 1e-9):,.0f} images/s",
+                refresh=False,
+            )
+        self._bar.update()
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.tqdm.write(text, file=self._file)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()

@@ -1,0 +1,156 @@
+"""Optimizers and learning rate schedules from a config."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import nlcg_optax
+from nlcg_optax.training.config import ConfigDict, ConfigError
+
+
+def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedule:
+    """The learning rate by step: warm-up, then the schedule's own decay.
+
+    The warm-up is polynomial, as in the recipe of arXiv:1812.02886:
+    ``(init - max)·(1 - t/T)**power + max``. ``"step"`` divides the rate by
+    ``decay_factor`` at every boundary; ``"cosine"`` falls to zero at the last step.
+    Boundaries are epochs from the start of training, the warm-up included.
+
+    Args:
+      config: the whole config of a run.
+      steps_per_epoch: steps (or a fraction of one) that an epoch takes.
+
+    Raises:
+      ConfigError: for an unknown schedule.
+    """
+    schedule, peak = config.schedule, config.optimizer.learning_rate
+    warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
+    total_steps = round(config.num_epochs * steps_per_epoch)
+    if schedule.name == "constant":
+        after = optax.constant_schedule(peak)
+    elif schedule.name == "step":
+        after = optax.piecewise_constant_schedule(
+            peak,
+            {
+                round(epoch * steps_per_epoch) - warmup_steps: 1 / schedule.decay_factor
+                for epoch in schedule.boundaries
+            },
+        )
+    elif schedule.name == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
+    else:
+        raise ConfigError(
+            f"schedule.name={schedule.name!r} is unknown: expected one of 'constant', "
+            "'cosine', 'step'."
+        )
+    if warmup_steps == 0:
+        return after
+    warmup = optax.polynomial_schedule(
+        init_value=schedule.warmup_init * peak,
+        end_value=peak,
+        power=schedule.warmup_power,
+        transition_steps=warmup_steps,
+    )
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
+    options = config.nlcg.to_dict()
+    preconditioners = {
+        "diagonal_bfgs": "diagonal_bfgs",
+        "rms": optax.scale_by_rms(),
+        # Without Adam's own momentum: the conjugate direction takes its place.
+        "adam": optax.scale_by_adam(b1=0.0, b2=config.adam.b2, eps=config.adam.eps),
+        "none": None,
+    }
+    name = options.pop("preconditioner")
+    if name not in preconditioners:
+        raise ConfigError(
+            f"optimizer.nlcg.preconditioner={name!r} is unknown: expected one of "
+            f"{', '.join(map(repr, preconditioners))}."
+        )
+    step_rule = options.pop("step_rule")
+    return nlcg_optax.nlcg(
+        learning_rate,
+        preconditioner=preconditioners[name],
+        step_rule=None if step_rule == "none" else step_rule,
+        **options,
+    )
+
+
+# Optimizers that leave weight decay to be applied after them.
+OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
+    "nlcg": _nlcg,
+    "sgd": lambda config, rate: optax.sgd(rate),
+    "momentum": lambda config, rate: optax.sgd(rate, config.momentum),
+    "nesterov": lambda config, rate: optax.sgd(rate, config.momentum, nesterov=True),
+    "rmsprop": lambda config, rate: optax.rmsprop(rate, **config.rmsprop),
+    "adam": lambda config, rate: optax.adam(rate, **config.adam),
+}
+
+# Optimizers that have a place of their own for weight decay.
+DECAYING_OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "adamw": lambda config, rate, decay, mask: optax.adamw(
+        rate, weight_decay=decay, mask=mask, **config.adam
+    ),
+    "lars": lambda config, rate, decay, mask: optax.lars(
+        rate,
+        weight_decay=decay,
+        weight_decay_mask=mask,
+        trust_ratio_mask=mask,
+        momentum=config.momentum,
+        **config.lars,
+    ),
+    "lamb": lambda config, rate, decay, mask: optax.lamb(
+        rate, weight_decay=decay, mask=mask, **config.adam
+    ),
+}
+
+
+def create_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, decay_mask: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a config, with its layerwise scaling and weight decay.
+
+    Weight decay is decoupled: whatever the optimizer makes of the gradient,
+    ``weight_decay · learning rate · w`` is subtracted too. "adamw", "lars" and "lamb"
+    apply it in their own place (within the trust ratio, for the last two).
+
+    Args:
+      config: the whole config of a run.
+      schedule: the learning rate by step.
+      decay_mask: tree of booleans, or a function from parameters to it: the leaves that
+        weight decay (and the trust ratio of "lars") applies to.
+
+    Raises:
+      ConfigError: for an unknown optimizer, or options that it refuses.
+    """
+    optimizer, decay = config.optimizer, config.weight_decay
+    name = optimizer.name
+    pieces = []
+    try:
+        if optimizer.layerwise_coefficient:
+            pieces.append(nlcg_optax.scale_by_lars(optimizer.layerwise_coefficient))
+        if name in DECAYING_OPTIMIZERS:
+            pieces.append(
+                DECAYING_OPTIMIZERS[name](optimizer, schedule, decay, decay_mask)
+            )
+        elif name in OPTIMIZERS:
+            pieces.append(OPTIMIZERS[name](optimizer, schedule))
+            if decay:
+                decayed = optax.inject_hyperparams(
+                    optax.add_decayed_weights, static_args="mask"
+                )
+                pieces.append(decayed(lambda t: -decay * schedule(t), mask=decay_mask))
+        else:
+            known = sorted([*OPTIMIZERS, *DECAYING_OPTIMIZERS])
+            raise ConfigError(
+                f"optimizer.name={name!r} is unknown: expected one of "
+                f"{', '.join(map(repr, known))}."
+            )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"optimizer: {error}") from error
+    return optax.chain(*pieces)

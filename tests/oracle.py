@@ -1,0 +1,183 @@
+"""A slow, literal NumPy statement of the algorithm, in float64, on one flat vector.
+
+Written from the statement of arXiv:1812.02886 and from textbooks, not from the library,
+so that the two can disagree.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+# relative rise, shrink of the base step, part of the previous direction taken back
+TABLE = (
+    (0.15, 0.5, 0.9),
+    (0.125, 0.7, 0.7),
+    (0.10, 0.8, 0.5),
+    (0.075, 0.9, 0.3),
+    (0.05, 0.95, 0.2),
+    (0.025, 0.975, 0.1),
+    (0.01, 1.0, 0.1),
+)
+
+
+def away_from_zero(x, epsilon):
+    return x - epsilon if x < 0 else x + epsilon
+
+
+def divide(a, b):
+    return a / b if b != 0 else 0.0
+
+
+def beta_value(rule, g, z, prev_g, prev_z, prev_d, epsilon):
+    """β from the vectors, unclipped, as the textbooks write it."""
+    y = g - prev_g
+    w = z - prev_z  # M⁻¹y while M stays the same
+    rho = away_from_zero(prev_g @ prev_z, epsilon)
+    d_y = away_from_zero(prev_d @ y, epsilon)
+    if rule == "fletcher_reeves":
+        return divide(g @ z, rho)
+    if rule == "polak_ribiere":
+        return divide(g @ z - g @ prev_z, rho)
+    if rule == "hestenes_stiefel":
+        return divide(g @ w, d_y)
+    if rule == "dai_yuan":
+        return divide(g @ z, d_y)
+    if rule == "hager_zhang":
+        return divide((w - 2 * prev_d * divide(y @ w, d_y)) @ g, d_y)
+    raise ValueError(rule)
+
+
+def relative_rise(new, old):
+    """(new − old)/|old|, and its limit where old is 0."""
+    if new == old:
+        return 0.0
+    if old == 0:
+        return math.copysign(math.inf, new - old)
+    return (new - old) / abs(old)
+
+
+@dataclasses.dataclass
+class Oracle:
+    """The optimizer: `step` maps x, g, f and α to everything worth comparing."""
+
+    beta_rule: str = "fletcher_reeves"
+    preconditioner: str | None = "diagonal_bfgs"
+    step_rule: str | None = "step"
+    beta_bounds: tuple = (0.0, 1.0)
+    restart_on_ascent: bool = False
+    restart_every: int | None = None
+    period: int = 5
+    threshold: float = 1.0
+    epsilon: float = 1e-8
+
+    t: int = 0  # steps
+    seen: int = 0  # finite losses
+    diagonal: np.ndarray | None = None
+    prev_x: np.ndarray | None = None
+    prev_g: np.ndarray | None = None
+    prev_z: np.ndarray | None = None
+    prev_d: np.ndarray | None = None
+    feedback_prev_d: np.ndarray | None = None  # d at the last finite loss
+    base_step: float = 1.0
+    average: float = 0.0
+    old_average: float = 0.0
+    skipped: int = 0
+    restarts: int = 0
+    nonfinite: int = 0
+
+    def precondition(self, x, g):
+        if self.preconditioner is None:
+            return g
+        if self.t == 0:
+            self.diagonal = np.ones_like(x)
+            return g
+        e, b = self.epsilon, self.diagonal
+        s, y = x - self.prev_x, g - self.prev_g
+        y_s, s_b_s = y @ s, s @ (b * s)
+        if y_s >= e and s_b_s >= e and y_s > 0 and s_b_s > 0:
+            self.diagonal = np.abs(
+                b - ((b * s) ** 2 + e) / (s_b_s + e) + (y**2 + e) / (y_s + e)
+            )
+        else:
+            self.skipped += 1
+        return g / (self.diagonal + e)
+
+    def direct(self, g, z):
+        if self.t == 0:
+            return -z, 0.0
+        beta = beta_value(
+            self.beta_rule, g, z, self.prev_g, self.prev_z, self.prev_d, self.epsilon
+        )
+        beta = min(max(beta, self.beta_bounds[0]), self.beta_bounds[1])
+        d = -z + beta * self.prev_d
+        periodic = self.restart_every is not None and self.t % self.restart_every == 0
+        ascends = self.restart_on_ascent and beta != 0 and g @ d >= 0
+        if periodic or ascends:
+            self.restarts += 1
+            return -z, 0.0
+        return d, beta
+
+    def feed_back(self, f, d):
+        """Returns b d̃."""
+        if self.step_rule is None:
+            return d
+        if not math.isfinite(f):
+            self.nonfinite += 1
+            return self.base_step * d
+        step = self.step_rule == "step"
+        first = self.seen == 0
+        self.average = f if first else 0.7 * self.average + 0.3 * f
+        if first:
+            self.old_average = f
+        taken = d
+        if not first and (not step or self.seen % self.period == 0):
+            new, old = (self.average, self.old_average) if step else (f, self.average)
+            rise = relative_rise(new, old)
+            b_old = self.base_step
+            if rise < 0.01 * self.threshold:
+                self.base_step = min((1.05 if step else 1.02) * b_old, 1.0)
+            else:
+                for bound, shrink, omega in TABLE:
+                    if rise > bound * self.threshold:
+                        b = self.base_step = max(shrink * b_old, 1e-4)
+                        taken = (1 - omega) * d
+                        taken = taken - omega * (b_old / b) * self.feedback_prev_d
+                        break
+            self.old_average = self.average
+        self.seen += 1
+        self.feedback_prev_d = d
+        return self.base_step * taken
+
+    def step(self, x, g, f, learning_rate):
+        z = self.precondition(x, g)
+        d, beta = self.direct(g, z)
+        update = learning_rate * self.feed_back(f, d)
+        self.prev_x, self.prev_g, self.prev_z, self.prev_d = x, g, z, d
+        self.t += 1
+        norms = np.linalg.norm(g) * np.linalg.norm(d)
+        out = {
+            "update": update,
+            "direction": d,
+            "beta": beta,
+            "cosine": -(g @ d) / norms if norms else 0.0,
+            "restarts": self.restarts,
+        }
+        if self.preconditioner is not None:
+            out |= {"diagonal": self.diagonal, "skipped_curvature": self.skipped}
+        if self.step_rule is not None:
+            out |= {"base_step": self.base_step, "nonfinite_losses": self.nonfinite}
+        return out
+
+
+def lars(g, w, coefficient, damping=0.1):
+    g_norm, scaled = np.linalg.norm(g), coefficient * np.linalg.norm(w)
+    if g_norm == 0 or scaled == 0:
+        return g
+    return g * scaled / (g_norm + damping * scaled)
+
+
+def dense_bfgs(hessian, s, y):
+    """Nocedal & Wright, Numerical Optimization, eq. 6.19."""
+    h_s = hessian @ s
+    return hessian - np.outer(h_s, h_s) / (s @ h_s) + np.outer(y, y) / (y @ s)

@@ -1,0 +1,211 @@
+"""The alias is the chain that it says it is."""
+
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import quadratic
+
+import nlcg_optax
+from nlcg_optax import (
+    nlcg,
+    scale_by_conjugate_direction,
+    scale_by_diagonal_bfgs,
+    scale_by_loss_feedback,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@jax.jit
+@jax.value_and_grad
+def loss_and_grad(x, scale):
+    """A rippled quadratic, lifted so that the loss keeps its sign."""
+    hessian, b = (jnp.asarray(a) for a in quadratic(seed=5))
+    return scale * (x @ hessian @ x / 2 - b @ x + 3 + 2 * jnp.sin(9 * x[0]))
+
+
+def minimize(tx, steps=20, scale=1.0):
+    """Parameters after every step; the loss carries `scale`."""
+    x = jnp.ones(6)
+    state = tx.init(x)
+    xs = []
+    for _ in range(steps):
+        value, grad = loss_and_grad(x, scale)
+        update, state = tx.update(grad, state, x, value=value)
+        x = optax.apply_updates(x, update)
+        xs.append(x)
+    return np.array(xs)
+
+
+CHAINS = {
+    "default": (
+        lambda: nlcg(0.1),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(
+                "fletcher_reeves", scale_by_diagonal_bfgs(1e-8), beta_bounds=(0, 1)
+            ),
+            scale_by_loss_feedback("step", 5, 1.0),
+            optax.scale(-0.1),
+        ),
+    ),
+    "options": (
+        lambda: nlcg(
+            0.1,
+            beta_rule="hager_zhang",
+            step_rule="online",
+            beta_bounds=(-0.5, 2.0),
+            restart_on_ascent=True,
+            restart_every=6,
+            threshold=0.1,
+            epsilon=1e-3,
+        ),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(
+                "hager_zhang",
+                scale_by_diagonal_bfgs(1e-3),
+                beta_bounds=(-0.5, 2.0),
+                restart_on_ascent=True,
+                restart_every=6,
+                epsilon=1e-3,
+            ),
+            scale_by_loss_feedback("online", threshold=0.1),
+            optax.scale(-0.1),
+        ),
+    ),
+    "period": (
+        lambda: nlcg(0.3, period=2),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(preconditioner=scale_by_diagonal_bfgs()),
+            scale_by_loss_feedback(period=2),
+            optax.scale(-0.3),
+        ),
+    ),
+    "nothing": (
+        lambda: nlcg(0.1, preconditioner=None, step_rule=None),
+        lambda: optax.chain(scale_by_conjugate_direction(), optax.scale(-0.1)),
+    ),
+    "transformations": (
+        lambda: nlcg(
+            0.1,
+            preconditioner=optax.scale_by_rms(0.9),
+            step_rule=scale_by_loss_feedback("online"),
+        ),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(preconditioner=optax.scale_by_rms(0.9)),
+            optax.scale(-0.1),
+            scale_by_loss_feedback("online"),
+        ),
+    ),
+    "schedule": (
+        lambda: nlcg(optax.linear_schedule(0.02, 0.3, 20)),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(preconditioner=scale_by_diagonal_bfgs()),
+            scale_by_loss_feedback(),
+            optax.scale_by_schedule(optax.linear_schedule(-0.02, -0.3, 20)),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_alias_is_the_chain(name):
+    alias, chain = (minimize(make()) for make in CHAINS[name])
+    np.testing.assert_allclose(alias, chain, rtol=1e-12)
+    if name != "default":  # every case is a case of its own
+        assert not np.allclose(alias, minimize(nlcg(0.1)))
+
+
+def test_defaults_are_the_papers():
+    parameters = inspect.signature(nlcg).parameters
+    defaults = {name: p.default for name, p in parameters.items()}
+    assert defaults.pop("learning_rate") is inspect.Parameter.empty
+    assert defaults == {
+        "beta_rule": "fletcher_reeves",
+        "preconditioner": "diagonal_bfgs",
+        "step_rule": "step",
+        "beta_bounds": (0.0, 1.0),
+        "restart_on_ascent": False,
+        "restart_every": None,
+        "period": 5,
+        "threshold": 1.0,
+        "epsilon": 1e-8,
+        "state_dtype": None,
+        "axis_name": None,
+    }
+    keyword = [p for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert len(keyword) == len(parameters) - 1
+
+
+@pytest.mark.parametrize("step_rule", [None, "step", "online", optax.identity()])
+def test_it_takes_extra_arguments(step_rule):
+    tx = nlcg(0.1, step_rule=step_rule)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+@pytest.mark.parametrize("step_rule", [None, optax.identity()])
+def test_no_loss_is_needed_without_loss_feedback(step_rule):
+    tx = nlcg(0.1, step_rule=step_rule)
+    x = jnp.ones(2)
+    update, _ = tx.update(x, tx.init(x), x)
+    np.testing.assert_allclose(update, -0.1 * x)
+
+
+def test_no_parameters_are_needed_without_the_diagonal():
+    tx = nlcg(0.1, preconditioner=None)
+    x = jnp.ones(2)
+    update, _ = tx.update(x, tx.init(x), value=1.0)
+    np.testing.assert_allclose(update, -0.1 * x)
+
+
+@pytest.mark.standard_promotion  # optax's line searches promote
+@pytest.mark.parametrize("rule", ["fletcher_reeves", "hager_zhang"])
+def test_a_line_search_is_a_step_rule(rule):
+    tx = nlcg(
+        1.0,
+        beta_rule=rule,
+        preconditioner=None,
+        beta_bounds=(0.0, math.inf),
+        restart_on_ascent=True,
+        step_rule=optax.scale_by_zoom_linesearch(30),
+    )
+    hessian, b = (jnp.asarray(a) for a in quadratic())
+
+    def loss(x):
+        return x @ hessian @ x / 2 - b @ x
+
+    @jax.jit
+    def step(x, state):
+        value, grad = jax.value_and_grad(loss)(x)
+        update, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        return x + update, state
+
+    x = jnp.zeros(6)
+    state = tx.init(x)
+    for _ in range(40):
+        x, state = step(x, state)
+    np.testing.assert_allclose(x, np.linalg.solve(hessian, b), atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", nlcg_optax.beta.BETA_RULES)
+def test_the_scale_of_the_loss_does_not_matter_without_epsilon(rule):
+    # A preconditioner that forgets the scale, and no absolute ε: same parameters.
+    def tx():
+        return nlcg(
+            0.02, beta_rule=rule, preconditioner=optax.scale_by_rms(eps=0.0), epsilon=0
+        )
+
+    plain = minimize(tx())
+    scaled = minimize(tx(), scale=2.0**-30)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-9)
+    # Without a preconditioner the learning rate carries the scale.
+    plain = minimize(nlcg(0.05, beta_rule=rule, preconditioner=None, epsilon=0))
+    scaled = minimize(
+        nlcg(0.05 * 2.0**30, beta_rule=rule, preconditioner=None, epsilon=0),
+        scale=2.0**-30,
+    )
+    np.testing.assert_allclose(scaled, plain, rtol=1e-9)

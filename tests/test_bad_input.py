@@ -1,0 +1,247 @@
+"""Errors come early and name the argument, the value and the accepted ones."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nlcg_optax import (
+    beta,
+    diagnostics,
+    nlcg,
+    scale_by_conjugate_direction,
+    scale_by_diagonal_bfgs,
+    scale_by_lars,
+    scale_by_loss_feedback,
+)
+
+X = np.array([1.0, 2.0], np.float32)
+
+
+def check(error, *needles):
+    for needle in needles:
+        assert needle in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["BFGS", "", "Fletcher_Reeves", None, 3])
+@pytest.mark.parametrize(
+    "make", [scale_by_conjugate_direction, lambda n: nlcg(0.1, beta_rule=n)]
+)
+def test_unknown_beta_rule(make, name):
+    with pytest.raises(ValueError) as error:
+        make(name)
+    check(error, f"beta_rule={name!r}", *(repr(rule) for rule in beta.BETA_RULES))
+    check(error, "callable")
+
+
+@pytest.mark.parametrize("name", ["Step", "armijo", None, 1])
+def test_unknown_loss_feedback_rule(name):
+    with pytest.raises(ValueError) as error:
+        scale_by_loss_feedback(name)
+    check(error, f"rule={name!r}", "'step'", "'online'")
+
+
+@pytest.mark.parametrize("name", ["Step", "none", 1, optax.identity, True])
+def test_unknown_step_rule(name):
+    with pytest.raises(ValueError) as error:
+        nlcg(0.1, step_rule=name)
+    check(error, f"step_rule={name!r}", "'step'", "'online'", "None")
+
+
+@pytest.mark.parametrize("value", ["rms", "bfgs", "none", 1, optax.scale_by_rms])
+def test_preconditioner_of_the_wrong_kind(value):
+    with pytest.raises(ValueError) as error:
+        nlcg(0.1, preconditioner=value)
+    check(error, f"preconditioner={value!r}", "None")
+
+
+@pytest.mark.parametrize("value", ["diagonal_bfgs", 1, optax.scale_by_rms, (1, 2)])
+def test_nested_preconditioner_of_the_wrong_kind(value):
+    with pytest.raises(ValueError) as error:
+        scale_by_conjugate_direction(preconditioner=value)
+    check(error, f"preconditioner={value!r}", "GradientTransformation", "None")
+
+
+NUMBERS = {
+    "period": (
+        [scale_by_loss_feedback, lambda **kw: nlcg(0.1, **kw)],
+        [-5, 0, 2.5, 5.0, "5", None, True, math.nan],
+        ["integer", "1"],
+    ),
+    "threshold": (
+        [scale_by_loss_feedback, lambda **kw: nlcg(0.1, **kw)],
+        [-1.0, 0, 0.0, "1", None, math.nan, 1j, True],
+        ["number", "greater than 0"],
+    ),
+    "epsilon": (
+        [
+            scale_by_diagonal_bfgs,
+            scale_by_conjugate_direction,
+            lambda **kw: nlcg(0.1, **kw),
+            lambda **kw: nlcg(0.1, preconditioner=None, **kw),
+        ],
+        [-1e-8, -1, "1e-8", None, math.nan, 1j, False],
+        ["number", "0"],
+    ),
+    "restart_every": (
+        [scale_by_conjugate_direction, lambda **kw: nlcg(0.1, **kw)],
+        [0, -1, 1.5, "10", True],
+        ["integer", "1"],
+    ),
+    "coefficient": ([scale_by_lars], [0, -0.001, "a", None, math.nan], ["number", "0"]),
+    "damping": ([scale_by_lars], [-0.1, "a", None, math.nan], ["number", "0"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "value", "needles"),
+    [
+        pytest.param(name, make, value, needles, id=f"{name}-{i}-{value!r}")
+        for name, (makers, values, needles) in NUMBERS.items()
+        for i, make in enumerate(makers)
+        for value in values
+    ],
+)
+def test_numbers_out_of_range(name, make, value, needles):
+    with pytest.raises(ValueError) as error:
+        make(**{name: value})
+    check(error, f"{name}={value!r}", *needles)
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        *((1.0, 0.0), (0.0,), (0, 1, 2), 1.0, None, "01", (math.nan, 1.0)),
+        *((0.0, math.nan), ("0", "1"), (0.0, "1"), (None, 1.0), (0.0, None)),
+        *((0.0, 1j), {}),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "make", [scale_by_conjugate_direction, lambda **kw: nlcg(0.1, **kw)]
+)
+def test_beta_bounds(make, bounds):
+    with pytest.raises(ValueError) as error:
+        make(beta_bounds=bounds)
+    check(error, f"beta_bounds={bounds!r}", "lower <= upper")
+
+
+def test_numpy_numbers_are_numbers():
+    nlcg(
+        np.float32(0.1),
+        period=np.int64(3),
+        threshold=np.float32(2),
+        epsilon=np.float64(0),
+        restart_every=np.int32(4),
+        beta_bounds=(np.float32(0), math.inf),
+    )
+
+
+@pytest.mark.parametrize(
+    "tx", [scale_by_diagonal_bfgs(), scale_by_lars(), nlcg(0.1)], ids=range(3)
+)
+def test_missing_params(tx):
+    tx = optax.with_extra_args_support(tx)
+    with pytest.raises(ValueError) as error:
+        tx.update(X, tx.init(X), value=1.0)
+    check(error, "params=None", "update(grads, state, params")
+
+
+@pytest.mark.parametrize("rule", ["step", "online"])
+@pytest.mark.parametrize(
+    "make", [scale_by_loss_feedback, lambda rule: nlcg(0.1, step_rule=rule)]
+)
+def test_missing_value(make, rule):
+    tx = make(rule)
+    with pytest.raises(ValueError) as error:
+        tx.update(jnp.asarray(X), tx.init(X), X)
+    check(error, "value=None", "value=loss")
+
+
+@pytest.mark.parametrize(
+    "value", [np.ones(1), np.ones((2, 3)), [1.0, 2.0], np.complex64(1), 1j], ids=repr
+)
+def test_value_that_is_no_real_scalar(value):
+    tx = scale_by_loss_feedback()
+    with pytest.raises(ValueError) as error:
+        tx.update(jnp.asarray(X), tx.init(X), value=value)
+    check(error, "value", str(np.shape(value)), "real scalar")
+
+
+def test_errors_come_through_jit():
+    tx = nlcg(0.1)
+    with pytest.raises(ValueError, match="value=None"):
+        jax.jit(tx.update)(X, tx.init(X), X)
+
+
+PARAMS = {"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
+WRONG_GRADIENTS = {
+    "missing": ({"w": PARAMS["w"]}, ["'b'"]),
+    "extra": (PARAMS | {"c": PARAMS["b"]}, ["'c'"]),
+    "other structure": ([PARAMS["w"], PARAMS["b"]], ["[*, *]"]),
+    "none": (PARAMS | {"b": None}, ["None"]),
+    "shape": (PARAMS | {"w": np.ones((3, 2), np.float32)}, ["w", "(3, 2)", "(2, 3)"]),
+    "broadcastable": (PARAMS | {"b": np.float32(1)}, ["b", "()", "(3,)"]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_GRADIENTS)
+@pytest.mark.parametrize(
+    "tx",
+    [
+        scale_by_diagonal_bfgs(),
+        scale_by_conjugate_direction(),
+        scale_by_conjugate_direction("hager_zhang", optax.scale_by_rms()),
+        scale_by_loss_feedback(),
+        scale_by_lars(),
+        nlcg(0.1),
+        nlcg(0.1, preconditioner=None, step_rule=None),
+    ],
+    ids=range(7),
+)
+def test_gradients_that_do_not_match(tx, wrong):
+    tx = optax.with_extra_args_support(tx)
+    grads, needles = WRONG_GRADIENTS[wrong]
+    with pytest.raises(ValueError) as error:
+        tx.update(grads, tx.init(PARAMS), PARAMS, value=1.0)
+    check(error, "gradients do not match", "expected", *needles)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        scale_by_diagonal_bfgs(),
+        scale_by_conjugate_direction(),
+        scale_by_loss_feedback(),
+        nlcg(0.1),
+    ],
+    ids=range(4),
+)
+def test_integer_parameters(tx):
+    with pytest.raises(TypeError) as error:
+        tx.init({"count": jnp.arange(3)})
+    check(error, "int32", "masked")
+
+
+def test_integer_parameters_of_lars():
+    with pytest.raises(TypeError, match="int32"):
+        scale_by_lars().update(jnp.arange(3), optax.EmptyState(), jnp.arange(3))
+
+
+@pytest.mark.parametrize(
+    "state", [optax.sgd(0.1).init(X), optax.adam(0.1).init(X), (), None, {"a": X}]
+)
+def test_diagnostics_of_a_state_that_is_not_ours(state):
+    with pytest.raises(ValueError) as error:
+        diagnostics(state)
+    check(error, type(state).__name__, "nlcg_optax")
+
+
+@pytest.mark.parametrize("value", ["0.1", None, True])
+def test_learning_rate(value):
+    with pytest.raises(ValueError) as error:
+        nlcg(value)
+    check(error, f"learning_rate={value!r}", "a number")

@@ -1,0 +1,655 @@
+"""What every Optax transformation owes its users, asked of all of ours.
+
+The demands of optax's own alias tests are among them, restated.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import pickle
+from typing import NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nlcg_optax
+from nlcg_optax import (
+    nlcg,
+    scale_by_conjugate_direction,
+    scale_by_diagonal_bfgs,
+    scale_by_lars,
+    scale_by_loss_feedback,
+)
+
+# Factory and options of every transformation, in its main configurations.
+FACTORIES = {
+    "diagonal_bfgs": (scale_by_diagonal_bfgs, {}),
+    "conjugate_direction-hager_zhang": (
+        scale_by_conjugate_direction,
+        {"beta_rule": "hager_zhang", "preconditioner": scale_by_diagonal_bfgs()},
+    ),
+    "loss_feedback-step": (scale_by_loss_feedback, {"period": 2}),
+    "loss_feedback-online": (scale_by_loss_feedback, {"rule": "online"}),
+    "lars": (scale_by_lars, {"coefficient": 0.1}),
+    "nlcg": (nlcg, {"learning_rate": 0.1}),
+    "nlcg-hager_zhang": (
+        nlcg,
+        {
+            "learning_rate": 0.1,
+            "beta_rule": "hager_zhang",
+            "restart_on_ascent": True,
+            "restart_every": 7,
+            "period": 2,
+        },
+    ),
+    "nlcg-polak_ribiere-plain": (
+        nlcg,
+        {
+            "learning_rate": 0.1,
+            "beta_rule": "polak_ribiere",
+            "preconditioner": None,
+            "step_rule": None,
+        },
+    ),
+    "nlcg-rms": (
+        nlcg,
+        {"learning_rate": 0.1, "preconditioner": optax.scale_by_rms()},
+    ),
+}
+every_transformation = pytest.mark.parametrize("name", FACTORIES)
+# For tests that compile, or try many things.
+PUBLIC = (
+    "diagonal_bfgs",
+    "conjugate_direction-hager_zhang",
+    "loss_feedback-online",
+    "lars",
+    "nlcg",
+)
+each_public = pytest.mark.parametrize("name", PUBLIC)
+
+
+def make(name):
+    factory, options = FACTORIES[name]
+    return optax.with_extra_args_support(factory(**options))
+
+
+def assert_close(got, expected, rtol=1e-6, atol=0.0):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert jnp.result_type(a) == jnp.result_type(b)
+        np.testing.assert_allclose(
+            np.asarray(a, complex), np.asarray(b, complex), rtol=rtol, atol=atol
+        )
+
+
+def shapes_and_dtypes(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def value_and_grad(params):
+    """A weighted sum of squares, above 1, and its (conjugated) gradient by hand."""
+    total = jnp.ones([], jnp.float32)
+    leaves, structure = jax.tree.flatten(params)
+    grads = []
+    for i, x in enumerate(leaves):
+        weight = np.arange(i + 1.0, i + 1 + x.size).reshape(x.shape)
+        grads.append(2 * jnp.asarray(weight, x.dtype) * x)
+        square = jnp.real(grads[-1] * x.conj()) / 2
+        total += jnp.sum(square.astype(jnp.float32))
+    return total, jax.tree.unflatten(structure, grads)
+
+
+# Scaled so that the pieces that keep the gradient's sign descend a little too.
+def apply(name, params, updates):
+    sign = 1.0 if name.startswith("nlcg") else -0.01
+    return jax.tree.map(lambda p, u: p + (sign * u).astype(p.dtype), params, updates)
+
+
+def step(name, tx, params, state, **extra_args):
+    value, grads = value_and_grad(params)
+    updates, state = tx.update(grads, state, params, value=value, **extra_args)
+    return apply(name, params, updates), state, updates
+
+
+def train(name, tx, params, steps=4, *, jit=False):
+    state = tx.init(params)
+    one = functools.partial(step, name, tx)
+    one = jax.jit(one) if jit else one
+    for _ in range(steps):
+        params, state, _ = one(params, state)
+    return params, state
+
+
+def simple_params(dtype=jnp.float32):
+    return {
+        "w": jnp.asarray([[1.0, -0.5], [0.25, 2.0]], dtype),
+        "b": jnp.asarray([0.3, -0.7], dtype),
+    }
+
+
+# --- Optax's alias tests ------------------------------------------------------------
+
+
+def abs_sq(x):
+    return jnp.real(x * jnp.conj(x))
+
+
+def parabola(dtype):
+    start = jnp.array([-1.0, 10.0, 1.0], dtype)
+    end = jnp.array([1.0, -1.0, 1.0], dtype)
+    if jnp.iscomplexobj(end):
+        end *= jnp.asarray(1 + 1j, dtype)
+    return start, end, lambda x: jnp.sum(abs_sq(x - end))
+
+
+def rosenbrock(dtype):
+    a = jnp.asarray(1 + 1j if dtype == jnp.complex64 else 1.0, dtype)
+
+    def objective(x):
+        return abs_sq(a - x[0]) + 100.0 * abs_sq(x[1] - x[0] ** 2)
+
+    return jnp.zeros(2, dtype), jnp.stack([a, a**2]), objective
+
+
+# One learning rate for all four problems.
+SOLVERS = {
+    "paper": nlcg(0.1),
+    "online": nlcg(0.1, step_rule="online"),
+    "no preconditioner": nlcg(1e-3, preconditioner=None),
+    "dai_yuan": nlcg(0.1, beta_rule="dai_yuan"),
+    "hager_zhang": nlcg(0.5, beta_rule="hager_zhang"),
+    "rms": nlcg(1e-2, preconditioner=optax.scale_by_rms()),
+}
+
+
+@pytest.mark.standard_promotion  # optax's RMSProp promotes complex leaves
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
+@pytest.mark.parametrize("problem", [parabola, rosenbrock])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_reaches_the_minimum(solver, problem, dtype):
+    tx = SOLVERS[solver]
+    start, end, objective = problem(dtype)
+
+    @jax.jit
+    def run(x):
+        def step(carry, _):
+            x, state = carry
+            value, grad = jax.value_and_grad(objective)(x)
+            updates, state = tx.update(grad.conj(), state, x, value=value)
+            return (optax.apply_updates(x, updates), state), None
+
+        return jax.lax.scan(step, (x, tx.init(x)), length=10_000)[0][0]
+
+    np.testing.assert_allclose(run(start), end, rtol=3e-2, atol=3e-2)
+
+
+@every_transformation
+def test_tree_map_params(name):
+    tx = make(name)
+    params = simple_params()
+    _, state = train(name, tx, params)
+    assert_close(optax.tree.map_params(tx, lambda v: v, state), state)
+    # Whatever is shaped like the parameters is found, and nothing else.
+    marked = optax.tree.map_params(tx, lambda v: jnp.full_like(v, 7), state)
+    for before, after in zip(
+        jax.tree.leaves(state), jax.tree.leaves(marked), strict=True
+    ):
+        expected = before if before.ndim == 0 else jnp.full_like(before, 7)
+        np.testing.assert_array_equal(after, expected)
+
+
+@every_transformation
+def test_unexpected_extra_arguments_are_ignored(name):
+    tx = make(name)
+    params = simple_params()
+    state = tx.init(params)
+    _, expected, _ = step(name, tx, params, state)
+    _, got, _ = step(name, tx, params, state, nobody_expects=1, grad=None)
+    assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@each_public
+def test_inject_hyperparams(name, dtype):
+    factory, options = FACTORIES[name]
+    tx = optax.inject_hyperparams(factory)(**options)
+    params = simple_params(dtype)
+    _, state = train(name, make(name), params)
+    _, injected = train(name, tx, params)
+    # An injected hyperparameter has the precision of the parameters.
+    rtol = 0.1 if dtype == jnp.bfloat16 else 1e-3
+    assert_close(injected.inner_state, state, rtol, atol=rtol)
+
+
+@every_transformation
+def test_updates_keep_the_dtype_of_the_gradient(name):
+    for dtype in (jnp.bfloat16, jnp.float32):
+        params = simple_params(dtype)
+        tx = make(name)
+        _, _, updates = step(name, tx, params, jax.jit(tx.init)(params))
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64),
+        *(jnp.complex64, jnp.complex128),
+    ],
+)
+@each_public
+def test_shapes_and_dtypes_are_stable_through_cond(name, dtype):
+    with jax.enable_x64(dtype in (jnp.float64, jnp.complex128)):
+        tx = make(name)
+        params = simple_params(dtype)
+        wide = jnp.float16 if dtype != jnp.float16 else jnp.float32
+
+        def conditional_step(on, params, state):
+            def update():
+                value, grads = value_and_grad(params)
+                return tx.update(grads, state, params, value=value.astype(wide))
+
+            return jax.lax.cond(on, update, lambda: (params, state))
+
+        # `cond` raises where its branches differ; no need to compile for that.
+        state = jax.eval_shape(tx.init, params)
+        updates, new_state = jax.eval_shape(conditional_step, True, params, state)
+        assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
+        assert shapes_and_dtypes(updates) == shapes_and_dtypes(params)
+        assert not any(x.weak_type for x in jax.tree.leaves((updates, new_state)))
+
+
+@pytest.mark.standard_promotion  # MultiSteps promotes
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("nlcg", jnp.bfloat16),
+        *((name, jnp.float32) for name in (*PUBLIC, "nlcg-hager_zhang")),
+    ],
+)
+def test_multi_steps(name, dtype):
+    params = simple_params(dtype)
+    tx = make(name)
+    multi = optax.MultiSteps(tx, every_k_schedule=2)
+    state, multi_state = tx.init(params), multi.init(params)
+    update = jax.jit(multi.update)
+    for t in range(3):
+        value, grads = value_and_grad(params)
+        updates, state = tx.update(grads, state, params, value=value)
+        for k in range(2):
+            # The loss of the last mini-batch is the one that is seen.
+            loss = value if k == 1 else jnp.full_like(value, math.nan)
+            got, multi_state = update(grads, multi_state, params, value=loss)
+            if k == 0:
+                assert all(jnp.all(u == 0) for u in jax.tree.leaves(got))
+        # The accumulated mean of equal gradients is rounded.
+        rtol = 1e-4 if dtype == jnp.float32 else 0.1
+        assert_close(got, updates, rtol, atol=rtol)
+        assert multi_state.gradient_step == t + 1
+        params = apply(name, params, updates)
+    assert_close(multi_state.inner_opt_state, state, rtol=0.1, atol=0.1)
+
+
+# --- Transformations of JAX ---------------------------------------------------------
+
+
+@each_public
+def test_jit_changes_nothing(name):
+    tx, params = make(name), simple_params()
+    assert_close(train(name, tx, params, jit=True), train(name, tx, params), 1e-4, 1e-5)
+
+
+@each_public
+def test_vmap_is_a_loop(name):
+    tx = make(name)
+    params = jax.vmap(lambda c: jax.tree.map(lambda x: c * x, simple_params()))(
+        jnp.array([1.0, 0.3, -2.0])
+    )
+
+    def run(params):
+        return train(name, tx, params, 3)
+
+    batched = jax.jit(jax.vmap(run))(params)
+    for i in range(3):
+        one = run(jax.tree.map(lambda x, i=i: x[i], params))
+        assert_close(jax.tree.map(lambda x, i=i: x[i], batched), one, 1e-4, 1e-5)
+
+
+@each_public
+def test_scan_is_a_loop(name):
+    tx, params = make(name), simple_params()
+
+    @jax.jit
+    def run(params):
+        def body(carry, _):
+            return step(name, tx, *carry)[:2], None
+
+        return jax.lax.scan(body, (params, tx.init(params)), length=4)[0]
+
+    assert_close(run(params), train(name, tx, params), 1e-4, 1e-5)
+
+
+@every_transformation
+def test_the_second_step_does_not_recompile(name):
+    tx = make(name)
+    traces = collections.Counter()
+
+    @jax.jit
+    def one(params, state):
+        traces["step"] += 1
+        return step(name, tx, params, state)[:2]
+
+    # A weakly typed scalar is among the parameters, as in toy examples.
+    params = simple_params() | {"scale": jnp.float32(1.0)}
+    state = tx.init(params)
+    for _ in range(4):
+        params, state = one(params, state)
+    assert traces["step"] == 1
+
+
+@each_public
+def test_donation(name):
+    tx = make(name)
+    params = simple_params()
+    expected, _ = train(name, tx, params, 5)
+    one = jax.jit(lambda p, s: step(name, tx, p, s)[:2], donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, params)
+    state = tx.init(params)
+    for _ in range(5):
+        kept = params
+        params, state = one(params, state)
+        assert all(x.is_deleted() for x in jax.tree.leaves(kept))
+    assert_close(params, expected, 1e-4, 1e-5)
+
+
+# --- Composition with Optax ---------------------------------------------------------
+
+
+@every_transformation
+def test_chain_with_clipping_and_weight_decay(name):
+    tx = make(name)
+    params = simple_params()
+    chain = optax.chain(
+        optax.clip_by_global_norm(1.0), tx, optax.add_decayed_weights(-0.01)
+    )
+    state, inner = chain.init(params), tx.init(params)
+    for _ in range(3):
+        value, grads = value_and_grad(params)
+        updates, state = chain.update(grads, state, params, value=value)
+        clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+        expected, inner = tx.update(clipped, inner, params, value=value)
+        expected = jax.tree.map(lambda u, p: u - 0.01 * p, expected, params)
+        assert_close(updates, expected, 1e-4, 1e-6)
+        params = apply(name, params, updates)
+
+
+@every_transformation
+def test_masked(name):
+    tx = make(name)
+    params = simple_params()
+    masked = optax.masked(tx, {"w": True, "b": False})
+    state, inner = masked.init(params), tx.init({"w": params["w"]})
+    for _ in range(3):
+        value, grads = value_and_grad(params)
+        updates, state = masked.update(grads, state, params, value=value)
+        expected, inner = tx.update(
+            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value
+        )
+        np.testing.assert_array_equal(updates["b"], grads["b"])
+        np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
+        params = {"w": apply(name, params["w"], updates["w"]), "b": params["b"] * 0.9}
+
+
+@every_transformation
+def test_partition_with_an_empty_group(name):
+    tx = make(name)
+    params = simple_params()
+    groups = {"ours": tx, "empty": make(name), "other": optax.sgd(0.01)}
+    partition = optax.partition(groups, {"w": "ours", "b": "other"})
+    state, inner = partition.init(params), tx.init({"w": params["w"]})
+    for _ in range(3):
+        value, grads = value_and_grad(params)
+        updates, state = partition.update(grads, state, params, value=value)
+        expected, inner = tx.update(
+            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value
+        )
+        np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(updates["b"], -0.01 * grads["b"], rtol=1e-6)
+        params = apply(name, params, updates)
+
+
+@each_public
+def test_apply_if_finite(name):
+    tx = make(name)
+    safe = optax.apply_if_finite(tx, max_consecutive_errors=3)
+    params = simple_params()
+    state, inner = safe.init(params), tx.init(params)
+    update = jax.jit(safe.update)
+    for t in range(5):
+        value, grads = value_and_grad(params)
+        if t in (1, 3):
+            grads = jax.tree.map(lambda g: g * jnp.float32(jnp.nan), grads)
+        updates, state = update(grads, state, params, value=value)
+        if t in (1, 3):
+            assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
+            continue
+        expected, inner = tx.update(grads, inner, params, value=value)
+        assert_close(updates, expected, 1e-4, 1e-6)
+        params = apply(name, params, updates)
+    assert state.total_notfinite == 2
+    assert_close(state.inner_state, inner, 1e-3, 1e-5)
+
+
+# --- Trees --------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Node:
+    weight: object
+    bias: object
+
+
+W, B = [1.0, -2.0, 0.5], 0.25
+TREES = {
+    "array": lambda: jnp.array(W),
+    "scalar": lambda: jnp.array(B),
+    "nothing": lambda: {},
+    "tuple": lambda: (jnp.array(W), (jnp.array(B), ())),
+    "empty leaf": lambda: [jnp.array(W), jnp.zeros((0,)), jnp.zeros((3, 0))],
+    "only an empty leaf": lambda: jnp.zeros((0, 2)),
+    "none": lambda: {"a": jnp.array(W), "b": None, "c": [None, jnp.array(B)]},
+    "namedtuple": lambda: Pair(jnp.array(W), Pair(jnp.array(B), None)),
+    "dataclass": lambda: {"layer": Node(jnp.array(W), jnp.array(B))},
+    "ranks": lambda: [jnp.ones((1,) * rank) * (rank + 1) for rank in range(5)],
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+@each_public
+def test_any_tree(name, tree):
+    tx = make(name)
+    params = TREES[tree]()
+    state = tx.init(params)
+    # Eager, because compilation would dominate.
+    for _ in range(3):
+        updates_shape = shapes_and_dtypes(params)
+        params, new_state, updates = step(name, tx, params, state)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        assert shapes_and_dtypes(updates) == updates_shape
+        assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
+        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new_state))
+        state = new_state
+
+
+@pytest.mark.parametrize("name", [n for n in FACTORIES if n != "lars"])
+def test_how_the_tree_is_cut_does_not_matter(name):
+    # Inner products run over all the leaves together.
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5, 6)).astype(np.float32)
+    tx = make(name)
+
+    def run(cut):
+        params = cut(jnp.ones(6))
+        state = tx.init(params)
+        out = []
+        for row in rows:
+            g = cut(jnp.asarray(row))
+            updates, state = tx.update(g, state, params, value=jnp.sum(row) ** 2)
+            params = apply(name, params, updates)
+            out.append(np.concatenate([np.ravel(u) for u in jax.tree.leaves(updates)]))
+        return np.array(out)
+
+    whole = run(lambda v: v)
+    parts = run(lambda v: [v[0], {"m": v[1:5].reshape(2, 2), "z": v[:0]}, v[5:]])
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+MIXED = {
+    "bf16": jnp.bfloat16,
+    "f16": jnp.float16,
+    "f32": jnp.float32,
+    "f64": jnp.float64,
+    "c64": jnp.complex64,
+    "c128": jnp.complex128,
+}
+
+
+@pytest.mark.parametrize("name", [n for n in FACTORIES if n != "nlcg-rms"])
+def test_mixed_trees_keep_the_dtype_of_every_leaf(name, x64):
+    tx = make(name)
+    values = np.array([1.0, -0.5, 0.25])
+    params = {key: jnp.asarray(values, dtype) for key, dtype in MIXED.items()}
+    state = tx.init(params)
+    before = shapes_and_dtypes(state)
+    for t in range(4):
+        grads = jax.tree.map(lambda x, c=1.5 - t: (c * x).astype(x.dtype), params)
+        updates, state = tx.update(grads, state, params, value=1.0 + t)
+        assert shapes_and_dtypes(updates) == shapes_and_dtypes(params)
+        assert shapes_and_dtypes(state) == before
+        # Six copies of one problem: every leaf goes the same way in its precision.
+        for key, update in updates.items():
+            rtol = 0.1 if key in ("bf16", "f16") else 1e-3
+            np.testing.assert_allclose(
+                np.asarray(update, complex), updates["f64"], rtol=rtol, atol=rtol
+            )
+        params = apply(name, params, updates)
+
+
+def test_grads_may_have_another_precision_than_parameters():
+    for params_dtype, grads_dtype in (
+        (jnp.float32, jnp.bfloat16),
+        (jnp.bfloat16, jnp.float32),
+    ):
+        tx = nlcg(0.1, beta_rule="hager_zhang")
+        params = jnp.ones(3, params_dtype)
+        state = tx.init(params)
+        for _ in range(3):
+            grads = params.astype(grads_dtype)
+            updates, new_state = tx.update(grads, state, params, value=1.0)
+            assert updates.dtype == grads_dtype
+            assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
+            params, state = params + updates.astype(params_dtype), new_state
+
+
+# --- Sums in float32 or wider -------------------------------------------------------
+
+# Its square needs 15 bits, and 1001 of them more: bfloat16 has 8.
+FINE = 1 + 2.0**-7
+
+
+@pytest.mark.parametrize("leaves", [1, 77])
+def test_inner_products_of_bfloat16_are_summed_in_float32(leaves):
+    g = jnp.full(1001 // leaves, FINE, jnp.bfloat16)
+    g = [g] * leaves
+    tx = scale_by_conjugate_direction("hager_zhang")
+    _, state = tx.update(g, tx.init(g))
+    exact = 1001 * FINE**2
+    np.testing.assert_allclose(state.prev_g_z, exact, rtol=1e-6)
+    np.testing.assert_allclose(state.prev_g_d, -exact, rtol=1e-6)
+    # g·w / y·w, for a gradient that triples
+    tx = scale_by_conjugate_direction(
+        lambda p, _: p.g_w / p.y_w, beta_bounds=(-math.inf, math.inf)
+    )
+    state = tx.init(g)
+    for scale in (1.0, 3.0):
+        row = jax.tree.map(lambda v, c=scale: (c * v).astype(v.dtype), g)
+        _, state = tx.update(row, state)
+    before, after = (float(tree[0][0]) for tree in (g, row))
+    np.testing.assert_allclose(state.beta, after / (after - before), rtol=1e-4)
+
+
+def test_curvature_of_bfloat16_is_summed_in_float32():
+    n = 1001
+    tx = scale_by_diagonal_bfgs(epsilon=0.0)
+    x0, x1 = jnp.zeros(n, jnp.bfloat16), jnp.full(n, FINE, jnp.bfloat16)
+    g0, g1 = jnp.zeros(n, jnp.bfloat16), jnp.full(n, 3 * FINE, jnp.bfloat16)
+    _, state = tx.update(g0, tx.init(x0), x0)
+    _, state = tx.update(g1, state, x1)
+    s, y = np.asarray(x1, np.float64), np.asarray(g1, np.float64)
+    expected = 1 - s**2 / (s @ s) + y**2 / (y @ s)
+    assert state.diagonal.dtype == jnp.float32
+    np.testing.assert_allclose(state.diagonal, expected, rtol=1e-6)
+
+
+def test_lars_norms_of_bfloat16_are_summed_in_float32():
+    # Steps of 1/8 in the factor would show in a gradient of powers of two only.
+    n = 1001
+    w = jnp.full(n, FINE, jnp.bfloat16)
+    g = jnp.concatenate([jnp.full(n - 1, 2.0**-9), jnp.ones(1)]).astype(jnp.bfloat16)
+    out, _ = scale_by_lars(1.0, damping=0.0).update(g, optax.EmptyState(), w)
+    factor = np.sqrt(n * FINE**2 / (1 + (n - 1) * 2.0**-18))
+    assert out[-1] == jnp.asarray(factor, jnp.bfloat16)
+
+
+# --- State --------------------------------------------------------------------------
+
+
+@every_transformation
+def test_state_is_a_tree_of_arrays_that_travels(name):
+    tx, params = make(name), simple_params()
+    params, state = train(name, tx, params)
+    leaves, structure = jax.tree.flatten(state)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    copies = {
+        "flattened": jax.tree.unflatten(structure, leaves),
+        "pickled": pickle.loads(pickle.dumps(state)),
+        "serialized": flax.serialization.from_bytes(
+            tx.init(params), flax.serialization.to_bytes(state)
+        ),
+        "state dict": flax.serialization.from_state_dict(
+            tx.init(params), flax.serialization.to_state_dict(state)
+        ),
+    }
+    expected = step(name, tx, params, state)
+    for copy in copies.values():
+        assert_close(copy, state, rtol=0)
+        assert_close(step(name, tx, params, copy), expected, rtol=0)
+
+
+@every_transformation
+def test_history_does_not_collide_with_names_that_optax_looks_up(name):
+    # `optax.value_and_grad_from_state` would take them for a line search's.
+    _, state = train(name, make(name), simple_params(), 1)
+    for key in ("value", "grad", "updates", "params", "learning_rate"):
+        assert optax.tree.get(state, key) is None
+
+
+def test_public_states_are_documented():
+    for kind in (
+        nlcg_optax.ConjugateDirectionState,
+        nlcg_optax.DiagonalBfgsState,
+        nlcg_optax.LossFeedbackState,
+    ):
+        for field in kind._fields:
+            assert f"      {field}: " in kind.__doc__ or f"  {field}: " in kind.__doc__

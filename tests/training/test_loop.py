@@ -1,0 +1,237 @@
+"""Whole runs on a few digits: what they leave, and how they stop and go on."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from nlcg_optax.training import cli, loop, metrics, models
+from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "digits_resnet8.py"
+
+TINY = (
+    "dataset.max_train_examples=96",
+    "batch_size=40",  # no divisor of 96: batches straddle epochs
+    "num_epochs=5",  # 12 steps
+    "eval_batch_size=100",  # no divisor of 360
+    "eval_every_epochs=2.5",
+    "checkpoint_every_epochs=1.7",
+    "average_decay=0.9",
+)
+
+
+class Tiny(nn.Module):
+    """In place of the ResNet where the loop is tested: it compiles at once."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model():
+    create = models.create_model
+
+    def tiny(name, num_classes, **options):
+        create(name, num_classes, **options)  # its errors
+        return Tiny(num_classes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "create_model", tiny)
+        yield
+
+
+def tiny_config(*overrides):
+    config = load_config(CONFIG)
+    apply_overrides(config, [*TINY, *overrides])
+    return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return workdir, loop.train_and_evaluate(tiny_config(), workdir)
+
+
+def test_a_run_leaves_everything_it_promises(uninterrupted):
+    workdir, result = uninterrupted
+    assert result.step == 12 and result.signal is None
+    rows = metrics.read_metrics(workdir / "metrics.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 13))
+    wanted = {"loss", "accuracy", "learning_rate", "base_step", "beta", "step_size"}
+    assert all(wanted <= row.keys() for row in train)
+    tests = [row for row in rows if row["split"] == "test"]
+    assert [row["step"] for row in tests] == [6, 12]
+    assert tests[-1]["accuracy"] == result.metrics["test"]["accuracy"]
+    # 360 images, each counted once.
+    assert (tests[-1]["accuracy"] * 360) == pytest.approx(
+        round(tests[-1]["accuracy"] * 360), abs=1e-6
+    )
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events.*"))
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["batch_size"] == 40 and saved["optimizer"]["name"] == "nlcg"
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypatch):
+    """Stopped by SIGTERM in the middle of the run, and gone on with."""
+    whole, expected = uninterrupted
+    make_input = loop.make_input
+
+    def stopping(*args):
+        next_batch, step_fn = make_input(*args)
+
+        def counted(step):
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next_batch(step)
+
+        return counted, step_fn
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_input", stopping)
+        first = loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert first.signal == signal.SIGTERM and first.step == 8
+    second = loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert second.signal is None
+    assert_same_bits(second.state, expected.state)
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
+        whole / "metrics.jsonl"
+    )
+
+
+def test_a_complete_run_is_only_evaluated(uninterrupted, capsys):
+    workdir, expected = uninterrupted
+    before = (workdir / "metrics.jsonl").read_text()
+    again = loop.train_and_evaluate(tiny_config(), workdir)
+    assert again.metrics == expected.metrics
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert "resumed from the checkpoint of step 12" in capsys.readouterr().err
+
+
+def test_another_config_in_the_same_folder_is_refused(uninterrupted):
+    workdir, _ = uninterrupted
+    with pytest.raises(ConfigError, match=r"batch_size=48 \(was 40\).*--workdir"):
+        loop.train_and_evaluate(tiny_config("batch_size=48"), workdir)
+    # What does not change the result may change.
+    loop.train_and_evaluate(tiny_config("eval_batch_size=180"), workdir)
+
+
+def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
+    config = tiny_config("optimizer.name=sgd", "optimizer.learning_rate=1e25")
+    with pytest.raises(
+        loop.NonFiniteLossError, match="At step .* the loss was"
+    ) as info:
+        loop.train_and_evaluate(config, tmp_path)
+    assert "optimizer.learning_rate" in str(info.value)
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    assert not np.isfinite(rows[-1]["grad_norm"])
+    saved = loop.Checkpoints(tmp_path, 2)
+    assert saved.latest_step() == rows[-1]["step"] - 1
+    saved.close()
+    assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
+        ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
+        ("batch_size=0", "batch_size=0 .* expected 1 to 96"),
+        ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
+        ("model.dtype=float8", "model: .*'float8'.*bfloat16"),
+    ],
+)
+def test_a_config_that_cannot_run_is_an_error_before_anything_is_written(
+    override, message, tmp_path
+):
+    with pytest.raises(ConfigError, match=message):
+        loop.train_and_evaluate(tiny_config(override), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_streamed_images_train_and_resume(tmp_path):
+    """A folder of images, read as the large sets are."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in ("dark", "light"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                low = 128 * (label == "light")
+                pixels = rng.integers(low, low + 128, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    overrides = (
+        "dataset.name=folder",
+        f"dataset.data_dir={tmp_path / 'images'}",
+        "dataset.in_memory=no",
+        "dataset.max_train_examples=none",
+        "dataset.normalization=imagenet",
+        "batch_size=5",
+        "num_epochs=2.5",
+    )
+    config = load_config(CONFIG)
+    apply_overrides(config, [o for o in overrides if not o.endswith("=none")])
+    result = loop.train_and_evaluate(config, tmp_path / "run")
+    assert result.step == 6
+    assert set(result.metrics) == {"test"}
+
+
+def test_command_line_reports_mistakes_in_one_line(tmp_path, capsys):
+    args = [f"--config={CONFIG}", f"--workdir={tmp_path}"]
+    assert cli.main([*args, "--config.optimizer.lr=1"]) == 2
+    assert "optimizer.learning_rate" in capsys.readouterr().err
+    assert cli.main([*args, "--config.dataset.name=cifar"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "digits" in error
+    with pytest.raises(SystemExit) as info:
+        cli.main([*args, "--learning_rate=1"])
+    assert info.value.code == 2
+    assert "--config.FIELD=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+)
+def test_signals_save_and_say_where(tmp_path, number, code):
+    command = [sys.executable, str(ROOT / "examples" / "train.py")]
+    command += [f"--config={CONFIG}", f"--workdir={tmp_path}"]
+    command += [f"--config.{override}" for override in TINY]
+    command += ["--config.num_epochs=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    path = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and '"test"' in path.read_text()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    assert f"{number.name}: stopped after step" in err
+    assert str(tmp_path / "checkpoints") in err
+    saved = loop.Checkpoints(tmp_path, 2)
+    step = saved.latest_step()
+    saved.close()
+    assert f"stopped after step {step:,} " in err

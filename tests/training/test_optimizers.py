@@ -1,0 +1,118 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nlcg_optax.training import config as config_lib
+from nlcg_optax.training import optimizers
+from nlcg_optax.training.config import ConfigError
+
+ALL = sorted([*optimizers.OPTIMIZERS, *optimizers.DECAYING_OPTIMIZERS])
+
+
+def make_config(**fields):
+    config = config_lib.base_config()
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_step_schedule_follows_the_recipe():
+    config = make_config(
+        **{
+            "num_epochs": 200.0,
+            "optimizer.learning_rate": 1.6,
+            "schedule.warmup_epochs": 25.0,
+            "schedule.warmup_init": 0.0625,
+            "schedule.boundaries": (102, 153),
+        }
+    )
+    rate = optimizers.create_schedule(config, steps_per_epoch=2.0)
+    warmup = [(0.1 - 1.6) * (1 - t / 50) ** 0.5 + 1.6 for t in range(50)]
+    np.testing.assert_allclose([rate(t) for t in range(50)], warmup, rtol=1e-5)
+    np.testing.assert_allclose(
+        [rate(t) for t in (50, 203, 204, 305, 306, 399)],
+        [1.6, 1.6, 0.16, 0.16, 0.016, 0.016],
+        rtol=1e-5,
+    )
+
+
+def test_cosine_schedule_ends_at_zero():
+    config = make_config(
+        **{
+            "num_epochs": 10.0,
+            "optimizer.learning_rate": 2.0,
+            "schedule.name": "cosine",
+            "schedule.warmup_epochs": 2.0,
+        }
+    )
+    rate = optimizers.create_schedule(config, steps_per_epoch=3.0)
+    np.testing.assert_allclose(
+        [rate(0), rate(6), rate(18), rate(30)], [0, 2, 1, 0], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_optimizer_descends_and_keeps_bias_undecayed(name):
+    """Weight decay alone moves what the mask names, by rate·decay·w, no more."""
+    config = make_config(
+        **{"optimizer.name": name, "weight_decay": 0.1, "optimizer.learning_rate": 0.5}
+    )
+    mask = {"w": True, "b": False}
+    tx = optimizers.create_optimizer(config, optax.constant_schedule(0.5), mask)
+    params = {"w": jnp.array([1.0, -2.0]), "b": jnp.array([3.0])}
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = step(zero, state, params, value=jnp.float32(1.0))
+    np.testing.assert_array_equal(updates["b"], 0)
+    if name not in ("lars", "lamb"):  # theirs is scaled by the trust ratio
+        np.testing.assert_allclose(updates["w"], -0.05 * params["w"], rtol=1e-6)
+
+    loss, grads = jax.value_and_grad(lambda p: optax.tree.norm(p) ** 2)(params)
+    updates, _ = step(grads, state, params, value=loss)
+    assert optax.tree.vdot(grads, updates) < 0
+
+
+@pytest.mark.parametrize("preconditioner", ["diagonal_bfgs", "rms", "adam", "none"])
+@pytest.mark.parametrize("step_rule", ["step", "online", "none"])
+def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):
+    config = make_config(
+        **{
+            "optimizer.nlcg.preconditioner": preconditioner,
+            "optimizer.nlcg.step_rule": step_rule,
+            "optimizer.nlcg.beta_rule": "dai_yuan",
+        }
+    )
+    tx = optimizers.create_optimizer(config, optax.constant_schedule(0.5), True)
+    params = jnp.array([1.0, 2.0])
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    expected = {"rms": [1 / 0.1**0.5] * 2, "adam": [1.0, 1.0]}
+    np.testing.assert_allclose(
+        updates, -0.5 * np.array(expected.get(preconditioner, [1.0, 2.0])), rtol=1e-4
+    )
+
+
+def test_layerwise_coefficient_scales_the_gradient_first():
+    config = make_config(**{"optimizer.layerwise_coefficient": 0.01})
+    tx = optimizers.create_optimizer(config, optax.constant_schedule(1.0), True)
+    params, grads = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
+    updates, _ = tx.update(grads, tx.init(params), params, value=1.0)
+    np.testing.assert_allclose(updates, [0, -2 * 0.05 / (2 + 0.005)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer.name": "sgdm"}, "optimizer.name='sgdm'.*'momentum'"),
+        ({"schedule.name": "linear"}, "schedule.name='linear'.*'cosine'"),
+        ({"optimizer.nlcg.beta_rule": "fr"}, "beta_rule='fr'.*'fletcher_reeves'"),
+        ({"optimizer.nlcg.preconditioner": "hessian"}, "preconditioner.*'rms'"),
+        ({"optimizer.nlcg.period": 0}, "period=0"),
+    ],
+)
+def test_mistakes_name_the_field_and_what_is_accepted(fields, message):
+    config = make_config(**fields)
+    with pytest.raises(ConfigError, match=message):
+        schedule = optimizers.create_schedule(config, 1.0)
+        optimizers.create_optimizer(config, schedule, True)

@@ -1,0 +1,138 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nlcg_optax.training import models, optimizers, steps
+from nlcg_optax.training.config import ConfigError, base_config
+
+SHAPE = (4, 4, 1)
+
+
+class Tiny(nn.Module):
+    """Small enough to compile at once; names as in the ResNets."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Conv(2, (3, 3), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(3)(x.reshape(len(x), -1))
+
+
+def setup(**fields):
+    config = base_config()
+    config.update_from_flattened_dict(fields)
+    model = Tiny()
+    schedule = optax.constant_schedule(config.optimizer.learning_rate)
+    tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
+    state = steps.create_state(model, tx, config, SHAPE)
+    step = steps.make_train_step(model, tx, schedule, config, augment=False)
+    return config, model, state, jax.jit(step)
+
+
+def batch(seed=0, size=6):
+    rng = np.random.default_rng(seed)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (size, *SHAPE)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 3, size), jnp.int32),
+    }
+
+
+def test_l2_penalty_is_in_the_loss_and_leaves_batch_norm_out():
+    *_, state, step = setup(l2_penalty=0.0)
+    _, plain = step(state, batch())
+    *_, state, step = setup(l2_penalty=0.1)
+    _, penalized = step(state, batch())
+    squares = sum(
+        float(jnp.sum(leaf**2))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        if "BatchNorm" not in jax.tree_util.keystr(path)
+    )
+    np.testing.assert_allclose(
+        penalized["loss"] - plain["loss"], 0.05 * squares, rtol=1e-4
+    )
+
+
+def test_step_is_the_optimizers_update_of_the_reported_loss():
+    config, model, state, step = setup(**{"optimizer.name": "sgd", "l2_penalty": 0.0})
+    data = batch()
+
+    def loss_fn(params):
+        images = steps.normalizer(config)(data["image"])
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        one_hot = jax.nn.one_hot(data["label"], 3)
+        return -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), -1))
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    new_state, metrics = step(state, data)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    rate = config.optimizer.learning_rate
+    expected = jax.tree.map(lambda p, g: p - rate * g, state.params, grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        new_state.params,
+        expected,
+    )
+    assert int(new_state.step) == 1
+
+
+def test_parameters_are_averaged_with_a_short_memory_at_first():
+    *_, state, step = setup(average_decay=0.15)
+    first, _ = step(state, batch())
+    second, _ = step(first, batch(1))
+    leaf = lambda tree: np.asarray(jax.tree.leaves(tree)[0])  # noqa: E731
+    average = 0.1 * leaf(state.params) + 0.9 * leaf(first.params)
+    np.testing.assert_allclose(leaf(first.average), average, rtol=1e-5, atol=1e-7)
+    average = 0.15 * average + 0.85 * leaf(second.params)  # (1 + 1)/(10 + 1) > 0.15
+    np.testing.assert_allclose(leaf(second.average), average, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
+    *_, state, step = setup()
+    state, _ = step(state, batch())
+    broken = state.replace(
+        params=jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.inf), state.params)
+    )
+    after, metrics = step(broken, batch(1))
+    assert not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, after, broken)
+
+
+def test_metrics_say_what_nlcg_did():
+    *_, state, step = setup()
+    state, first = step(state, batch())
+    state, second = step(state, batch())
+    assert first["beta"] == 0 and second["beta"] > 0
+    np.testing.assert_allclose(first["cosine"], 1, rtol=1e-5)
+    assert first["step_size"] == first["learning_rate"] * first["base_step"]
+
+
+def test_evaluation_ignores_padding_and_uses_the_average():
+    config, model, state, step = setup(average_decay=0.9)
+    state, _ = step(state, batch())
+    evaluate = jax.jit(steps.make_eval_step(model, config))
+    whole = {**batch(2, 5), "mask": jnp.ones(5)}
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:3]]), whole)
+    padded["mask"] = padded["mask"].at[5:].set(0)
+    expected = evaluate(state, whole)
+    assert expected["count"] == 5
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        evaluate(state, padded),
+        expected,
+    )
+    swapped = state.replace(params=state.average, average=None)
+    np.testing.assert_allclose(
+        evaluate(swapped, whole)["loss"], expected["loss"], rtol=1e-5
+    )
+    other = evaluate(state.replace(average=None), whole)
+    assert abs(other["loss"] - expected["loss"]) > 1e-4
+
+
+def test_unknown_normalization_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="normalization='mean'.*'per_image'"):
+        setup(**{"dataset.normalization": "mean"})
