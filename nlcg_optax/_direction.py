@@ -248,12 +248,11 @@ def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
         lower, upper = beta_bounds
         for end in (lower, upper):
             _check.number("beta_bounds", end)
-        ordered = isinstance(beta_bounds, tuple | list) and bool(lower <= upper)
+        if isinstance(beta_bounds, tuple | list) and lower <= upper:
+            return lower, upper
     except (TypeError, ValueError):
-        ordered = False
-    if not ordered:
-        raise ValueError(
-            f"beta_bounds={beta_bounds!r} is not valid: expected two numbers, "
-            "lower and upper, with lower <= upper."
-        )
-    return beta_bounds
+        pass  # said below
+    raise ValueError(
+        f"beta_bounds={beta_bounds!r} is not valid: expected two numbers, lower and "
+        "upper, with lower <= upper."
+    )
