@@ -82,8 +82,11 @@ def _truncate(
     beta: jax.Array, slope: jax.Array, p: InnerProducts, eta: float
 ) -> jax.Array:
     """Raises β to η · slope / ‖d‖²; an unknown length truncates nothing."""
-    bound = eta * _divide(slope, jnp.asarray(p.prev_d_d, slope.dtype), 0)
-    return jnp.where(bound > beta, bound, beta)
+    length = jnp.asarray(p.prev_d_d, slope.dtype)
+    known = ~jnp.isnan(length)
+    # Replaced before the division too, so that the gradient meets no NaN either.
+    bound = eta * _divide(slope, jnp.where(known, length, 1), 0)
+    return jnp.where(known & (bound > beta), bound, beta)
 
 
 def hager_zhang(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
