@@ -43,7 +43,7 @@ __all__ = [
     "scale_by_conjugate_direction",
     "scale_by_diagonal_bfgs",
     "scale_by_hager_zhang_linesearch",
-    "scale_by_limited_memory_bfgs",
     "scale_by_lars",
+    "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
 ]
