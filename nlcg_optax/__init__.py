@@ -7,7 +7,18 @@ from nlcg_optax._direction import (
     ConjugateDirectionState,
     scale_by_conjugate_direction,
 )
-from nlcg_optax._preconditioner import DiagonalBfgsState, scale_by_diagonal_bfgs
+from nlcg_optax._linesearch import (
+    HagerZhangLinesearchInfo,
+    HagerZhangLinesearchState,
+    scale_by_hager_zhang_linesearch,
+)
+from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
+from nlcg_optax._preconditioner import (
+    DiagonalBfgsState,
+    LimitedMemoryBfgsState,
+    scale_by_diagonal_bfgs,
+    scale_by_limited_memory_bfgs,
+)
 from nlcg_optax._step_size import (
     LossFeedbackState,
     scale_by_lars,
@@ -19,12 +30,20 @@ __version__ = "0.1.0"
 __all__ = [
     "ConjugateDirectionState",
     "DiagonalBfgsState",
+    "HagerZhangLinesearchInfo",
+    "HagerZhangLinesearchState",
+    "IterationInfo",
+    "LimitedMemoryBfgsState",
     "LossFeedbackState",
+    "MinimizeResult",
     "beta",
     "diagnostics",
+    "minimize",
     "nlcg",
     "scale_by_conjugate_direction",
     "scale_by_diagonal_bfgs",
+    "scale_by_hager_zhang_linesearch",
     "scale_by_lars",
+    "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
 ]

@@ -26,6 +26,9 @@ class InnerProducts(NamedTuple):
       prev_g_d: :math:`g_{t-1}^\top d_{t-1}`, the slope along it when it was taken.
       g_w: :math:`g_t^\top (z_t - z_{t-1})`.
       y_w: :math:`(g_t - g_{t-1})^\top (z_t - z_{t-1})`.
+      prev_d_d: :math:`d_{t-1}^\top M d_{t-1}`, the squared length of the last
+        direction in the metric of the preconditioner (as if it had not changed since
+        the last restart), which is :math:`\lVert d_{t-1} \rVert^2` without one.
     """
 
     g_z: jax.Array
@@ -34,6 +37,7 @@ class InnerProducts(NamedTuple):
     prev_g_d: jax.Array
     g_w: jax.Array
     y_w: jax.Array
+    prev_d_d: jax.typing.ArrayLike = jnp.nan
 
 
 BetaRule = Callable[[InnerProducts, jax.typing.ArrayLike], jax.Array]
@@ -74,18 +78,63 @@ def dai_yuan(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     return _divide(p.g_z, p.g_d - p.prev_g_d, epsilon)
 
 
+def _truncate(
+    beta: jax.Array, slope: jax.Array, p: InnerProducts, eta: float
+) -> jax.Array:
+    """Raises β to η · slope / ‖d‖²; an unknown length truncates nothing."""
+    length = jnp.asarray(p.prev_d_d, slope.dtype)
+    known = ~jnp.isnan(length)
+    # Replaced before the division too, so that the gradient meets no NaN either.
+    bound = eta * _divide(slope, jnp.where(known, length, 1), 0)
+    return jnp.where(known & (bound > beta), bound, beta)
+
+
 def hager_zhang(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
-    r"""Hager & Zhang (2005), preconditioned, without the truncation from below.
+    r"""Hager & Zhang (2005), preconditioned and truncated as in CG_DESCENT.
 
     .. math::
-        \frac{g_t^\top w_t}{d_{t-1}^\top y_t}
+        \max\left( \frac{g_t^\top w_t}{d_{t-1}^\top y_t}
         - 2 \frac{y_t^\top w_t}{d_{t-1}^\top y_t}
-            \frac{g_t^\top d_{t-1}}{d_{t-1}^\top y_t}
+            \frac{g_t^\top d_{t-1}}{d_{t-1}^\top y_t}, \;
+        0.4\, \frac{g_{t-1}^\top d_{t-1}}{d_{t-1}^\top M d_{t-1}} \right)
+
+    The bound is that of Hager & Zhang, "The limited memory conjugate gradient method"
+    (2013), eq. 1.5, which unlike the one of 2005 does not change when the loss is
+    multiplied by a constant.
     """
     d_y = p.g_d - p.prev_g_d
-    return _divide(p.g_w, d_y, epsilon) - 2 * _divide(p.y_w, d_y, epsilon) * _divide(
+    beta = _divide(p.g_w, d_y, epsilon) - 2 * _divide(p.y_w, d_y, epsilon) * _divide(
         p.g_d, d_y, epsilon
     )
+    return _truncate(beta, p.prev_g_d, p, 0.4)
+
+
+def dai_kou(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+    r"""Dai & Kou (2013), preconditioned, with :math:`\tau_k` of Oren & Luenberger.
+
+    .. math::
+        \max\left( \frac{g_t^\top w_t}{d_{t-1}^\top y_t}
+        - \frac{y_t^\top w_t}{d_{t-1}^\top y_t}
+            \frac{g_t^\top d_{t-1}}{d_{t-1}^\top y_t}, \;
+        0.5\, \frac{g_t^\top d_{t-1}}{d_{t-1}^\top M d_{t-1}} \right)
+    """
+    d_y = p.g_d - p.prev_g_d
+    beta = _divide(p.g_w, d_y, epsilon) - _divide(p.y_w, d_y, epsilon) * _divide(
+        p.g_d, d_y, epsilon
+    )
+    return _truncate(beta, p.g_d, p, 0.5)
+
+
+def hybrid_hs_dy(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+    r"""Dai & Yuan (2001): :math:`\max(0, \min(\beta_{HS}, \beta_{DY}))`."""
+    return jnp.maximum(
+        0, jnp.minimum(hestenes_stiefel(p, epsilon), dai_yuan(p, epsilon))
+    )
+
+
+def liu_storey(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+    r"""Liu & Storey (1991): :math:`g_t^\top w_t / (-g_{t-1}^\top d_{t-1})`."""
+    return _divide(p.g_w, -p.prev_g_d, epsilon)
 
 
 BETA_RULES: dict[str, BetaRule] = {
@@ -96,12 +145,21 @@ BETA_RULES: dict[str, BetaRule] = {
         hestenes_stiefel,
         dai_yuan,
         hager_zhang,
+        dai_kou,
+        hybrid_hs_dy,
+        liu_storey,
     )
 }
 
 # Rules that need no vector of the previous step, and those that need only z_{t-1}.
 _WITHOUT_HISTORY = (fletcher_reeves, dai_yuan)
-_WITHOUT_PREV_GRAD = (*_WITHOUT_HISTORY, polak_ribiere, hestenes_stiefel)
+_WITHOUT_PREV_GRAD = (
+    *_WITHOUT_HISTORY,
+    polak_ribiere,
+    hestenes_stiefel,
+    hybrid_hs_dy,
+    liu_storey,
+)
 
 
 class ResolvedRule(NamedTuple):

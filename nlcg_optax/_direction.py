@@ -21,6 +21,7 @@ class ConjugateDirectionState(NamedTuple):
       prev_grad: the last gradient g; None for rules that do not need it.
       prev_g_z: gᵀz of the last step.
       prev_g_d: gᵀd of the last step, its slope.
+      prev_d_d: dᵀMd of the last step, in the metric M of the preconditioner.
       beta: β of the last step, after clipping and restarts.
       cosine: cosine between d and −g in the last step; negative on an ascent step.
       restarts: restarts so far, int32 scalar.
@@ -33,6 +34,7 @@ class ConjugateDirectionState(NamedTuple):
     prev_grad: optax.Updates | None
     prev_g_z: jax.Array
     prev_g_d: jax.Array
+    prev_d_d: jax.Array
     beta: jax.Array
     cosine: jax.Array
     restarts: jax.Array
@@ -45,6 +47,7 @@ def scale_by_conjugate_direction(
     beta_bounds: tuple[float, float] = (0.0, 1.0),
     restart_on_ascent: bool = False,
     restart_every: int | None = None,
+    restart_nonorthogonal: float | None = None,
     epsilon: float = 1e-8,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
@@ -65,15 +68,20 @@ def scale_by_conjugate_direction(
 
     Args:
       beta_rule: ``"fletcher_reeves"``, ``"polak_ribiere"``, ``"hestenes_stiefel"``,
-        ``"dai_yuan"``, ``"hager_zhang"``, or a function of
+        ``"dai_yuan"``, ``"hybrid_hs_dy"``, ``"liu_storey"``, ``"hager_zhang"``,
+        ``"dai_kou"``, or a function of
         :class:`nlcg_optax.beta.InnerProducts` and ε that returns β.
       preconditioner: any gradient transformation, such as
         :func:`nlcg_optax.scale_by_diagonal_bfgs`, ``optax.scale_by_rms()`` or a chain;
         None for the plain gradient. It is given `params` and all extra arguments.
       beta_bounds: β is clipped to this closed interval. The paper clips to [0, 1];
-        ``(0, math.inf)`` suits exact line searches.
+        ``(0, math.inf)`` suits line searches, and ``(-math.inf, math.inf)`` the rules
+        of Hager & Zhang and of Dai & Kou, which bound β from below themselves.
       restart_on_ascent: restart where the direction does not descend.
       restart_every: restart every so many steps; None for never.
+      restart_nonorthogonal: Powell's restart (1977), where successive gradients are far
+        from orthogonal: :math:`|g_t^\top z_{t-1}| \ge \nu\, g_t^\top z_t` with this ν
+        (usually 0.2); None for never.
       epsilon: ε of the denominators. The paper's absolute value makes β depend (by a
         relative :math:`\epsilon / \rho_{t-1}`) on the scale of the loss; with 0 it does
         not, and a zero denominator gives β = 0.
@@ -109,6 +117,11 @@ def scale_by_conjugate_direction(
     lower, upper = _check_bounds(beta_bounds)
     if restart_every is not None:
         _check.number("restart_every", restart_every, minimum=1, integer=True)
+    if restart_nonorthogonal is not None:
+        _check.number("restart_nonorthogonal", restart_nonorthogonal, minimum=0)
+    needs_prev_preconditioned = (
+        rule.needs_prev_preconditioned or restart_nonorthogonal is not None
+    )
     _check.number("epsilon", epsilon, minimum=0)
     if preconditioner is None:
         preconditioner = optax.identity()
@@ -130,10 +143,11 @@ def scale_by_conjugate_direction(
             count=jnp.zeros([], jnp.int32),
             preconditioner_state=inner.init(params),
             prev_update=zeros(),
-            prev_preconditioned=zeros() if rule.needs_prev_preconditioned else None,
+            prev_preconditioned=zeros() if needs_prev_preconditioned else None,
             prev_grad=zeros() if rule.needs_prev_grad else None,
             prev_g_z=scalar(),
             prev_g_d=scalar(),
+            prev_d_d=scalar(),
             beta=scalar(),
             cosine=scalar(),
             restarts=jnp.zeros([], jnp.int32),
@@ -156,7 +170,7 @@ def scale_by_conjugate_direction(
         def integrands(g, z, u, prev_z, prev_g):
             z, u, prev_z, prev_g = (a.astype(g.dtype) for a in (z, u, prev_z, prev_g))
             dots = [(g, z), (g, u), (g, g), (z, z), (z, u), (u, u)]
-            if rule.needs_prev_preconditioned:
+            if needs_prev_preconditioned:
                 dots.append((g, z - prev_z))
             if rule.needs_prev_grad:
                 dots.append((g - prev_g, z - prev_z))
@@ -179,8 +193,9 @@ def scale_by_conjugate_direction(
             prev_g_z=state.prev_g_z,
             g_d=-g_u,
             prev_g_d=state.prev_g_d,
-            g_w=rest[0] if rule.needs_prev_preconditioned else nan,
-            y_w=rest[1] if rule.needs_prev_grad else nan,
+            g_w=rest[0] if needs_prev_preconditioned else nan,
+            y_w=rest[-1] if rule.needs_prev_grad else nan,
+            prev_d_d=state.prev_d_d,
         )
 
         first = state.count == 0
@@ -191,6 +206,8 @@ def scale_by_conjugate_direction(
             restart |= state.count % restart_every == 0
         if restart_on_ascent:
             restart |= (-g_z - beta * g_u >= 0) & (beta != 0)
+        if restart_nonorthogonal is not None:
+            restart |= jnp.abs(g_z - products.g_w) >= restart_nonorthogonal * g_z
         restart &= ~first
         beta = jnp.where(first | restart, 0, beta)
 
@@ -215,6 +232,8 @@ def scale_by_conjugate_direction(
             prev_grad=None if prev_grad is None else _tree.cast_like(grad, prev_grad),
             prev_g_z=g_z,
             prev_g_d=slope,
+            # dᵀMd from M z = g, without a product with M.
+            prev_d_d=g_z + 2 * beta * g_u + jnp.square(beta) * state.prev_d_d,
             beta=beta,
             cosine=cosine,
             restarts=state.restarts + restart.astype(jnp.int32),

@@ -102,6 +102,18 @@ def reduce_products(
     return list(jax.lax.psum(jnp.stack(totals), axis_name))
 
 
+def max_abs(
+    tree: Any, *, dtype: jnp.dtype, axis_name: AxisName | None = None
+) -> jax.Array:
+    """The largest modulus of any element: NaN if one is NaN, 0 if there is none."""
+    largest = [
+        jnp.max(jnp.abs(lift(leaf)), initial=0).astype(dtype)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    total = functools.reduce(jnp.maximum, largest, jnp.zeros([], dtype))
+    return total if axis_name is None else jax.lax.pmax(total, axis_name)
+
+
 def zeros_like(tree: Any, dtype: Any | None = None) -> Any:
     """Zeros shaped (and sharded) like `tree`; complex leaves stay complex."""
 

@@ -4,10 +4,13 @@ from nlcg_optax._beta import (
     BETA_RULES,
     BetaRule,
     InnerProducts,
+    dai_kou,
     dai_yuan,
     fletcher_reeves,
     hager_zhang,
     hestenes_stiefel,
+    hybrid_hs_dy,
+    liu_storey,
     polak_ribiere,
 )
 
@@ -15,9 +18,12 @@ __all__ = [
     "BETA_RULES",
     "BetaRule",
     "InnerProducts",
+    "dai_kou",
     "dai_yuan",
     "fletcher_reeves",
     "hager_zhang",
     "hestenes_stiefel",
+    "hybrid_hs_dy",
+    "liu_storey",
     "polak_ribiere",
 ]

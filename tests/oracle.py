@@ -29,8 +29,11 @@ def divide(a, b):
     return a / b if b != 0 else 0.0
 
 
-def beta_value(rule, g, z, prev_g, prev_z, prev_d, epsilon):
-    """β from the vectors, unclipped, as the textbooks write it."""
+def beta_value(rule, g, z, prev_g, prev_z, prev_d, prev_d_m_d, epsilon):
+    """β from the vectors, unclipped, as the textbooks write it.
+
+    `prev_d_m_d` is dᵀMd of the previous direction d, which the vectors do not tell.
+    """
     y = g - prev_g
     w = z - prev_z  # M⁻¹y while M stays the same
     rho = away_from_zero(prev_g @ prev_z, epsilon)
@@ -44,8 +47,23 @@ def beta_value(rule, g, z, prev_g, prev_z, prev_d, epsilon):
     if rule == "dai_yuan":
         return divide(g @ z, d_y)
     if rule == "hager_zhang":
-        return divide((w - 2 * prev_d * divide(y @ w, d_y)) @ g, d_y)
+        free = divide((w - 2 * prev_d * divide(y @ w, d_y)) @ g, d_y)
+        return max(free, 0.4 * divide(prev_g @ prev_d, prev_d_m_d))
+    if rule == "dai_kou":
+        free = divide((w - prev_d * divide(y @ w, d_y)) @ g, d_y)
+        return max(free, 0.5 * divide(g @ prev_d, prev_d_m_d))
+    if rule == "hybrid_hs_dy":
+        return max(0.0, min(divide(g @ w, d_y), divide(g @ z, d_y)))
+    if rule == "liu_storey":
+        return divide(g @ w, away_from_zero(-(prev_g @ prev_d), epsilon))
     raise ValueError(rule)
+
+
+def metric_length(beta, g, z, prev_d, prev_d_m_d):
+    """dᵀMd of d = −z + β d₋₁, given that M z = g and what it was of d₋₁."""
+    if beta == 0:
+        return z @ g
+    return z @ g - 2 * beta * (prev_d @ g) + beta**2 * prev_d_m_d
 
 
 def relative_rise(new, old):
@@ -78,6 +96,7 @@ class Oracle:
     prev_g: np.ndarray | None = None
     prev_z: np.ndarray | None = None
     prev_d: np.ndarray | None = None
+    prev_d_m_d: float = 0.0
     feedback_prev_d: np.ndarray | None = None  # d at the last finite loss
     base_step: float = 1.0
     average: float = 0.0
@@ -107,7 +126,14 @@ class Oracle:
         if self.t == 0:
             return -z, 0.0
         beta = beta_value(
-            self.beta_rule, g, z, self.prev_g, self.prev_z, self.prev_d, self.epsilon
+            self.beta_rule,
+            g,
+            z,
+            self.prev_g,
+            self.prev_z,
+            self.prev_d,
+            self.prev_d_m_d,
+            self.epsilon,
         )
         beta = min(max(beta, self.beta_bounds[0]), self.beta_bounds[1])
         d = -z + beta * self.prev_d
@@ -152,6 +178,7 @@ class Oracle:
     def step(self, x, g, f, learning_rate):
         z = self.precondition(x, g)
         d, beta = self.direct(g, z)
+        self.prev_d_m_d = metric_length(beta, g, z, self.prev_d, self.prev_d_m_d)
         update = learning_rate * self.feed_back(f, d)
         self.prev_x, self.prev_g, self.prev_z, self.prev_d = x, g, z, d
         self.t += 1
@@ -162,6 +189,7 @@ class Oracle:
             "beta": beta,
             "cosine": -(g @ d) / norms if norms else 0.0,
             "restarts": self.restarts,
+            "metric_length": self.prev_d_m_d,
         }
         if self.preconditioner is not None:
             out |= {"diagonal": self.diagonal, "skipped_curvature": self.skipped}

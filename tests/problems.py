@@ -50,6 +50,7 @@ def describe(update, state):
     """What the oracle reports, from the state of `nlcg`."""
     direction = state[0]
     out = {"update": update, "direction": -direction.prev_update}
+    out["metric_length"] = direction.prev_d_d
     out |= nlcg_optax.diagnostics(state)
     if isinstance(direction.preconditioner_state, nlcg_optax.DiagonalBfgsState):
         out["diagonal"] = direction.preconditioner_state.diagonal

@@ -13,7 +13,7 @@ from nlcg_optax import beta
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def products(g, z, prev_g, prev_z, prev_d):
+def products(g, z, prev_g, prev_z, prev_d, prev_d_m_d):
     return beta.InnerProducts(
         *(
             jnp.asarray(value)
@@ -24,6 +24,7 @@ def products(g, z, prev_g, prev_z, prev_d):
                 prev_g @ prev_d,
                 g @ (z - prev_z),
                 (g - prev_g) @ (z - prev_z),
+                prev_d_m_d,
             )
         )
     )
@@ -36,44 +37,120 @@ def test_rules_are_known_by_name():
         "hestenes_stiefel",
         "dai_yuan",
         "hager_zhang",
+        "dai_kou",
+        "hybrid_hs_dy",
+        "liu_storey",
     }
     for name, rule in beta.BETA_RULES.items():
         assert getattr(beta, name) is rule
+
+
+# Those with a bound from below that depends on the length of the last direction.
+TRUNCATED = {"hager_zhang", "dai_kou"}
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-8, 0.3])
 @pytest.mark.parametrize("name", beta.BETA_RULES)
 def test_rule_is_the_textbook_formula(name, epsilon):
     rng = np.random.default_rng(0)
-    signs = set()
+    rule = jax.jit(beta.BETA_RULES[name])
+    signs, denominators, truncated = set(), set(), set()
     for _ in range(20):
         vectors = rng.normal(size=(5, 4))
-        expected = beta_value(name, *vectors, epsilon)
-        got = jax.jit(beta.BETA_RULES[name])(products(*vectors), epsilon)
+        length = rng.uniform(0.1, 5.0)
+        expected = beta_value(name, *vectors, length, epsilon)
+        got = rule(products(*vectors, length), epsilon)
         np.testing.assert_allclose(got, expected, rtol=1e-9)
-        signs.add(math.copysign(1, expected))
-    assert signs == {-1, 1}  # denominators of both signs were met
+        signs.add(np.sign(expected))
+        g, _, prev_g, _, prev_d = vectors
+        denominators.add(np.sign(prev_d @ (g - prev_g)))
+        # A length that is not known truncates nothing.
+        free = rule(products(*vectors, math.nan), epsilon)
+        assert expected >= free or math.isclose(expected, free, rel_tol=1e-9)
+        truncated.add(not math.isclose(expected, free, rel_tol=1e-9))
+    assert signs == ({0, 1} if name == "hybrid_hs_dy" else {-1, 1})
+    assert denominators == {-1, 1}
+    assert truncated == ({True, False} if name in TRUNCATED else {False})
 
 
-@pytest.mark.parametrize("name", beta.BETA_RULES)
-def test_values_by_hand(name):
-    # g·z = 6, its last value 3; g·d = 1, -3 before; so d·y = 4.
-    p = beta.InnerProducts(*(jnp.asarray(x, float) for x in (6, 3, 1, -3, 5, 8)))
-    expected = {
+# g·z = 6 and its last value 3 throughout.
+BY_HAND = {
+    # g·d = 1, -3 before; so d·y = 4. No length: no truncation.
+    (6, 3, 1, -3, 5, 8): {
         "fletcher_reeves": 2.0,
         "polak_ribiere": 5 / 3,
         "hestenes_stiefel": 1.25,
         "dai_yuan": 1.5,
         "hager_zhang": 1.25 - 2 * (8 / 4) * (1 / 4),
-    }[name]
+        "dai_kou": 1.25 - (8 / 4) * (1 / 4),
+        "hybrid_hs_dy": 1.25,  # Hestenes and Stiefel's
+        "liu_storey": 5 / 3,
+    },
+    # The same with g·w = 9.
+    (6, 3, 1, -3, 9, 8): {
+        "fletcher_reeves": 2.0,
+        "polak_ribiere": 3.0,
+        "hestenes_stiefel": 2.25,
+        "dai_yuan": 1.5,
+        "hager_zhang": 1.25,
+        "dai_kou": 1.75,
+        "hybrid_hs_dy": 1.5,  # Dai and Yuan's
+        "liu_storey": 3.0,
+    },
+    # g·d = -1, -5 before; d·y = 4 again; the bounds are -2/dMd and -1/(2 dMd).
+    **{
+        (6, 3, -1, -5, -8, 4, length): {
+            "fletcher_reeves": 2.0,
+            "polak_ribiere": -8 / 3,
+            "hestenes_stiefel": -2.0,
+            "dai_yuan": 1.5,
+            "hager_zhang": hager_zhang,
+            "dai_kou": dai_kou,
+            "hybrid_hs_dy": 0.0,
+            "liu_storey": -8 / 5,
+        }
+        for length, hager_zhang, dai_kou in (
+            (0.25, -1.5, -1.75),
+            (1, -1.5, -0.5),
+            (4, -0.5, -0.125),
+        )
+    },
+    # g·d = -5, -1 before: d·y = -4, of the other sign.
+    (6, 3, -5, -1, 8, 4, 2): {
+        "fletcher_reeves": 2.0,
+        "polak_ribiere": 8 / 3,
+        "hestenes_stiefel": -2.0,
+        "dai_yuan": -1.5,
+        "hager_zhang": -2 - 2 * (4 / -4) * (-5 / -4),
+        "dai_kou": -2 - (4 / -4) * (-5 / -4),
+        "hybrid_hs_dy": 0.0,
+        "liu_storey": 8.0,
+    },
+}
+
+
+@pytest.mark.parametrize("values", BY_HAND, ids=repr)
+@pytest.mark.parametrize("name", beta.BETA_RULES)
+def test_values_by_hand(name, values):
+    p = beta.InnerProducts(*(jnp.asarray(x, float) for x in values))
+    expected = BY_HAND[values][name]
     np.testing.assert_allclose(beta.BETA_RULES[name](p), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("length", [0.0, 7.0, math.nan])
+@pytest.mark.parametrize("slope", [0.0, 2.0])
 @pytest.mark.parametrize("name", beta.BETA_RULES)
-def test_a_zero_denominator_gives_zero(name):
-    p = beta.InnerProducts(*(jnp.asarray(x, float) for x in (6, 0, 2, 2, 5, 8)))
+def test_a_zero_denominator_gives_zero(name, slope, length):
+    values = (6, 0, slope, slope, 5, 8, length)
+    p = beta.InnerProducts(*(jnp.asarray(x, float) for x in values))
     rule = beta.BETA_RULES[name]
-    assert rule(p) == 0
+    # Here the denominator is the slope itself, and here the bound from below is not 0.
+    expected = 0.0
+    if slope and name == "liu_storey":
+        expected = -5 / 2
+    elif slope and length == 7:
+        expected = {"hager_zhang": 0.8 / 7, "dai_kou": 1 / 7}.get(name, 0.0)
+    np.testing.assert_allclose(rule(p), expected, rtol=1e-12)
     # No NaN hides behind the selection.
     gradient = jax.grad(lambda q: rule(q))(p)
     assert all(jnp.isfinite(leaf) for leaf in gradient)
@@ -82,8 +159,10 @@ def test_a_zero_denominator_gives_zero(name):
 @pytest.mark.parametrize("name", beta.BETA_RULES)
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**60])
 def test_without_epsilon_the_scale_of_the_loss_does_not_matter(name, scale):
-    g, z, prev_g, prev_z, prev_d = np.random.default_rng(1).normal(size=(5, 4))
-    plain = beta.BETA_RULES[name](products(g, z, prev_g, prev_z, prev_d))
-    # A preconditioned gradient keeps its size where M scales with the loss.
-    scaled = products(scale * g, z, scale * prev_g, prev_z, prev_d)
-    np.testing.assert_allclose(beta.BETA_RULES[name](scaled), plain, rtol=1e-12)
+    rng = np.random.default_rng(1)
+    g, z, prev_g, prev_z, prev_d = rng.normal(size=(5, 4))
+    for length in (0.05, 50.0):
+        plain = beta.BETA_RULES[name](products(g, z, prev_g, prev_z, prev_d, length))
+        # A preconditioned gradient keeps its size where M scales with the loss.
+        scaled = products(scale * g, z, scale * prev_g, prev_z, prev_d, scale * length)
+        np.testing.assert_allclose(beta.BETA_RULES[name](scaled), plain, rtol=1e-12)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracle import beta_value
+from oracle import beta_value, metric_length
 from problems import quadratic
 
 import nlcg_optax
@@ -176,26 +176,34 @@ OPTAX_PRECONDITIONERS = {
 
 
 @pytest.mark.standard_promotion  # optax's Adam promotes
-@pytest.mark.parametrize("rule", ["fletcher_reeves", "hager_zhang"])
+@pytest.mark.parametrize(
+    ("rule", "bounds"),
+    [("fletcher_reeves", (0, 1)), ("hager_zhang", (0, 1)), ("hager_zhang", UNBOUNDED)],
+)
 @pytest.mark.parametrize("name", OPTAX_PRECONDITIONERS)
-def test_any_transformation_is_a_preconditioner(name, rule):
+def test_any_transformation_is_a_preconditioner(name, rule, bounds):
     preconditioner = OPTAX_PRECONDITIONERS[name]()
-    tx = scale_by_conjugate_direction(rule, preconditioner, epsilon=0.0)
+    tx = scale_by_conjugate_direction(
+        rule, preconditioner, epsilon=0.0, beta_bounds=bounds
+    )
     params = jnp.arange(1.0, 6.0)
     rows = run(tx, [jnp.asarray(g) for g in GRADIENTS], params)
 
     inner = preconditioner.init(params)
     prev_g = prev_z = prev_d = None
+    length = 0.0
     for t, (g, (update, state)) in enumerate(zip(GRADIENTS, rows, strict=True)):
         z, inner = preconditioner.update(jnp.asarray(g), inner, params)
         z = np.asarray(z)
         b = 0.0
         if t:
-            b = beta_value(rule, g, z, prev_g, prev_z, prev_d, 0.0)
-            b = np.clip(b, 0, 1)
+            b = beta_value(rule, g, z, prev_g, prev_z, prev_d, length, 0.0)
+            b = np.clip(b, *bounds)
         d = -z + (b * prev_d if t else 0)
         np.testing.assert_allclose(state.beta, b, rtol=1e-9)
         np.testing.assert_allclose(update, -d, rtol=1e-9)
+        length = metric_length(b, g, z, prev_d, length)
+        np.testing.assert_allclose(state.prev_d_d, length, rtol=1e-9)
         prev_g, prev_z, prev_d = g, z, d
 
 
@@ -246,7 +254,10 @@ def test_a_callable_may_return_a_plain_number():
         ("dai_yuan", False, False),
         ("polak_ribiere", True, False),
         ("hestenes_stiefel", True, False),
+        ("hybrid_hs_dy", True, False),
+        ("liu_storey", True, False),
         ("hager_zhang", True, True),
+        ("dai_kou", True, True),
         (lambda p, epsilon: 0.0, True, True),
     ],
 )

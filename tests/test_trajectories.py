@@ -169,6 +169,10 @@ def test_every_combination_agrees_with_oracle(beta_rule, preconditioner, step_ru
         {"restart_every": 7, "restart_on_ascent": True, "preconditioner": None},
         {"beta_bounds": (-2.0, 3.0), "beta_rule": "hager_zhang"},
         {"beta_bounds": (-math.inf, math.inf), "beta_rule": "polak_ribiere"},
+        {"beta_bounds": (-math.inf, math.inf), "beta_rule": "liu_storey"},
+        {"beta_bounds": (-math.inf, math.inf), "beta_rule": "hybrid_hs_dy"},
+        {"epsilon": 1e-2, "beta_rule": "liu_storey"},
+        {"epsilon": 1e-2, "beta_rule": "dai_kou"},
         {"beta_bounds": (0.0, 0.0)},
         {"period": 1},
         {"period": 3, "threshold": 0.3},
@@ -186,6 +190,33 @@ def test_options_agree_with_oracle(options):
         assert got["restarts"][-1] > 0
     else:
         assert got["restarts"][-1] == 0
+
+
+@pytest.mark.parametrize("preconditioner", [None, "diagonal_bfgs"])
+@pytest.mark.parametrize("restart_every", [None, 4])
+@pytest.mark.parametrize("beta_rule", ["hager_zhang", "dai_kou"])
+def test_truncation_agrees_with_oracle(beta_rule, preconditioner, restart_every):
+    options = {
+        "beta_rule": beta_rule,
+        "preconditioner": preconditioner,
+        "beta_bounds": (-math.inf, math.inf),
+        "restart_every": restart_every,
+    }
+    got = check_against_oracle(options, seed=1, learning_rate=0.3)
+
+    # Without the bound from below, some of these steps would have gone elsewhere.
+    def free(p, epsilon):
+        rule = nlcg_optax.beta.BETA_RULES[beta_rule]
+        return rule(p._replace(prev_d_d=math.nan), epsilon)
+
+    seen = record(Oracle(**options), NonConvex(1), learning_rate=0.3)
+    inputs = (seen[name] for name in ("params", "gradient", "loss"))
+    options["beta_rule"] = free
+    untruncated = replay(options, np.full(30, 0.3), *inputs, jit=False)
+    first = np.flatnonzero(got["beta"] != untruncated["beta"])[0]
+    assert got["beta"][first] > untruncated["beta"][first]
+    # Nor does it bind always.
+    assert 1 < first < 29
 
 
 @pytest.mark.parametrize("step_rule", ["step", "online"])

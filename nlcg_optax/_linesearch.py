@@ -1,0 +1,486 @@
+"""A line search for conjugate directions: Hager and Zhang's."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nlcg_optax import _check, _tree
+
+INITIAL_STEPS = ("auto", "one", "quadratic")
+
+# What the next point is: one that doubles as a stage of the search.
+_EXPAND, _BISECT, _SECANT, _SECOND_SECANT, _MIDPOINT = range(5)
+
+
+class HagerZhangLinesearchInfo(NamedTuple):
+    """What the last search did.
+
+    Attributes:
+      num_linesearch_steps: points evaluated, int32 scalar; each gave a value and a
+        gradient.
+      nonfinite: how many of them were not finite, int32 scalar.
+      success: whether the accepted point satisfies the (approximate) Wolfe conditions.
+        Otherwise the best point seen was taken, which may be the starting point.
+    """
+
+    num_linesearch_steps: jax.Array
+    nonfinite: jax.Array
+    success: jax.Array
+
+
+class HagerZhangLinesearchState(NamedTuple):
+    """State of :func:`scale_by_hager_zhang_linesearch`.
+
+    Attributes:
+      count: searches made, int32 scalar.
+      learning_rate: the last step accepted.
+      value: value at the accepted point, for ``optax.value_and_grad_from_state``.
+      grad: gradient at the accepted point, likewise.
+      prev_slope: slope along the last direction where its search began.
+      value_scale: the running average of the values' size, C in the papers.
+      value_weight: the weight that this average has gathered, Q in the papers.
+      info: what the last search did.
+    """
+
+    count: jax.typing.ArrayLike
+    learning_rate: jax.Array
+    value: jax.Array
+    grad: optax.Updates
+    prev_slope: jax.Array
+    value_scale: jax.Array
+    value_weight: jax.Array
+    info: HagerZhangLinesearchInfo
+
+
+class _Point(NamedTuple):
+    """A point on the line: its step, value and slope."""
+
+    step: jax.Array
+    value: jax.Array
+    slope: jax.Array
+
+
+class _Search(NamedTuple):
+    """State of one search: an interval [low, high] and the point to try next.
+
+    ``low`` has a negative slope and a value no higher than the start's (up to the
+    tolerance). ``high`` is the other end: a point of non-negative slope, or, while
+    bisecting, one too high. The best point is the one to be taken if nothing better
+    comes.
+    """
+
+    stage: jax.Array
+    trial: jax.Array
+    low: _Point
+    high: _Point
+    width: jax.Array
+    count: jax.Array
+    nonfinite: jax.Array
+    accepted: jax.Array
+    exhausted: jax.Array
+    best: _Point
+    best_grad: Any
+
+
+def scale_by_hager_zhang_linesearch(
+    max_linesearch_steps: int = 20,
+    *,
+    delta: float = 1e-3,
+    sigma: float = 0.9,
+    epsilon: float = 1e-6,
+    initial_step: str = "quadratic",
+    axis_name: _tree.AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales updates by Hager & Zhang's line search (2005, 2006).
+
+    Along :math:`\phi(\alpha) = f(x + \alpha u)`, with u the incoming update, a step is
+    accepted if it satisfies the Wolfe conditions
+
+    .. math::
+        \phi(\alpha) - \phi(0) \le \delta \alpha \phi'(0), \qquad
+        \phi'(\alpha) \ge \sigma \phi'(0),
+
+    or, where rounding hides differences of :math:`\phi`, the approximate ones, which
+    need only slopes to be told apart:
+
+    .. math::
+        (2 \delta - 1) \phi'(0) \ge \phi'(\alpha) \ge \sigma \phi'(0), \qquad
+        \phi(\alpha) \le \phi(0) + \epsilon_k .
+
+    The latter count only where :math:`\phi` changed by less than a thousandth of the
+    average of :math:`|f|`: further away they would accept any point that is level.
+
+    The search expands until a minimum is bracketed, then takes secant² steps, each
+    pair followed by a bisection if it did not shrink the interval enough. Deviation
+    from the papers: while the values at the ends of the interval can be told apart, the
+    minimum of the cubic through them (and the slopes) replaces the pair of secants. A
+    point where the value or the slope is not finite is backed off from. Each point
+    costs one evaluation of the value and the gradient together, and there is one call
+    of the objective in the compiled program.
+
+    :math:`\epsilon_k` is ``epsilon`` times the running average of :math:`|f|`, and at
+    least four units in the last place of it: in float32 the approximate conditions
+    would otherwise fail on rounding alone.
+
+    Args:
+      max_linesearch_steps: points evaluated at most in one search. When they are used
+        up the best point is taken, at worst the starting point (a zero update).
+      delta: δ, of sufficient decrease, in (0, 1/2).
+      sigma: σ, of curvature, from δ to 1.
+      epsilon: relative error tolerated in the value.
+      initial_step: the first point tried. ``"quadratic"`` guesses from the last step
+        (for conjugate gradient): the step that makes the first-order change what it was
+        in the last search. ``"one"`` is 1, for directions that carry a scale
+        (quasi-Newton). ``"auto"`` is 1 too, but for the first search. Where there is no
+        last step, it is 1% of the size of x, or such as to change the value by 1%
+        where x is zero.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
+        leaf is sharded; None where the trees are whole, as they are under `jit`.
+
+    Returns:
+      A transformation to be placed last, where updates are descent directions. Its
+      `update` needs `params` and, as in ``optax.scale_by_zoom_linesearch``, the keyword
+      arguments ``value``, ``grad`` (what ``jax.grad`` returns, for complex leaves
+      too), and ``value_fn``; those extra arguments that ``value_fn`` names are passed
+      on to it. The accepted point's value and gradient are in the state, where
+      ``optax.value_and_grad_from_state`` finds them.
+
+    Raises:
+      ValueError: when built, for an argument out of range; in `update`, if something it
+        needs is missing.
+
+    Rosenbrock's valley with Hager & Zhang's direction:
+
+    >>> import jax.numpy as jnp
+    >>> import math
+    >>> import optax
+    >>> import nlcg_optax
+    >>> def value_fn(x):
+    ...     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+    >>> tx = nlcg_optax.nlcg(
+    ...     1.0,
+    ...     beta_rule="hager_zhang",
+    ...     preconditioner=None,
+    ...     beta_bounds=(-math.inf, math.inf),
+    ...     step_rule=nlcg_optax.scale_by_hager_zhang_linesearch(),
+    ... )
+    >>> x = jnp.array([-1.2, 1.0])
+    >>> state = tx.init(x)
+    >>> value_and_grad = optax.value_and_grad_from_state(value_fn)
+    >>> for _ in range(60):
+    ...     value, grad = value_and_grad(x, state=state)
+    ...     updates, state = tx.update(
+    ...         grad, state, x, value=value, grad=grad, value_fn=value_fn
+    ...     )
+    ...     x = x + updates
+    >>> print(x.round(3))
+    [1. 1.]
+    """
+    _check.number("max_linesearch_steps", max_linesearch_steps, minimum=1, integer=True)
+    _check.number("delta", delta, minimum=0, exclusive=True)
+    _check.number("sigma", sigma, minimum=delta)
+    _check.number("epsilon", epsilon, minimum=0)
+    if delta >= 0.5 or sigma >= 1:
+        raise ValueError(
+            f"delta={delta!r}, sigma={sigma!r} are not valid: expected delta < 1/2 and "
+            "sigma < 1."
+        )
+    _check.one_of("initial_step", initial_step, INITIAL_STEPS)
+
+    def init_fn(params: optax.Params) -> HagerZhangLinesearchState:
+        dtype = _tree.scalar_dtype(params)
+        return HagerZhangLinesearchState(
+            count=jnp.zeros([], jnp.int32),
+            learning_rate=jnp.ones([], dtype),
+            value=jnp.asarray(jnp.inf, dtype),
+            grad=_tree.zeros_like(params),
+            prev_slope=jnp.zeros([], dtype),
+            value_scale=jnp.zeros([], dtype),
+            value_weight=jnp.zeros([], dtype),
+            info=HagerZhangLinesearchInfo(
+                num_linesearch_steps=jnp.zeros([], jnp.int32),
+                nonfinite=jnp.zeros([], jnp.int32),
+                success=jnp.ones([], bool),
+            ),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        value: jax.typing.ArrayLike | None = None,
+        grad: optax.Updates | None = None,
+        value_fn: Callable[..., Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        if params is None or value is None or grad is None or value_fn is None:
+            raise ValueError(
+                "A line search needs the objective. Call `update(grads, state, params, "
+                "value=value, grad=grad, value_fn=value_fn)` with the objective and "
+                "its value and gradient at the parameters."
+            )
+        _tree.check_match(updates, state.grad, "the optimizer's state")
+        dtype = state.learning_rate.dtype
+        value_and_grad = jax.value_and_grad(_with_known_arguments(value_fn, extra_args))
+
+        def evaluate(step):
+            def move(x, u):
+                lifted = _tree.lift(u)
+                scaled = _tree.scalar_like(step, lifted) * lifted
+                return (_tree.lift(x) + scaled).astype(x.dtype)
+
+            value, grad = value_and_grad(jax.tree.map(move, params, updates))
+            value = jnp.asarray(value).astype(dtype)
+            return _Point(step, value, _slope(grad, updates, dtype, axis_name)), grad
+
+        zero = jnp.zeros([], dtype)
+        start = _Point(
+            step=zero,
+            value=jnp.asarray(value).astype(dtype),
+            slope=_slope(grad, updates, dtype, axis_name),
+        )
+        # C of the papers: an average of |f|, with a memory of about three searches.
+        weight = 1 + 0.7 * state.value_weight
+        scale = state.value_scale + (jnp.abs(start.value) - state.value_scale) / weight
+        ulp = jnp.finfo(dtype).eps
+        tolerance = jnp.maximum(epsilon * scale, 4 * ulp * jnp.abs(start.value))
+        ceiling = start.value + tolerance
+
+        search = jax.lax.while_loop(
+            lambda s: ~s.accepted & ~s.exhausted & (s.count < max_linesearch_steps),
+            functools.partial(
+                _advance,
+                start=start,
+                ceiling=ceiling,
+                small_change=_SMALL_CHANGE * scale + tolerance,
+                evaluate=evaluate,
+                delta=delta,
+                sigma=sigma,
+            ),
+            _Search(
+                stage=jnp.asarray(_EXPAND, jnp.int32),
+                trial=_initial_step(
+                    initial_step, state, start, params, updates, axis_name
+                ),
+                low=start,
+                high=start,
+                width=zero,
+                count=jnp.zeros([], jnp.int32),
+                nonfinite=jnp.zeros([], jnp.int32),
+                accepted=jnp.zeros([], bool),
+                # Uphill or not finite: there is nothing to search.
+                exhausted=~((start.slope < 0) & jnp.isfinite(start.value)),
+                best=start,
+                best_grad=_tree.cast_like(grad, state.grad),
+            ),
+        )
+        step = search.best.step
+
+        def scaled(u):
+            lifted = _tree.lift(u)
+            # Not 0·u: a direction that is not finite gives no step, rather than NaN.
+            moved = _tree.scalar_like(step, lifted) * lifted
+            return jnp.where(step > 0, moved, 0).astype(u.dtype)
+
+        return jax.tree.map(scaled, updates), HagerZhangLinesearchState(
+            count=optax.safe_increment(state.count),
+            learning_rate=jnp.where(step > 0, step, state.learning_rate),
+            value=search.best.value,
+            grad=search.best_grad,
+            prev_slope=start.slope,
+            value_scale=scale,
+            value_weight=weight,
+            info=HagerZhangLinesearchInfo(
+                num_linesearch_steps=search.count,
+                nonfinite=search.nonfinite,
+                success=search.accepted,
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+_SMALL_CHANGE = 1e-3  # ω of the papers
+_EXPANSION = 5.0  # ρ of the papers
+_SHRINKAGE = 0.66  # γ of the papers
+
+
+def _advance(
+    search: _Search,
+    start: _Point,
+    ceiling: jax.Array,
+    small_change: jax.Array,
+    evaluate: Callable[[jax.Array], tuple[_Point, Any]],
+    *,
+    delta: float,
+    sigma: float,
+) -> _Search:
+    """Evaluates the trial point, then accepts it or names the next one."""
+    point, grad = evaluate(search.trial)
+    finite = jnp.isfinite(point.value) & jnp.isfinite(point.slope)
+    wolfe = point.value - start.value <= delta * point.step * start.slope
+    approximate = (
+        (point.slope <= (2 * delta - 1) * start.slope)
+        & (point.value <= ceiling)
+        & (jnp.abs(point.value - start.value) <= small_change)
+    )
+    accepted = finite & (point.slope >= sigma * start.slope) & (wolfe | approximate)
+    better = accepted | (finite & (point.value < search.best.value))
+
+    # Where the point lies, by the rules U1, U2 and U3.
+    rising = finite & (point.slope >= 0)
+    low_enough = finite & (point.slope < 0) & (point.value <= ceiling)
+    too_high = ~rising & ~low_enough
+
+    stage = search.stage
+    expanding = stage == _EXPAND
+    low = _tree.where(low_enough, point, search.low)
+    high = _tree.where(low_enough & ~expanding, search.high, point)
+    # While expanding, a point low enough becomes the lower end and there is no upper.
+    expand = expanding & low_enough
+    # Only bisection leads out of an interval whose upper end is too high, and it goes
+    # on until that end rises.
+    bisect = too_high | ((stage == _BISECT) & low_enough)
+
+    # Between points whose values can be told apart a cubic knows most; near a minimum,
+    # where rounding hides their difference, secants go by the slopes alone.
+    dtype = start.value.dtype
+    visible = jnp.finfo(dtype).eps ** (2 / 3) * jnp.maximum(
+        jnp.abs(low.value), jnp.abs(high.value)
+    )
+    by_value = jnp.abs(high.value - low.value) > visible
+    # S2 and S3: a second secant through the end that was just replaced.
+    replaced = _tree.where(low_enough, search.low, search.high)
+    second = _secant(replaced, point)
+    inside = ~by_value & (second > low.step) & (second < high.step)
+    take_second = (stage == _SECANT) & inside
+    to_midpoint = (((stage == _SECANT) & ~inside) | (stage == _SECOND_SECANT)) & (
+        high.step - low.step > _SHRINKAGE * search.width
+    )
+
+    middle = low.step + 0.5 * (high.step - low.step)
+    first = jnp.where(by_value, _cubic(low, high), _secant(low, high))
+    usable = (first > low.step) & (first < high.step)
+    back_off = low.step + jnp.where(finite, 0.5, 0.1) * (high.step - low.step)
+    cases = (
+        (expand, _EXPANSION * point.step, _EXPAND),
+        (bisect, jnp.where(too_high, back_off, middle), _BISECT),
+        (take_second, second, _SECOND_SECANT),
+        (to_midpoint, middle, _MIDPOINT),
+    )
+    trial, next_stage = jnp.where(usable, first, middle), _SECANT
+    for condition, step, name in reversed(cases):
+        trial = jnp.where(condition, step, trial)
+        next_stage = jnp.where(condition, name, next_stage)
+    starts_anew = ~(expand | bisect | take_second | to_midpoint)
+    width = jnp.where(starts_anew, high.step - low.step, search.width)
+    # No number lies strictly between the ends (or beyond the last one).
+    exhausted = jnp.where(
+        expand,
+        ~jnp.isfinite(trial),
+        (trial <= low.step) | (trial >= high.step),
+    )
+    return _Search(
+        stage=jnp.asarray(next_stage, jnp.int32),
+        trial=trial,
+        low=low,
+        high=high,
+        width=width,
+        count=search.count + 1,
+        nonfinite=search.nonfinite + (~finite).astype(jnp.int32),
+        accepted=accepted,
+        exhausted=exhausted,
+        best=_tree.where(better, point, search.best),
+        best_grad=jax.tree.map(
+            lambda new, old: jnp.where(better, new.astype(old.dtype), old),
+            grad,
+            search.best_grad,
+        ),
+    )
+
+
+def _secant(a: _Point, b: _Point) -> jax.Array:
+    """Where the slope is zero by the line through two slopes; NaN if it is level."""
+    rise = b.slope - a.slope
+    level = rise == 0
+    zero = a.step - a.slope * (b.step - a.step) / jnp.where(level, 1, rise)
+    return jnp.where(level, jnp.nan, zero)
+
+
+def _cubic(a: _Point, b: _Point) -> jax.Array:
+    """The minimum of the cubic through two values and slopes; NaN if it has none."""
+    h = b.step - a.step
+    c = a.slope + b.slope - 3 * (b.value - a.value) / h
+    discriminant = jnp.square(c) - a.slope * b.slope
+    root = jnp.sqrt(jnp.maximum(discriminant, 0))
+    denominator = b.slope - a.slope + 2 * root
+    exists = (discriminant >= 0) & (denominator != 0)
+    step = b.step - h * (b.slope + root - c) / jnp.where(exists, denominator, 1)
+    return jnp.where(exists, step, jnp.nan)
+
+
+def _slope(grad: Any, updates: Any, dtype: Any, axis_name: Any) -> jax.Array:
+    """The derivative of the value along `updates`."""
+
+    def integrand(g, u):
+        return [_tree.real_inner(jnp.conj(g), u)]  # jax.grad's is the conjugate
+
+    (slope,) = _tree.reduce_products(
+        integrand, grad, updates, dtype=dtype, axis_name=axis_name
+    )
+    return slope
+
+
+def _initial_step(
+    kind: str,
+    state: Any,
+    start: _Point,
+    params: Any,
+    updates: Any,
+    axis_name: _tree.AxisName | None,
+) -> jax.Array:
+    """The first step to try."""
+    one = jnp.ones_like(start.step)
+    if kind == "one":
+        return one
+    size, length = (
+        _tree.max_abs(tree, dtype=one.dtype, axis_name=axis_name)
+        for tree in (params, updates)
+    )
+
+    def ratio(a, b):
+        """The quotient, or 0 where that is no positive number."""
+        quotient = a / jnp.where(b == 0, 1, b)
+        usable = (b != 0) & jnp.isfinite(quotient) & (quotient > 0)
+        return jnp.where(usable, quotient, 0)
+
+    fresh = ratio(0.01 * size, length)
+    fresh = jnp.where(
+        fresh > 0, fresh, ratio(0.01 * jnp.abs(start.value), jnp.abs(start.slope))
+    )
+    fresh = jnp.where(fresh > 0, fresh, one)
+    if kind == "auto":
+        later = one
+    else:
+        change = ratio(state.learning_rate * state.prev_slope, start.slope)
+        later = jnp.where(change > 0, change, state.learning_rate)
+    return jnp.where(state.count == 0, fresh, later)
+
+
+def _with_known_arguments(
+    value_fn: Callable[..., Any], extra_args: dict[str, Any]
+) -> Callable[[Any], Any]:
+    """Binds those of the extra arguments that the function names."""
+    parameters = inspect.signature(value_fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = extra_args
+    else:
+        names = [p.name for p in parameters]
+        known = {key: value for key, value in extra_args.items() if key in names}
+    return lambda params: value_fn(params, **known)

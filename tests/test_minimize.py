@@ -1,0 +1,376 @@
+import functools
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nlcg_optax
+from nlcg_optax import minimize
+
+
+def rosenbrock(x):
+    return jnp.sum((1 - x[:-1]) ** 2 + 100 * (x[1:] - x[:-1] ** 2) ** 2)
+
+
+def quadratic(x, hessian, b):
+    return 0.5 * x @ hessian @ x - b @ x
+
+
+PROBLEM = jnp.diag(jnp.array([1.0, 3.0, 9.0, 27.0])) + 0.5
+
+
+def exact_search(hessian):
+    """The line search that a quadratic allows."""
+
+    def update(updates, state, params=None, *, grad, **extra_args):
+        del params, extra_args
+        step = -(grad @ updates) / (updates @ hessian @ updates)
+        return step * updates, state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update
+    )
+
+
+@pytest.mark.parametrize(
+    ("beta_rule", "preconditioner"),
+    [
+        ("hager_zhang", None),
+        ("dai_kou", None),
+        ("hestenes_stiefel", None),
+        ("liu_storey", None),
+        ("auto", "lbfgs"),
+    ],
+)
+def test_quadratic_of_n_variables_takes_n_steps(x64, beta_rule, preconditioner):
+    hessian = PROBLEM.astype(jnp.float64)
+    b = jnp.ones(4)
+    result = minimize(
+        quadratic,
+        jnp.array([1.0, -2.0, 3.0, 0.5]),
+        hessian,
+        b,
+        beta_rule=beta_rule,
+        preconditioner=preconditioner,
+        line_search=exact_search(hessian),
+        max_iter=4,
+    )
+    assert result.iterations == 4
+    np.testing.assert_allclose(result.params, np.linalg.solve(hessian, b), rtol=1e-6)
+
+
+@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal_bfgs", None])
+def test_rosenbrock(x64, preconditioner):
+    start = jnp.array([-1.2, 1.0, -1.2, 1.0])
+    result = minimize(rosenbrock, start, preconditioner=preconditioner, gtol=1e-9)
+    np.testing.assert_allclose(result.params, jnp.ones(4), atol=1e-5)
+    assert result.value_evaluations < {"lbfgs": 100}.get(preconditioner, 1000)
+    assert "gradient is small enough" in result.message and result.success
+
+
+def test_float32_stops_and_says_why():
+    start = jnp.array([-1.2, 1.0], jnp.float32)
+    result = minimize(rosenbrock, start)
+    assert result.params.dtype == result.value.dtype == jnp.float32
+    np.testing.assert_allclose(result.params, [1, 1], atol=1e-3)
+    # A tolerance below the precision: it gives up at the minimum, soon.
+    result = minimize(lambda x: 3.0 + rosenbrock(x), start, gtol=0.0)
+    assert result.value_evaluations < 300
+    np.testing.assert_allclose(result.params, [1, 1], atol=2e-3)
+    assert "no lower point" in result.message or "gradient" in result.message
+
+
+def test_every_point_is_evaluated_once():
+    """What the result counts is what was evaluated, value and gradient together."""
+    points = []
+
+    def fun(x):
+        jax.debug.callback(lambda x: points.append(x.tobytes()), x)
+        return rosenbrock(x)
+
+    result = minimize(fun, jnp.array([-1.2, 1.0], jnp.float32))
+    jax.effects_barrier()
+    assert len(points) == len(set(points)) == result.value_evaluations
+    assert result.grad_evaluations == result.value_evaluations
+
+
+def test_trees_of_real_and_complex_leaves_and_aux():
+    target = {"a": jnp.array([1.0, 2.0]), "b": (jnp.array(1 + 2j, jnp.complex64),)}
+
+    def fun(params, target, weight):
+        errors = jax.tree.map(
+            lambda x, y: jnp.sum(jnp.abs(x - y) ** 2 * (1 + jnp.abs(x) ** 2)),
+            params,
+            target,
+        )
+        errors = jax.tree.leaves(errors)
+        return weight * errors[0] + errors[1], {"errors": errors}
+
+    start = jax.tree.map(jnp.zeros_like, target)
+    for preconditioner in ("lbfgs", None):
+        result = minimize(
+            fun, start, target, 3.0, has_aux=True, preconditioner=preconditioner
+        )
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-3),
+            result.params,
+            target,
+        )
+        assert jax.tree.structure(result.params) == jax.tree.structure(target)
+        total = 3 * result.aux["errors"][0] + result.aux["errors"][1]
+        np.testing.assert_allclose(total, result.value, rtol=1e-6)
+        assert result.grad_evaluations == result.value_evaluations - 1
+
+
+def test_vmap_lets_each_problem_stop_by_itself():
+    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]], jnp.float32)
+    solve = functools.partial(minimize, rosenbrock)
+    together = jax.jit(jax.vmap(solve))(starts)
+    alone = [solve(start) for start in starts]
+    assert together.iterations.tolist() == [int(r.iterations) for r in alone]
+    assert len(set(together.iterations.tolist())) == 3
+    np.testing.assert_allclose(together.params, [r.params for r in alone], rtol=1e-6)
+    evaluations = [int(r.value_evaluations) for r in alone]
+    assert together.value_evaluations.tolist() == evaluations
+    assert together.message == [r.message for r in alone]
+
+
+def test_a_batch_keeps_the_reasons_apart():
+    def fun(x, kind):
+        return jnp.where(kind == 0, jnp.sum(x**2), jnp.where(kind == 1, jnp.nan, 0.0))
+
+    kinds = jnp.arange(2)
+    result = jax.vmap(lambda kind: minimize(fun, jnp.ones(2), kind))(kinds)
+    assert "gradient is small" in result.message[0]
+    assert "not finite at the starting point" in result.message[1]
+    np.testing.assert_array_equal(result.params[1], jnp.ones(2))
+    assert result.success.tolist() == [True, False]
+
+
+def test_backs_off_from_regions_that_are_not_finite(x64):
+    def fun(x):  # -log x: undefined on the left, where the first step leads
+        return jnp.sum(x - jnp.log(x)) + jnp.where(jnp.any(x > 50), jnp.nan, 0.0)
+
+    result = minimize(fun, jnp.array([1e-3, 40.0]))
+    np.testing.assert_allclose(result.params, jnp.ones(2), rtol=1e-5)
+    assert result.success
+
+
+def test_status_in_words(x64):
+    start = jnp.array([-1.2, 1.0])
+    assert "max_iter" in minimize(rosenbrock, start, max_iter=3).message
+    assert minimize(rosenbrock, start, max_iter=3).iterations == 3
+    assert minimize(rosenbrock, start, max_iter=0).value_evaluations == 1
+    assert "ftol" in minimize(rosenbrock, start, ftol=1e-3).message
+    # A kink: slopes promise a descent that the values deny.
+    kink = minimize(lambda x: jnp.sum(jnp.sqrt(jnp.abs(x - 1.0))), jnp.ones(2) * 1.5)
+    assert not kink.success and "stopped" in kink.message
+
+    def cliff(x):  # defined at the starting point alone
+        return jnp.where(jnp.all(x == 1.0), jnp.sum(x), jnp.nan)
+
+    result = minimize(cliff, jnp.ones(2))
+    assert "not finite" in result.message
+    np.testing.assert_array_equal(result.params, jnp.ones(2))
+
+
+def test_composes_with_the_line_searches_of_optax():
+    start = jnp.array([-1.2, 1.0], jnp.float32)
+    searches = {
+        "zoom": optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one"),
+        "backtracking": optax.scale_by_backtracking_linesearch(30, store_grad=True),
+        "no store": optax.scale_by_backtracking_linesearch(30),
+        "fixed": optax.scale(1e-3),
+    }
+    for name, search in searches.items():
+        with jax.numpy_dtype_promotion("standard"):  # optax's own are not strict
+            result = minimize(
+                rosenbrock,
+                start,
+                line_search=search,
+                max_iter=2000,
+                preconditioner=None if name == "fixed" else "lbfgs",
+                beta_rule=None if name == "fixed" else "auto",
+            )
+        assert result.value < (0.1 if name == "fixed" else 1e-4), name
+        assert result.value_evaluations >= result.iterations
+
+
+def test_chain_of_the_alias_with_the_line_searches_of_optax():
+    def solve(search, steps):
+        tx = nlcg_optax.nlcg(
+            1.0,
+            beta_rule="hybrid_hs_dy",
+            preconditioner=None,
+            beta_bounds=(0.0, 1e10),
+            restart_on_ascent=True,
+            step_rule=search,
+        )
+        value_and_grad = optax.value_and_grad_from_state(rosenbrock)
+
+        def step(_, carry):
+            x, state = carry
+            value, grad = value_and_grad(x, state=state)
+            updates, state = tx.update(
+                grad, state, x, value=value, grad=grad, value_fn=rosenbrock
+            )
+            return optax.apply_updates(x, updates), state
+
+        x = jnp.array([-1.2, 1.0], jnp.float32)
+        x, _ = jax.jit(lambda x: jax.lax.fori_loop(0, steps, step, (x, tx.init(x))))(x)
+        return rosenbrock(x)
+
+    with jax.numpy_dtype_promotion("standard"):
+        assert solve(optax.scale_by_zoom_linesearch(20), 150) < 1e-4
+        search = optax.scale_by_backtracking_linesearch(30, store_grad=True)
+        assert solve(search, 400) < 1e-2
+    assert solve(nlcg_optax.scale_by_hager_zhang_linesearch(), 150) < 1e-4
+
+
+def test_implicit_derivatives_match_finite_differences(x64):
+    def scalar(theta, closed):
+        def fun(x, theta):
+            return (
+                jnp.sum(jnp.cosh(x - theta["a"]))
+                + theta["b"] * jnp.sum(x[:2] * x[1:])
+                + jnp.sum(closed * x) ** 2
+            )
+
+        result = minimize(fun, jnp.zeros(3), theta, gtol=1e-13)
+        weights = jnp.array([1.0, -2.0, 0.3])
+        return weights @ result.params**2 + 5 * result.value
+
+    theta = {"a": jnp.array([0.3, -0.2, 0.9]), "b": jnp.asarray(0.4)}
+    closed = jnp.array([0.2, 0.5, -0.1])
+    flat, unravel = jax.flatten_util.ravel_pytree((theta, closed))
+    # One compilation for all: along every axis, and along all at once.
+    h = 1e-5
+    steps = h * np.concatenate([np.eye(flat.size), -np.eye(flat.size)])
+    values = jax.jit(jax.vmap(lambda flat: scalar(*unravel(flat))))(flat + steps)
+    numeric = (values[: flat.size] - values[flat.size :]) / (2 * h)
+    grads = jax.jit(jax.grad(lambda flat: scalar(*unravel(flat))))(flat)
+    np.testing.assert_allclose(grads, numeric, rtol=1e-4, atol=1e-7)
+    # Forwards as well.
+    tangent = jax.jvp(scalar, (theta, closed), unravel(jnp.arange(1.0, flat.size + 1)))[
+        1
+    ]
+    expected = numeric @ np.arange(1.0, flat.size + 1)
+    np.testing.assert_allclose(tangent, expected, rtol=1e-4)
+
+
+def test_implicit_derivative_of_complex_parameters_and_batches(x64):
+    def fun(z, c):  # its minimum is at z = c, whatever the scale of the imaginary part
+        return jnp.real(z - c) ** 2 + 3 * jnp.imag(z - c) ** 2
+
+    def distance(c):
+        z = minimize(fun, jnp.asarray(0j), jax.lax.complex(c[0], c[1])).params
+        return jnp.real(z) * 2 + jnp.imag(z) ** 2
+
+    cs = jnp.array([[1.0, 2.0], [-3.0, 0.5]])
+    grads = jax.jit(jax.vmap(jax.grad(distance)))(cs)
+    np.testing.assert_allclose(grads, [[2.0, 4.0], [2.0, 1.0]], rtol=1e-6)
+
+
+def test_derivative_by_the_starting_point_is_zero():
+    def run(start):
+        return minimize(rosenbrock, start).params[0]
+
+    np.testing.assert_array_equal(jax.grad(run)(jnp.zeros(2)), [0, 0])
+
+
+def test_runs_under_optimistix():
+    optimistix = pytest.importorskip("optimistix")
+    with jax.numpy_dtype_promotion("standard"):
+        solver = optimistix.OptaxMinimiser(
+            nlcg_optax.nlcg(
+                1.0,
+                beta_rule="hager_zhang",
+                preconditioner=None,
+                beta_bounds=(-math.inf, math.inf),
+                restart_on_ascent=True,
+                step_rule=nlcg_optax.scale_by_hager_zhang_linesearch(),
+            ),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        solution = optimistix.minimise(
+            lambda x, _: rosenbrock(x), solver, jnp.array([-1.2, 1.0]), max_steps=500
+        )
+    np.testing.assert_allclose(solution.value, [1, 1], atol=1e-2)
+
+
+def test_callback_and_progress(capsys):
+    seen = []
+    result = minimize(
+        rosenbrock, jnp.zeros(2), callback=seen.append, progress=True, max_iter=5
+    )
+    jax.effects_barrier()
+    assert [int(info.iteration) for info in seen] == [1, 2, 3, 4, 5]
+    assert int(seen[-1].value_evaluations) == result.value_evaluations
+    np.testing.assert_allclose(seen[-1].params, result.params)
+    assert capsys.readouterr().out.count("iteration") == 5
+
+
+def test_a_second_call_does_not_compile_again():
+    start = jnp.array([0.5, 2.0], jnp.float32)
+    minimize(rosenbrock, start)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "value_and_grad", None)  # tracing again would call it
+        minimize(rosenbrock, start + 1)
+
+
+def test_arguments_are_checked():
+    for options in (
+        {"preconditioner": "newton"},
+        {"beta_rule": "newton"},
+        {"line_search": "newton"},
+        {"max_iter": -1},
+        {"gtol": -1.0},
+        {"ftol": -1.0},
+        {"memory_size": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            minimize(rosenbrock, jnp.zeros(2), **options)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from nlcg_optax import minimize
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+def fun(p, c):
+    return jnp.sum((p["w"] ** 2 - c) ** 2) + jnp.sum((p["b"] - jnp.mean(p["w"])) ** 2)
+c = jnp.arange(1.0, 9.0)
+p = {"w": jnp.full(8, 2.0), "b": jnp.zeros(3)}
+plain = minimize(fun, p, c)
+put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+sharded = {"w": put(p["w"], P("x")), "b": put(p["b"], P())}
+result = minimize(fun, sharded, put(c, P("x")))
+assert result.params["w"].sharding.spec == P("x"), result.params["w"].sharding
+assert len(result.params["w"].addressable_shards) == 4
+np.testing.assert_allclose(result.params["w"], plain.params["w"], rtol=1e-3)
+np.testing.assert_allclose(result.params["w"], jnp.sqrt(c), rtol=1e-3)
+assert result.success, result.message
+"""
+
+
+def test_sharded_parameters():
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(pathlib.Path(nlcg_optax.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
