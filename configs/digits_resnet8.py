@@ -1,6 +1,9 @@
 """ResNet-8 on scikit-learn's digits, full batch: the default, made for a laptop.
 
 python examples/train.py --config=configs/digits_resnet8.py --workdir=runs/digits
+
+Result (jax 0.10.2, 2 CPU cores): test accuracy 0.9833, 0.9944, 0.9861 for seeds 0, 1, 2,
+mean 0.9880; momentum, tuned on the same rates, 0.9880 (benchmarks/digits/results.md).
 """
 
 from nlcg_optax.training.config import base_config
