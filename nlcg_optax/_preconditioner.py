@@ -102,12 +102,7 @@ def scale_by_diagonal_bfgs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "params=None: the diagonal of BFGS needs the parameters. Call "
-                "`update(grads, state, params)`."
-            )
-        _tree.check_match(updates, params, "the parameters")
+        _tree.check_params(updates, params, "the diagonal of BFGS")
         _tree.check_match(updates, state.prev_grad, "the optimizer's state")
 
         first = state.count == 0
@@ -271,12 +266,7 @@ def scale_by_limited_memory_bfgs(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "params=None: limited-memory BFGS needs the parameters. Call "
-                "`update(grads, state, params)`."
-            )
-        _tree.check_match(updates, params, "the parameters")
+        _tree.check_params(updates, params, "limited-memory BFGS")
         _tree.check_match(updates, state.prev_grad, "the optimizer's state")
         dtype = state.scale.dtype
 

@@ -263,12 +263,7 @@ def scale_by_lars(
         state: Any,
         params: optax.Params | None = None,
     ) -> tuple[optax.Updates, Any]:
-        if params is None:
-            raise ValueError(
-                "params=None: layerwise scaling needs the parameters. Call "
-                "`update(grads, state, params)`."
-            )
-        _tree.check_match(updates, params, "the parameters")
+        _tree.check_params(updates, params, "layerwise scaling")
 
         def squares(g, w):
             return [_tree.abs_sq(g), _tree.abs_sq(w)]

@@ -159,3 +159,19 @@ def check_match(updates: Any, expected: Any, name: str) -> None:
                 f"'{jax.tree_util.keystr(path)}' has shape {jnp.shape(leaf)}, expected "
                 f"{jnp.shape(other)}."
             )
+
+
+def check_params(updates: Any, params: Any, name: str) -> None:
+    """Raises unless `update` was given parameters, and gradients that match them.
+
+    Args:
+      updates: the gradients given to `update`.
+      params: the parameters given to it, or None.
+      name: what needs them, for the message.
+    """
+    if params is None:
+        raise ValueError(
+            f"params=None: {name} needs the parameters. Call "
+            "`update(grads, state, params)`."
+        )
+    check_match(updates, params, "the parameters")
