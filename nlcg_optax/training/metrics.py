@@ -53,6 +53,14 @@ class MetricsWriter:
         self._events.close()
 
 
+class Silence:
+    """Stands in for a writer or a bar in all processes but the first."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Any method, which does nothing."""
+        return lambda *args, **kwargs: None
+
+
 def _line(row: Mapping[str, Any]) -> str:
     finite = {
         key: str(value)
@@ -167,12 +175,21 @@ class Progress:
             "{rate_fmt}{postfix}]",
         )
 
-    def update(self, metrics: Mapping[str, float] | None, seconds: float) -> None:
-        """Advances by one step that took so many seconds."""
+    def update(
+        self, metrics: Mapping[str, float] | None, seconds: float, waited: float = 0.0
+    ) -> None:
+        """Advances by one step.
+
+        Args:
+          metrics: of that step or the one before, or None.
+          seconds: that the step took.
+          waited: seconds of these that its input took.
+        """
         if metrics is not None:
             self._bar.set_postfix_str(
                 f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}, "
-                f"{self._batch_size / max(seconds, 1e-9):,.0f} images/s",
+                f"{self._batch_size / max(seconds, 1e-9):,.0f} images/s, "
+                f"input {waited / max(seconds, 1e-9):.0%}",
                 refresh=False,
             )
         self._bar.update()

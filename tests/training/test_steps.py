@@ -7,6 +7,7 @@ import pytest
 
 from nlcg_optax.training import models, optimizers, steps
 from nlcg_optax.training.config import ConfigError, base_config
+from nlcg_optax.training.mesh import create_mesh
 
 SHAPE = (4, 4, 1)
 
@@ -23,20 +24,22 @@ class Tiny(nn.Module):
 
 def setup(**fields):
     config = base_config()
+    config.batch_size = 6
     config.update_from_flattened_dict(fields)
+    mesh = create_mesh(config)
     model = Tiny()
     schedule = optax.constant_schedule(config.optimizer.learning_rate)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
-    state = steps.create_state(model, tx, config, SHAPE)
-    step = steps.make_train_step(model, tx, schedule, config, augment=False)
+    state = steps.create_state(model, tx, config, SHAPE, mesh)
+    step = steps.make_train_step(model, tx, schedule, config, mesh, augment=False)
     return config, model, state, jax.jit(step)
 
 
 def batch(seed=0, size=6):
     rng = np.random.default_rng(seed)
     return {
-        "image": jnp.asarray(rng.integers(0, 256, (size, *SHAPE)), jnp.uint8),
-        "label": jnp.asarray(rng.integers(0, 3, size), jnp.int32),
+        "image": jnp.asarray(rng.integers(0, 256, (1, size, *SHAPE)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 3, (1, size)), jnp.int32),
     }
 
 
@@ -60,10 +63,10 @@ def test_step_is_the_optimizers_update_of_the_reported_loss():
     data = batch()
 
     def loss_fn(params):
-        images = steps.normalizer(config)(data["image"])
+        images = steps.normalizer(config)(data["image"][0])
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        one_hot = jax.nn.one_hot(data["label"], 3)
+        one_hot = jax.nn.one_hot(data["label"][0], 3)
         return -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), -1))
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
@@ -114,10 +117,10 @@ def test_metrics_say_what_nlcg_did():
 def test_evaluation_ignores_padding_and_uses_the_average():
     config, model, state, step = setup(average_decay=0.9)
     state, _ = step(state, batch())
-    evaluate = jax.jit(steps.make_eval_step(model, config))
-    whole = {**batch(2, 5), "mask": jnp.ones(5)}
-    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:3]]), whole)
-    padded["mask"] = padded["mask"].at[5:].set(0)
+    evaluate = jax.jit(steps.make_eval_step(model, config, create_mesh(config)))
+    whole = {**batch(2, 5), "mask": jnp.ones((1, 5))}
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :3]], 1), whole)
+    padded["mask"] = padded["mask"].at[:, 5:].set(0)
     expected = evaluate(state, whole)
     assert expected["count"] == 5
     jax.tree.map(
