@@ -8,7 +8,7 @@ device holds the whole state.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,15 +21,21 @@ from nlcg_optax.training.config import ConfigDict, ConfigError
 AXES = ("data", "fsdp")
 
 
-def create_mesh(config: ConfigDict) -> Mesh:
-    """The mesh of ``config.mesh`` over all devices of all processes.
+def create_mesh(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of ``config.mesh``.
 
     An axis of size -1 takes the devices that the other leaves.
+
+    Args:
+      config: the whole config of a run.
+      devices: all of all processes by default.
 
     Raises:
       ConfigError: if the axes do not make up the number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = [config.mesh[axis] for axis in AXES]
     if -1 in sizes:
         i = sizes.index(-1)
@@ -39,7 +45,9 @@ def create_mesh(config: ConfigDict) -> Mesh:
             f"mesh.data={config.mesh.data} and mesh.fsdp={config.mesh.fsdp} do not fit "
             f"{count} device(s): their product must be that number (-1: what is left)."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

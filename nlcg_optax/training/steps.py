@@ -7,11 +7,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
 from nlcg_optax.training import data, models
 from nlcg_optax.training.config import ConfigDict, ConfigError
-from nlcg_optax.training.mesh import replicated, state_shardings
+from nlcg_optax.training.mesh import AXES, replicated, state_shardings
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -139,7 +141,6 @@ def make_train_step(
     """
     normalize = normalizer(config)
     tx = optax.with_extra_args_support(tx)
-    split_parameters = mesh.shape["fsdp"] > 1
     crop_padding, flip = config.dataset.crop_padding, config.dataset.flip
     batch_size, parts = config.batch_size, config.microbatches
     examples = batch_size // parts
@@ -147,7 +148,9 @@ def make_train_step(
 
     def loss_fn(params, batch_stats, key, batch, places):
         """Loss and accuracy; a microbatch's share in those of the whole batch."""
-        images, labels = batch["image"], batch["label"]
+        images, labels = jax.lax.with_sharding_constraint(
+            (batch["image"], batch["label"]), NamedSharding(mesh, P(AXES))
+        )
         if augment:
             images = data.augment(
                 key,
@@ -177,7 +180,17 @@ def make_train_step(
         loss += penalty if at_once else penalty / parts
         return loss, (jnp.sum(hits) / batch_size, updated["batch_stats"])
 
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    def constrain(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, config))
+
+    def whole(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    def value_and_grad(params, *args):
+        result, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
+        # Whole first: a sum over all devices of which each keeps its part. Otherwise
+        # the partitioner splits activations as the parameters are.
+        return result, constrain(whole(grads))
 
     def whole_batch(state: TrainState, batch: Batch):
         """Loss, accuracy, BatchNorm statistics and gradient of the whole batch."""
@@ -186,9 +199,7 @@ def make_train_step(
         places = jnp.where(
             row < examples, jnp.arange(parts)[:, None] * examples + row, -1
         )
-        params = state.params
-        if split_parameters:
-            params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+        params = whole(state.params)
         if at_once:
             # Rows first: they are what is split over the devices.
             batch, places = jax.tree.map(
@@ -210,7 +221,6 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, (accuracy, batch_stats)), grads = whole_batch(state, batch)
-        grads = constrain(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -243,11 +253,7 @@ def make_train_step(
             report = nlcg_optax.diagnostics(opt_state)
             metrics |= report
             metrics["step_size"] = rate * report.get("base_step", 1.0)
-        metrics = jax.lax.with_sharding_constraint(metrics, replicated(mesh))
-        return constrain(new_state), metrics
-
-    def constrain(tree: Any) -> Any:
-        return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, config))
+        return constrain(new_state), whole(metrics)
 
     return train_step
 
@@ -271,12 +277,10 @@ def make_eval_step(
     ``count`` are exact at any batch size.
     """
     normalize = normalizer(config)
-    split_parameters = mesh.shape["fsdp"] > 1
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         params = state.params if state.average is None else state.average
-        if split_parameters:
-            params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+        params = jax.lax.with_sharding_constraint(params, replicated(mesh))
         logits = model.apply(
             {"params": params, "batch_stats": state.batch_stats},
             normalize(batch["image"][0]),
