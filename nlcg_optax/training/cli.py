@@ -18,9 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 when the run is complete or SIGTERM has stopped it with its
       progress saved, 130 after Ctrl-C (saved too), 2 for a mistake in the config or the
-      data, 3 for a loss that was not finite, 4 for a checkpoint that cannot be written
-      or read. Anything else that goes wrong raises; of several processes the one that
-      it happens to prints it and ends with 1, which ends the others.
+      data, 3 for a loss that was not finite, 4 for a file that cannot be written or
+      read (a full disk, a damaged checkpoint). Anything else that goes wrong raises; of
+      several processes the one that it happens to prints it and ends with 1, which ends
+      the others.
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -96,7 +97,7 @@ def _train(path: str, overrides: Sequence[str], workdir: str) -> int:
         return _report(error, 2)
     except NonFiniteLossError as error:
         return _report(error, 3)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return _report(error, 4)
     return 130 if result.signal == signal.SIGINT else 0
 

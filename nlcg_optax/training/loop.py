@@ -123,19 +123,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
             )
         return row
 
+    def draw_curves() -> None:
+        if distributed.is_first():
+            metrics.plot_curves(
+                metrics.read_metrics(metrics_path),
+                workdir / "curves.png",
+                f"{config.model.name}, {dataset.name}, {config.optimizer.name}",
+            )
+
     def finish() -> None:
-        """Closes everything and draws the curves."""
-        writer.close()
-        progress.close()
-        try:
-            checkpoints.close()
-        finally:
-            if distributed.is_first():
-                metrics.plot_curves(
-                    metrics.read_metrics(metrics_path),
-                    workdir / "curves.png",
-                    f"{config.model.name}, {dataset.name}, {config.optimizer.name}",
-                )
+        """Closes everything, whatever fails of it, and draws the curves."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(draw_curves)
+            stack.callback(checkpoints.close)
+            stack.callback(progress.close)
+            stack.callback(writer.close)
 
     results: dict[str, dict[str, float]] = {}
     step, saved, stopping = start, start, False
@@ -159,6 +161,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
                     results = evaluate(state)
                     for split, row in results.items():
                         writer.write(step, split, row)
+                    writer.flush()
                     progress.line(_evaluation_line(step, total_steps, shown, results))
                 if saving:
                     writer.flush()
@@ -178,11 +181,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
         # A loss that is not finite is so in all processes. Of another error the others
         # may know nothing, and closing in an orderly way takes all of them.
         if isinstance(error, NonFiniteLossError) or jax.process_count() == 1:
-            with contextlib.ExitStack() as stack:
+            # Where a file cannot be written, what comes of it is not the news.
+            of_files = isinstance(error, CheckpointError | OSError)
+            ignored = (CheckpointError, OSError) if of_files else ()
+            # Only a step that failed while it ran has used up the state.
+            whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+            with contextlib.suppress(*ignored), contextlib.ExitStack() as stack:
                 stack.callback(finish)
-                # Only a step that failed while it ran has used up the state.
-                whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
-                if whole and not isinstance(error, CheckpointError | OSError):
+                if whole and not isinstance(error, CheckpointError):
                     checkpoints.save(int(state.step), state)
         raise
     received = interrupts.received if stopping else None

@@ -21,9 +21,7 @@ from nlcg_optax.training.config import ConfigDict, ConfigError
 AXES = ("data", "fsdp")
 
 
-def create_mesh(
-    config: ConfigDict, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def create_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of ``config.mesh``.
 
     An axis of size -1 takes the devices that the other leaves.
