@@ -88,7 +88,7 @@ def pmean_value_and_grad(
             n + len(args) if n < 0 else n for n in (argnums if several else (argnums,))
         ]
         copies = {
-            n: jax.tree.map(lambda x: _vary(x, copied_along(x)), arg)
+            n: jax.tree.map(lambda x: _tree.vary(x, copied_along(x)), arg)
             for n, arg in enumerate(args)
             if n in numbers
         }
@@ -114,12 +114,3 @@ def pmean_value_and_grad(
         return ((value, aux) if has_aux else value), grads
 
     return value_and_grad
-
-
-def _vary(x: Any, axes: tuple[_tree.AxisName, ...]) -> Any:
-    """`x` with a type that may vary along the axes."""
-    if not axes:
-        return x
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return getattr(jax.lax, "pvary")(x, axes)  # noqa: B009 - of JAX before 0.9

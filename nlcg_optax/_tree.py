@@ -109,6 +109,15 @@ def varying_axes(x: jax.typing.ArrayLike) -> frozenset[AxisName]:
     return kind.vma
 
 
+def vary(x: Any, axes: Sequence[AxisName]) -> Any:
+    """`x` with a type that may vary along tracked axes along which it does not yet."""
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, tuple(axes), to="varying")
+    return getattr(jax.lax, "pvary")(x, tuple(axes))  # noqa: B009 - before JAX 0.9
+
+
 def reduce_products(
     integrands: Callable[..., Sequence[jax.Array]],
     *trees: Any,
@@ -141,14 +150,19 @@ def reduce_products(
         row = [jnp.sum(value).astype(dtype) for value in values]
         # Of all the leaf's arrays together: a constant gradient of a sharded leaf does
         # not vary, but counts on every device.
-        copied = tracked.difference(*(varying_axes(leaf) for leaf in leaves))
+        varying = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+        copied = [axis for axis in axes if axis in tracked - varying]
         if len(copied) == len(axes):
             whole.append(row)
         else:
             sharded.append([_on_first(value, copied) for value in row])
     totals = [_total(rows) for rows in (whole, sharded) if rows]
     if sharded:
-        totals[-1] = list(jax.lax.psum(jnp.stack(totals[-1]), axes))
+        stacked = jnp.stack(totals[-1])
+        # A sum does not take what varies along some of its axes only.
+        constant = tracked - varying_axes(stacked)
+        stacked = vary(stacked, [axis for axis in axes if axis in constant])
+        totals[-1] = list(jax.lax.psum(stacked, axes))
     return _total(totals)
 
 
@@ -159,7 +173,7 @@ def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
     ]
 
 
-def _on_first(x: jax.Array, axes: frozenset[AxisName]) -> jax.Array:
+def _on_first(x: jax.Array, axes: Sequence[AxisName]) -> jax.Array:
     """`x` on the first device along each of the axes, and 0 on the others."""
     for axis in axes:
         x = jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))

@@ -252,6 +252,24 @@ def two_axes():
     return found
 
 
+def constant_along_one_axis():
+    """A product of a sharded leaf counts on every device, constant or not."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    axes = ("data", "fsdp")
+
+    def total(leaf, factor):
+        return _tree.reduce_products(
+            lambda _, factor: [factor * factor],
+            [leaf],
+            [factor],
+            dtype=jnp.dtype(jnp.float64),
+            axis_name=axes,
+        )[0]
+
+    run = jax.shard_map(total, mesh=mesh, in_specs=(P(axes), P("data")), out_specs=P())
+    return {"total": float(jax.jit(run)(jnp.zeros(8), jnp.arange(4.0)))}
+
+
 # A model with batch normalization over all devices.
 
 BATCH, FEATURES, CLASSES = 64, 16, 8
@@ -627,7 +645,14 @@ def communication():
 
 
 def main():
-    parts = (optimizer_alone, two_axes, models, lost_sums, communication)
+    parts = (
+        optimizer_alone,
+        two_axes,
+        constant_along_one_axis,
+        models,
+        lost_sums,
+        communication,
+    )
     print(json.dumps({part.__name__: part() for part in parts}))
 
 
