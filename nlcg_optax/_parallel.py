@@ -84,9 +84,8 @@ def pmean_value_and_grad(
         # The gradient of a parameter known to be the same everywhere would come out
         # summed already. A copy that may differ has each device's own gradient.
         several = isinstance(argnums, Sequence)
-        numbers = [
-            n + len(args) if n < 0 else n for n in (argnums if several else (argnums,))
-        ]
+        named = tuple(argnums) if isinstance(argnums, Sequence) else (argnums,)
+        numbers = [n + len(args) if n < 0 else n for n in named]
         copies = {
             n: jax.tree.map(lambda x: _tree.vary(x, copied_along(x)), arg)
             for n, arg in enumerate(args)
