@@ -270,6 +270,40 @@ def constant_along_one_axis():
     return {"total": float(jax.jit(run)(jnp.zeros(8), jnp.arange(4.0)))}
 
 
+def helper():
+    """`pmean_value_and_grad` beside a loss averaged already, and sharded parameters."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    axes = ("data", "fsdp")
+    params = {"w": PARAMS["w"].T, "b": PARAMS["b"][:3], "unused": PARAMS["b"]}
+    x = NOISE["w"][:16].reshape(16, -1)[:, :16]
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+
+    expected = jax.tree.map(np.asarray, jax.value_and_grad(loss_fn)(params, x))
+    found = {}
+    for averaged in ((), ("fsdp",), axes):
+        for spec in (P(), P("fsdp"), P("data"), P(axes)):
+            for check_vma in (True, False) if spec == P() else (True,):
+
+                def local(params, x, spec=spec, averaged=averaged):
+                    loss = loss_fn({**params, "w": gather(spec, params["w"])}, x)
+                    return jax.lax.pmean(loss, averaged) if averaged else loss
+
+                specs = {"w": spec, "b": P(), "unused": P()}
+                run = through_shard_map(
+                    nlcg_optax.pmean_value_and_grad(local, axes),
+                    mesh,
+                    (specs, P(axes)),
+                    (P(), specs),
+                    check_vma,
+                )
+                found[f"{averaged}, {spec}, {check_vma}"] = difference(
+                    *np_broadcast(run(params, x), expected)
+                )
+    return found
+
+
 # A model with batch normalization over all devices.
 
 BATCH, FEATURES, CLASSES = 64, 16, 8

@@ -60,6 +60,13 @@ def test_a_constant_product_of_a_sharded_leaf_counts_on_every_device(found):
     assert found["constant_along_one_axis"] == {"total": 4 * (0 + 1 + 4 + 9)}
 
 
+def test_the_helper_averages_what_is_not_averaged_yet(found):
+    differences = found["helper"]
+    assert len(differences) == 15
+    case = worst(differences)
+    assert differences[case] < 1e-12, case
+
+
 def test_a_model_with_batch_norm_has_the_numbers_of_one_device(found):
     differences = found["models"]
     assert len(differences) == 28
