@@ -683,6 +683,7 @@ def main():
         optimizer_alone,
         two_axes,
         constant_along_one_axis,
+        helper,
         models,
         lost_sums,
         communication,
