@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if code not in (0, 130) and _several_processes():
+    # A loss that is not finite is so in all processes, and they end together.
+    if code not in (0, 3, 130) and _several_processes():
         distributed.end_all(code)
     return code
 

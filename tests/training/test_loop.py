@@ -126,6 +126,10 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
         ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
         ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
         ("batch_size=0", "batch_size=0 .* expected 1 to 96"),
+        ("microbatches=3", "microbatches=3 does not divide batch_size=40; .* 2, 4"),
+        ("microbatches=0", "microbatches=0 does not divide"),
+        ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
+        ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
         ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
         ("model.dtype=float8", "model: .*'float8'.*bfloat16"),
     ],
@@ -178,6 +182,11 @@ def test_command_line_reports_mistakes_in_one_line(tmp_path, capsys):
         cli.main([*args, "--learning_rate=1"])
     assert info.value.code == 2
     assert "--config.FIELD=VALUE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--num_processes=2"])
+    assert "need --coordinator=HOST:PORT" in capsys.readouterr().err
+    assert cli.main([*args, "--coordinator=localhost:1", "--process_id=2"]) == 2
+    assert "0 <= I < N; they are None and 2." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

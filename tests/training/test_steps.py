@@ -83,6 +83,40 @@ def test_step_is_the_optimizers_update_of_the_reported_loss():
     assert int(new_state.step) == 1
 
 
+def test_microbatches_are_normalized_by_their_own_statistics():
+    options = {"l2_penalty": 0.1, "optimizer.name": "sgd"}
+    config, model, state, step = setup(microbatches=2, **options)
+    data = batch()
+    halves = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[2:]), data)
+    new_state, metrics = step(state, halves)
+
+    def loss_fn(params, images, labels):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        images = steps.normalizer(config)(images)
+        logits, new = model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses) + 0.1 * steps.l2_loss(params), new["batch_stats"]
+
+    parts = [
+        jax.value_and_grad(loss_fn, has_aux=True)(state.params, image, label)
+        for image, label in zip(halves["image"], halves["label"], strict=True)
+    ]
+    (loss, stats), grads = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        new_state.batch_stats,
+        stats,
+    )
+    # Those of the whole batch are others.
+    *_, step = setup(**options)
+    _, whole = step(state, data)
+    assert abs(whole["loss"] - loss) > 1e-3
+
+
 def test_parameters_are_averaged_with_a_short_memory_at_first():
     *_, state, step = setup(average_decay=0.15)
     first, _ = step(state, batch())
