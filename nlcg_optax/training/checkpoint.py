@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -189,6 +190,22 @@ def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise ConfigError(
             f"Cannot write to --workdir={workdir}: {error}. Choose another."
         ) from error
+
+
+def check_shared(workdir: pathlib.Path, seconds: float = 20.0) -> None:
+    """Checks that what another process wrote into the folder is seen here.
+
+    Raises:
+      ConfigError: if it is not, also after some time (a network's folder may be slow).
+    """
+    deadline = time.monotonic() + seconds
+    while not (workdir / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir={workdir} does not hold what process 0 wrote there: all "
+                "processes need the same folder, on a file system that they share."
+            )
+        time.sleep(0.2)
 
 
 def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

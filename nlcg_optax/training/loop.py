@@ -17,6 +17,7 @@ from nlcg_optax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
     check_config,
+    check_shared,
     save_config,
 )
 from nlcg_optax.training.config import ConfigDict, ConfigError
@@ -85,6 +86,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
     model = create_model(config, dataset)
     check_config(config, workdir)
     distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
+    check_shared(workdir)
 
     state = steps.create_state(model, tx, config, dataset.image_shape, mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)

@@ -14,7 +14,12 @@ import tiny
 from test_distributed import rows, start_two, wait_for
 
 from nlcg_optax.training import loop, models
-from nlcg_optax.training.checkpoint import CheckpointError, Checkpoints, check_config
+from nlcg_optax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_config,
+    check_shared,
+)
 from nlcg_optax.training.config import (
     ConfigError,
     apply_overrides,
@@ -106,6 +111,13 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         loop.train_and_evaluate(config, tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match="--workdir=.*file"):
         loop.train_and_evaluate(config, tmp_path / "file")
+
+
+def test_a_folder_that_not_all_processes_see(tmp_path):
+    with pytest.raises(ConfigError, match="--workdir=.* does not hold what process 0"):
+        check_shared(tmp_path, seconds=0)
+    (tmp_path / "config.json").touch()
+    check_shared(tmp_path, seconds=0)
 
 
 def test_a_config_from_before_a_field_was_there_still_fits(tmp_path):
