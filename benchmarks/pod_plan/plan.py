@@ -1,6 +1,6 @@
 """The ResNet-50 step at batch 65,536 on 256 devices, planned on one CPU.
 
-    python benchmarks/pod_plan/plan.py            # all, half an hour on a core
+    python benchmarks/pod_plan/plan.py            # all, 10 to 30 minutes on a core
     python benchmarks/pod_plan/plan.py --roofline # step times that follow from them
 
 The real training step is compiled for a mesh of forced host devices with abstract
