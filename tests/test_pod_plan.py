@@ -1,0 +1,116 @@
+"""The plan for a pod: what it reads off a compiled program, on a tiny case."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PLAN = ROOT / "benchmarks" / "pod_plan" / "plan.py"
+
+
+@pytest.fixture(scope="module")
+def plan():
+    spec = importlib.util.spec_from_file_location("pod_plan", PLAN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_wire_bytes(plan):
+    assert plan.wire_bytes("all-reduce", 800, 8) == 1400
+    assert plan.wire_bytes("all-gather", 800, 8) == 700
+    assert plan.wire_bytes("reduce-scatter", 800, 8) == 700
+    assert plan.wire_bytes("all-reduce", 800, 1) == 0
+
+
+def test_collectives_of_a_program(plan):
+    # Eight devices, in the three notations for the groups that XLA has.
+    text = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %p = (s32[], f32[10]{0}) parameter(0)
+  %x = f32[10]{0} get-tuple-element(%p), index=1
+  %r = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%x, %y), \
+replica_groups=mesh['i'=4,'j'=2] {'i','j'}, to_apply=%sum
+}
+
+%condition (p: (s32[], f32[10])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[10]) -> f32[10] {
+  %g = f32[40]{0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %s = f32[10]{0} reduce-scatter(%g), replica_groups={{0,1},{2,3},{4,5},{6,7}}, \
+to_apply=%sum
+  %none = f32[10]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%sum
+  ROOT %w = (s32[], f32[10]{0}) while(%t), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+    found = {c["kind"]: c for c in plan.read_collectives(text, 8)}
+    assert found == {
+        "all-gather": {
+            "kind": "all-gather",
+            "group": 4,
+            "in_loop_of": 1,
+            "count": 1,
+            "bytes": 160,
+            "wire_bytes": 120,
+        },
+        "reduce-scatter": {
+            "kind": "reduce-scatter",
+            "group": 2,
+            "in_loop_of": 1,
+            "count": 1,
+            "bytes": 80,
+            "wire_bytes": 40,
+        },
+        "all-reduce": {
+            "kind": "all-reduce",
+            "group": 8,
+            "in_loop_of": 3,
+            "count": 3,
+            "bytes": 3 * (40 + 12),
+            "wire_bytes": 3 * 52 * 7 / 4,
+        },
+    }
+
+
+def test_tiny_step():
+    command = [sys.executable, str(PLAN), "--one", "--devices=8"]
+    command += ["--config", str(ROOT / "configs" / "digits_resnet8.py")]
+    command += ["--image_shape=8x8x1", "--classes=10", "--config.batch_size=64"]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    result = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    row = json.loads(result.stdout)
+    parameters = 77_818
+    assert row["parameters"] == parameters
+    assert row["devices"] == row["images_per_device_at_a_time"] == 8
+    # The whole state, and images and labels of 8 examples.
+    assert row["memory"]["arguments"] == row["state_bytes_whole"] + 8 * (64 + 4)
+    assert row["memory"]["aliased"] > 0.95 * row["state_bytes_whole"]
+    # Nothing but all-reduces: the gradient, the loss and the accuracy, and of each of
+    # BatchNorm's 240 channels two sums forward, and one or two more backward.
+    (collective,) = row["collectives"]
+    assert collective["kind"] == "all-reduce"
+    assert collective["group"] == 8
+    few = 2 * 240 + 2
+    assert 4 * (parameters + few) <= collective["bytes"] <= 4 * (parameters + 2 * few)
+    assert row["wire_bytes"] == pytest.approx(2 * 7 / 8 * collective["bytes"])
