@@ -5,8 +5,8 @@
 FOLDER holds `train/<class>/*.jpg` and `test/<class>/*.jpg` of one size. It is streamed
 alone (by 1, 2 and 16 threads, and by two processes' shares), then trained on by
 ResNet-8 from memory and streamed; "waiting" is the share of a step's time in which it
-had no input yet. Images as large as ImageNet's are made up, 500×375, and cropped to 224.
-Writes `results.md` beside this file. About four minutes on two cores.
+had no input yet. Images as large as ImageNet's are made up, 500×375, and cropped to
+224. Writes `results.md` beside this file. About four minutes on two cores.
 """
 
 import argparse
