@@ -129,7 +129,7 @@ def main():
         if flags.problems
         else [name for name, n in problems.names(LARGEST) if n >= flags.smallest]
     )
-    default = "ours,ours-plain,scipy-cg,jaxopt-zoom,jaxopt-hz,optimistix,optax-lbfgs,"
+    default = "ours,ours-cg,scipy-cg,jaxopt-zoom,jaxopt-hz,optimistix,optax-lbfgs,"
     default += "scipy-lbfgs"
     solver_names = (flags.solvers or default).split(",")
     drive(names[:: flags.every], solver_names, flags.out, flags.timing, flags.limit)

@@ -101,7 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default=cutest.HERE / "results" / "float32.jsonl")
     parser.add_argument(
-        "--solvers", default="ours,ours-plain,jaxopt-zoom,optimistix,optax-lbfgs"
+        "--solvers", default="ours,ours-cg,jaxopt-zoom,optimistix,optax-lbfgs"
     )
     flags = parser.parse_args()
     out = pathlib.Path(flags.out)

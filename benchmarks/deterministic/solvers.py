@@ -96,7 +96,7 @@ def optax_lbfgs(function, x0, tolerance):
 # Each takes a function, the starting point and the tolerance of the gradient.
 JAX_SOLVERS = {
     "ours": ours,  # the plain defaults
-    "ours-plain": functools.partial(ours, preconditioner=None),
+    "ours-cg": functools.partial(ours, preconditioner=None),
     "jaxopt-zoom": functools.partial(jaxopt_cg, "zoom"),
     "jaxopt-hz": functools.partial(jaxopt_cg, "hager-zhang"),
     "optimistix": optimistix_cg,
