@@ -124,8 +124,8 @@ def scale_by_hager_zhang_linesearch(
     of the objective in the compiled program.
 
     :math:`\epsilon_k` is ``epsilon`` times the running average of :math:`|f|`, and at
-    least four units in the last place of it: in float32 the approximate conditions
-    would otherwise fail on rounding alone.
+    least four units in the last place of :math:`\phi(0)`: in float32 the approximate
+    conditions would otherwise fail on rounding alone.
 
     Args:
       max_linesearch_steps: points evaluated at most in one search. When they are used
@@ -156,6 +156,7 @@ def scale_by_hager_zhang_linesearch(
 
     Rosenbrock's valley with Hager & Zhang's direction:
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> import math
     >>> import optax
@@ -172,12 +173,15 @@ def scale_by_hager_zhang_linesearch(
     >>> x = jnp.array([-1.2, 1.0])
     >>> state = tx.init(x)
     >>> value_and_grad = optax.value_and_grad_from_state(value_fn)
-    >>> for _ in range(60):
+    >>> @jax.jit
+    ... def step(x, state):
     ...     value, grad = value_and_grad(x, state=state)
     ...     updates, state = tx.update(
     ...         grad, state, x, value=value, grad=grad, value_fn=value_fn
     ...     )
-    ...     x = x + updates
+    ...     return x + updates, state
+    >>> for _ in range(60):
+    ...     x, state = step(x, state)
     >>> print(x.round(3))
     [1. 1.]
     """
