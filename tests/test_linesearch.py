@@ -1,5 +1,6 @@
 import functools
 import math
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,32 @@ def test_complex_leaves_and_extra_arguments():
     update, state = search_once(value_fn, z, u, tx, centre=centre)
     np.testing.assert_allclose(z + update, centre, atol=1e-5)
     assert update.dtype == jnp.complex64 and state.value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_state_keeps_its_dtypes_and_travels(dtype):
+    def value_fn(params):
+        leaves = jax.tree.leaves(params)
+        total = sum(jnp.sum(jnp.abs(x.astype(wide) - 1) ** 2) for x in leaves)
+        return total + jnp.zeros([], jnp.float32)
+
+    wide = jnp.complex64 if dtype == jnp.complex64 else jnp.float32
+    params = {"a": jnp.full(3, 5, dtype), "none": None, "b": (jnp.zeros((0,), dtype),)}
+    tx = SEARCH(initial_step="one")
+    state = tx.init(params)
+    for _ in range(2):
+        grad = jax.grad(value_fn)(params)
+        u = jax.tree.map(lambda g: -g, grad)
+        update, new_state = search_once(value_fn, params, u, tx, state)
+        for before, after in ((params, update), (state, new_state)):
+            assert jax.tree.structure(before) == jax.tree.structure(after)
+            for x, y in zip(
+                jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+            ):
+                assert (x.shape, x.dtype) == (y.shape, y.dtype) and not y.weak_type
+        params = optax.apply_updates(params, update)
+        state = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, new_state)))
+    np.testing.assert_allclose(np.asarray(params["a"], complex), 1, atol=0.1)
 
 
 def test_vmap_searches_each_line_by_itself():

@@ -26,4 +26,4 @@ def test_sharded_equals_whole():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 3
+    assert len(done.stdout.splitlines()) == 5
