@@ -440,6 +440,22 @@ def test_a_second_call_does_not_compile_again():
         minimize(rosenbrock, start + 1)
 
 
+@pytest.mark.parametrize(("preconditioner", "vectors"), [("lbfgs", 26), (None, 7)])
+def test_vectors_of_state_are_as_many_as_documented(
+    monkeypatch, preconditioner, vectors
+):
+    states = []
+
+    def spy(condition, body, state):
+        states.append(state)
+        return loop(condition, body, state)
+
+    loop = jax.lax.while_loop
+    monkeypatch.setattr(jax.lax, "while_loop", spy)
+    minimize(lambda x: jnp.sum(x**2), jnp.ones(1000), preconditioner=preconditioner)
+    assert sum(x.size for x in jax.tree.leaves(states[0])) // 1000 == vectors
+
+
 def test_arguments_are_checked():
     for options in (
         {"preconditioner": "newton"},
