@@ -71,6 +71,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", default=RESULTS / "points.jsonl")
     parser.add_argument("--timing", default=RESULTS / "timing.jsonl")
+    parser.add_argument("--longer", default=RESULTS / "long.jsonl")
+    parser.add_argument("--float32", default=RESULTS / "float32.jsonl")
     parser.add_argument("--profile", default=RESULTS / "profile.png")
     parser.add_argument("--lost", default="ours", help="list what this solver lost")
     flags = parser.parse_args()
@@ -93,7 +95,7 @@ def main():
     # Runs that are not complete are shown, but say nothing of what all solve.
     whole = [s for s, mine in by_solver.items() if len(mine) == len(problems)]
     common = set.intersection(*(set(wins[s]) for s in whole))
-    cg = [s for s in wins if not {"lbfgs", "plain", "tight"} & set(s.split("-"))]
+    cg = [s for s in wins if not {"lbfgs", "tight"} & set(s.split("-"))]
     common_cg = set.intersection(*(set(wins[s]) for s in cg))
     rows = []
     for solver, mine in by_solver.items():
@@ -115,15 +117,39 @@ def main():
                 median(common_cg, "points"),
                 median(common, "cost"),
                 median(common, "first_small_gradient"),
+                *(
+                    sum(c.get("error", "").endswith(end) for c in mine.values())
+                    for end in (" points", " s")
+                ),
             )
         )
     rows.sort(key=lambda row: -row[2])
     print(f"{len(problems)} problems. A: the {len(common)} that all of these solved:")
     print(f"{', '.join(whole)}. B: the {len(common_cg)} that all of these solved:")
     print(f"{', '.join(cg)}. (A median is over those of them that a solver solved.)\n")
-    print("The last column: points until the gradient first satisfied the rule.\n")
+    print(
+        "A small gradient: points until it first satisfied the rule. Cut off: runs that"
+    )
+    print("used up their points, and those that used up their seconds.\n")
     head = ["solver", "run", "solved", "median points, A", "B", "median NF + 3 NG, A"]
-    print(table(rows, [*head, "median to a small gradient, A"]) + "\n")
+    head += ["median to a small gradient, A", "cut off by points", "by seconds"]
+    print(table(rows, head) + "\n")
+
+    ours = wins[flags.lost]
+    print(
+        f"{flags.lost} beside each of the others, on the problems that both solved:\n"
+    )
+    rows = []
+    for solver, mine in wins.items():
+        both = [p for p in mine if p in ours]
+        if solver == flags.lost or not both:
+            continue
+        medians = [f"{np.median([w[p] for p in both]):g}" for w in (ours, mine)]
+        fewer = sum(ours[p] < mine[p] for p in both)
+        rows.append((solver, len(both), *medians, fewer, len(set(mine) - set(ours))))
+    head = ["solver", "both solved", f"median points, {flags.lost}", "the other's"]
+    head += [f"fewer points: {flags.lost}", "solved by the other alone"]
+    print(table(rows, head) + "\n")
     print("Share of the problems solved within a factor of the fewest points:\n")
     shares = profile(wins, problems, pathlib.Path(flags.profile))
     print(table(shares, ["solver", "1", "1.5", "2", "4", "10", "100"]) + "\n")
@@ -154,25 +180,56 @@ def main():
 
     timing = cutest.read(flags.timing)
     if timing:
-        print("Seconds of a compiled run (and of the first call, with compilation):\n")
+        print("Milliseconds of a compiled run (and seconds of the first call, with")
+        print("compilation); the fastest of those that solved it in bold:\n")
         seconds = {}
         for cell in timing:
             seconds.setdefault(cell["problem"], {})[cell["solver"]] = cell
         solvers = list(dict.fromkeys(cell["solver"] for cell in timing))
         rows = []
         for p, mine in seconds.items():
+            start = next(c for c in cells if c["problem"] == p and "f0" in c)
+            start = {"f0": start["f0"], "g0": start["g0"], "points": 0}
+            right = {s for s, cell in mine.items() if solved(start | cell, best[p])}
+            fastest = min((mine[s]["seconds"] for s in right), default=None)
             row = [p, next((c["n"] for c in mine.values() if "n" in c), "-")]
             for s in solvers:
                 cell = mine.get(s, {})
                 text = cell.get("error", "-")
                 if "seconds" in cell:
-                    text = f"{cell['seconds']:.4f} ({cell['first_seconds']:.1f})"
-                    start = next(c for c in cells if c["problem"] == p and "f0" in c)
-                    done = {"f0": start["f0"], "g0": start["g0"], "points": 0}
-                    text += "" if solved(done | cell, best[p]) else " unsolved"
+                    text = f"{1000 * cell['seconds']:.3g}"
+                    if s in right and cell["seconds"] == fastest:
+                        text = f"**{text}**"
+                    text += f" ({cell['first_seconds']:.1f})"
+                    text += "" if s in right else " unsolved"
                 row.append(text)
             rows.append(row)
-        print(table(rows, ["problem", "n", *solvers]))
+        print(table(rows, ["problem", "n", *solvers]) + "\n")
+
+    longer = cutest.read(flags.longer)
+    if longer:
+        print("With more points and iterations allowed:\n")
+        rows = [
+            [
+                *(c.get(k, "-") for k in ("problem", "n", "solver", "points")),
+                *(f"{c[k]:.6g}" if k in c else "-" for k in ("f", "g")),
+                c.get("error", ""),
+            ]
+            for c in longer
+        ]
+        head = ["problem", "n", "solver", "points", "value", "gradient", "cut off"]
+        print(table(rows, head) + "\n")
+
+    workloads = cutest.read(flags.float32)
+    if workloads:
+        print("Float32 workloads:\n")
+        head = ["problem", "iterations", "solver", "points", "value", "gradient"]
+        head.append("seconds")
+        rows = [
+            [f"{c[k]:.6g}" if isinstance(c[k], float) else c[k] for k in head]
+            for c in workloads
+        ]
+        print(table(rows, head))
 
 
 if __name__ == "__main__":

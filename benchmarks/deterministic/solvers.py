@@ -1,5 +1,6 @@
 """Every solver behind one function: from an oracle to the point it returns."""
 
+import ast
 import functools
 import math
 import time
@@ -25,7 +26,7 @@ def _on_host(function, shape, *args):
 def counted(x):
     """The current oracle's objective, evaluated (and counted) on the host."""
     shape = jax.ShapeDtypeStruct((), x.dtype)
-    return _on_host(lambda x: np.asarray(_current.value(x)), shape, x)
+    return _on_host(lambda x: np.asarray(_current.value(x), x.dtype), shape, x)
 
 
 @counted.defjvp
@@ -121,20 +122,16 @@ _compiled = {}
 
 
 def _variant(name):
-    """Solvers for tuning: ``ours:key=value:...``."""
+    """A solver of ours with options, such as ``ours:gtol=1e-6:memory_size=3``."""
+    base, *items = name.split(":")
     options = {}
-    for item in name.split(":")[1:]:
+    for item in items:
         key, value = item.split("=")
-        options[key] = {"None": None, "True": True, "False": False}.get(value, value)
-        if isinstance(options[key], str):
-            for kind in (int, float):
-                try:
-                    options[key] = kind(value)
-                    break
-                except ValueError:
-                    pass
-
-    return functools.partial(ours, **options)
+        try:
+            options[key] = ast.literal_eval(value)
+        except ValueError:
+            options[key] = value
+    return functools.partial(JAX_SOLVERS[base], **options)
 
 
 def count_one(name, oracle, gradient_tolerance):
@@ -167,7 +164,9 @@ def count_one(name, oracle, gradient_tolerance):
     except Exception as e:
         error = f"{type(e).__name__}: {str(e)[:100]}"
         if "BudgetError" in str(e) or isinstance(e, problems.BudgetError):
-            error = "5,000 points"
+            error = f"{oracle.max_points:,} points"
+        elif "SecondsError" in str(e) or isinstance(e, problems.SecondsError):
+            error = f"over {oracle.max_seconds:g} s"
     cell = {
         "points": len(oracle.seen),
         "nf": oracle.values,
@@ -189,24 +188,25 @@ def count_one(name, oracle, gradient_tolerance):
     return cell
 
 
-def time_one(name, oracle, gradient_tolerance, repeats=3):
-    """Seconds of a solver with the whole program compiled, the best of several runs."""
+def time_one(name, oracle, gradient_tolerance, repeats=25, budget=5.0):
+    """Seconds of a solver with the whole program compiled, the median of many runs."""
     tolerance = gradient_tolerance * oracle.tolerance_scale
-    run = jax.jit(functools.partial(JAX_SOLVERS[name], oracle.objective))
+    solver = JAX_SOLVERS.get(name) or _variant(name)
+    run = jax.jit(functools.partial(solver, oracle.objective))
     x0 = jnp.asarray(oracle.start)
     began = time.perf_counter()
     x = jax.block_until_ready(run(x0, tolerance))
     first = time.perf_counter() - began
     seconds = []
-    for _ in range(repeats):
+    while len(seconds) < repeats and sum(seconds) < budget:
         began = time.perf_counter()
         x = jax.block_until_ready(run(x0, tolerance))
         seconds.append(time.perf_counter() - began)
-        if sum(seconds) > 20:
-            break
     f, g = oracle._compiled(x)
     return {
-        "seconds": min(seconds),
+        "seconds": float(np.median(seconds)),
+        "fastest": min(seconds),
+        "runs": len(seconds),
         "first_seconds": first,
         "f": float(f),
         "g": float(np.max(np.abs(g))),
