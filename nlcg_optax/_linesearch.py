@@ -116,10 +116,11 @@ def scale_by_hager_zhang_linesearch(
     average of :math:`|f|`: further away they would accept any point that is level.
 
     The search expands until a minimum is bracketed, then takes secant² steps, each
-    pair followed by a bisection if it did not shrink the interval enough. Deviation
+    pair followed by a bisection if it did not shrink the interval enough. Deviations
     from the papers: while the values at the ends of the interval can be told apart, the
-    minimum of the cubic through them (and the slopes) replaces the pair of secants. A
-    point where the value or the slope is not finite is backed off from. Each point
+    minimum of the cubic through them (and the slopes) replaces the pair of secants; and
+    where none of three points was low enough, the step is divided by ten instead of
+    two, as it is from a point where the value or the slope is not finite. Each point
     costs one evaluation of the value and the gradient together, and there is one call
     of the objective in the compiled program.
 
@@ -371,7 +372,11 @@ def _advance(
     middle = low.step + 0.5 * (high.step - low.step)
     first = jnp.where(by_value, _cubic(low, high), _secant(low, high))
     usable = (first > low.step) & (first < high.step)
-    back_off = low.step + jnp.where(finite, 0.5, 0.1) * (high.step - low.step)
+    # Three points and none low enough: the first step was out of scale. Halving alone
+    # would use up the search within a millionth of it.
+    unscaled = (low.step == 0) & (search.count >= 2)
+    share = jnp.where(finite & ~unscaled, 0.5, 0.1)
+    back_off = low.step + share * (high.step - low.step)
     cases = (
         (expand, _EXPANSION * point.step, _EXPAND),
         (bisect, jnp.where(too_high, back_off, middle), _BISECT),

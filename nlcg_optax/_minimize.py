@@ -24,7 +24,7 @@ _MESSAGES = (
     "converged: the gradient is small enough (gtol)",
     "converged: the value decreases by too little (ftol)",
     "stopped: max_iter iterations are used up",
-    "stopped: no lower point is found along steepest descent at this precision",
+    "stopped: no lower point is found along steepest descent",
     "stopped: the value or the gradient is not finite at the starting point",
     "stopped: along steepest descent most points tried gave a value or a gradient that "
     "is not finite, and none a lower value",

@@ -102,6 +102,19 @@ def test_the_accepted_point_costs_no_second_evaluation():
     assert len(calls) == expected == len(set(calls))
 
 
+def test_backs_off_quickly_from_a_step_that_is_much_too_long(x64):
+    """Twenty halvings would stop at a millionth of it."""
+
+    def value_fn(x):  # a valley in a plain that falls, ever so slowly
+        return jnp.where(jnp.abs(x) < 2, x**2, 100 - 1e-12 * x)
+
+    tx = SEARCH(initial_step="one")
+    start = -jnp.ones(())
+    update, state = search_once(value_fn, start, jnp.asarray(1e12), tx)
+    assert state.info.success and state.info.num_linesearch_steps < 20
+    np.testing.assert_allclose(start + update, 0, atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_backs_off_from_where_it_is_not_finite(bad):
     def value_fn(x):
