@@ -48,7 +48,7 @@ def profile(costs, names, path):
 
     best = {p: min(c.get(p, math.inf) for c in costs.values()) for p in names}
     factors = np.logspace(0, 2, 200, base=10)
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 4.5))
     rows = []
     for solver, cost in costs.items():
         ratios = np.array([cost.get(p, math.inf) / best[p] for p in names])
@@ -61,7 +61,7 @@ def profile(costs, names, path):
     axes.set_ylabel("share of the problems")
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     return rows
@@ -71,6 +71,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", default=RESULTS / "points.jsonl")
     parser.add_argument("--timing", default=RESULTS / "timing.jsonl")
+    parser.add_argument("--variants", default=RESULTS / "variants.jsonl")
     parser.add_argument("--longer", default=RESULTS / "long.jsonl")
     parser.add_argument("--float32", default=RESULTS / "float32.jsonl")
     parser.add_argument("--profile", default=RESULTS / "profile.png")
@@ -95,8 +96,6 @@ def main():
     # Runs that are not complete are shown, but say nothing of what all solve.
     whole = [s for s, mine in by_solver.items() if len(mine) == len(problems)]
     common = set.intersection(*(set(wins[s]) for s in whole))
-    cg = [s for s in wins if not {"lbfgs", "tight"} & set(s.split("-"))]
-    common_cg = set.intersection(*(set(wins[s]) for s in cg))
     rows = []
     for solver, mine in by_solver.items():
 
@@ -114,7 +113,6 @@ def main():
                 len(mine),
                 len(wins[solver]),
                 median(common, "points"),
-                median(common_cg, "points"),
                 median(common, "cost"),
                 median(common, "first_small_gradient"),
                 *(
@@ -124,21 +122,18 @@ def main():
             )
         )
     rows.sort(key=lambda row: -row[2])
-    print(f"{len(problems)} problems. A: the {len(common)} that all of these solved:")
-    print(f"{', '.join(whole)}. B: the {len(common_cg)} that all of these solved:")
-    print(f"{', '.join(cg)}. (A median is over those of them that a solver solved.)\n")
+    print(f"{len(problems)} problems. Medians are over the {len(common)} that all of")
+    print(f"these solved: {', '.join(whole)}.")
     print(
-        "A small gradient: points until it first satisfied the rule. Cut off: runs that"
+        "To a small gradient: points until it first satisfied the rule. Cut off: runs"
     )
-    print("used up their points, and those that used up their seconds.\n")
-    head = ["solver", "run", "solved", "median points, A", "B", "median NF + 3 NG, A"]
-    head += ["median to a small gradient, A", "cut off by points", "by seconds"]
+    print("that used up their points, and those that used up their seconds.\n")
+    head = ["solver", "run", "solved", "median points", "median NF + 3 NG"]
+    head += ["median to a small gradient", "cut off by points", "by seconds"]
     print(table(rows, head) + "\n")
 
     ours = wins[flags.lost]
-    print(
-        f"{flags.lost} beside each of the others, on the problems that both solved:\n"
-    )
+    print(f"{flags.lost} beside each of the others, on what both solved:\n")
     rows = []
     for solver, mine in wins.items():
         both = [p for p in mine if p in ours]
@@ -181,7 +176,7 @@ def main():
     timing = cutest.read(flags.timing)
     if timing:
         print("Milliseconds of a compiled run (and seconds of the first call, with")
-        print("compilation); the fastest of those that solved it in bold:\n")
+        print("compilation). In bold the fastest that solved it, variants aside:\n")
         seconds = {}
         for cell in timing:
             seconds.setdefault(cell["problem"], {})[cell["solver"]] = cell
@@ -191,7 +186,9 @@ def main():
             start = next(c for c in cells if c["problem"] == p and "f0" in c)
             start = {"f0": start["f0"], "g0": start["g0"], "points": 0}
             right = {s for s, cell in mine.items() if solved(start | cell, best[p])}
-            fastest = min((mine[s]["seconds"] for s in right), default=None)
+            fastest = min(
+                (mine[s]["seconds"] for s in right if ":" not in s), default=None
+            )
             row = [p, next((c["n"] for c in mine.values() if "n" in c), "-")]
             for s in solvers:
                 cell = mine.get(s, {})
@@ -205,6 +202,23 @@ def main():
                 row.append(text)
             rows.append(row)
         print(table(rows, ["problem", "n", *solvers]) + "\n")
+
+    variants = {}
+    for cell in cutest.read(flags.variants):
+        variants.setdefault(cell["solver"], {})[cell["problem"]] = cell
+    if variants:
+        print("Variants, by the same best values, beside the default of ours:\n")
+        rows = []
+        for name, mine in variants.items():
+            won = {p for p, cell in mine.items() if solved(cell, best[p])}
+            both = sorted(won & set(ours))
+            medians = [
+                f"{np.median([record[p]['points'] for p in both]):g}"
+                for record in (mine, by_solver[flags.lost])
+            ]
+            rows.append((name, len(mine), len(won), len(both), *medians))
+        head = ["variant", "run", "solved", f"{flags.lost} too", "median points"]
+        print(table(rows, [*head, f"{flags.lost}'s"]) + "\n")
 
     longer = cutest.read(flags.longer)
     if longer:

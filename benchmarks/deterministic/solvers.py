@@ -113,10 +113,7 @@ SCIPY_SOLVERS = {
     ),
 }
 
-# With the tolerance that `minimize` has by default, a hundred times smaller.
-TIGHT = 1e-2
-JAX_SOLVERS["optax-lbfgs-tight"] = optax_lbfgs
-SCIPY_SOLVERS |= {f"{name}-tight": it for name, it in SCIPY_SOLVERS.items()}
+TIGHT = 1e-2  # for a name that ends with "-tight": the tolerance `minimize` has
 
 _compiled = {}
 
@@ -141,14 +138,15 @@ def count_one(name, oracle, gradient_tolerance):
     oracle.reset()
     # The starting value is known to nobody: reset forgets it.
     small = gradient_tolerance * oracle.tolerance_scale
-    tolerance = small * (TIGHT if name.endswith("-tight") else 1)
+    base = name.removesuffix("-tight")
+    tolerance = small if base == name else TIGHT * small
     began = time.perf_counter()
     error, x = None, None
     try:
-        if name in SCIPY_SOLVERS:
+        if base in SCIPY_SOLVERS:
             import scipy.optimize
 
-            method, options = SCIPY_SOLVERS[name]
+            method, options = SCIPY_SOLVERS[base]
             x = scipy.optimize.minimize(
                 oracle.value_and_grad,
                 oracle.start,
@@ -157,10 +155,10 @@ def count_one(name, oracle, gradient_tolerance):
                 options=options | {"gtol": tolerance},
             ).x
         else:
-            if name not in _compiled:
-                solver = JAX_SOLVERS.get(name) or _variant(name)
-                _compiled[name] = jax.jit(functools.partial(solver, counted))
-            x = np.asarray(_compiled[name](jnp.asarray(oracle.start), tolerance))
+            if base not in _compiled:
+                solver = JAX_SOLVERS.get(base) or _variant(base)
+                _compiled[base] = jax.jit(functools.partial(solver, counted))
+            x = np.asarray(_compiled[base](jnp.asarray(oracle.start), tolerance))
     except Exception as e:
         error = f"{type(e).__name__}: {str(e)[:100]}"
         if "BudgetError" in str(e) or isinstance(e, problems.BudgetError):
