@@ -8,13 +8,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-all lint clean
 
 help:
-	@echo "make demo   train a ResNet with NLCG on real images (digits), about 2 minutes"
-	@echo "make test   the linter, the type check and the tests"
-	@echo "make lint   the linter and the type check alone"
-	@echo "make clean  remove the environment and caches (never runs/)"
+	@echo "make demo      train a ResNet with NLCG on real images (digits), about 2 minutes"
+	@echo "make test      the linter, the type check and the tests"
+	@echo "make test-all  those and the long ones"
+	@echo "make lint      the linter and the type check alone"
+	@echo "make clean     remove the environment and caches (never runs/)"
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,6 +35,9 @@ lint: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses=2 $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest --numprocesses=2 -m "" $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

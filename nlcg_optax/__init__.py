@@ -13,6 +13,7 @@ from nlcg_optax._linesearch import (
     scale_by_hager_zhang_linesearch,
 )
 from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
+from nlcg_optax._parallel import pmean_value_and_grad
 from nlcg_optax._preconditioner import (
     DiagonalBfgsState,
     LimitedMemoryBfgsState,
@@ -40,6 +41,7 @@ __all__ = [
     "diagnostics",
     "minimize",
     "nlcg",
+    "pmean_value_and_grad",
     "scale_by_conjugate_direction",
     "scale_by_diagonal_bfgs",
     "scale_by_hager_zhang_linesearch",

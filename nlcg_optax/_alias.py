@@ -49,8 +49,10 @@ def nlcg(
       threshold: rises of the loss that are tolerated.
       epsilon: ε of the direction and of the diagonal of BFGS.
       state_dtype: dtype of the stored directions; None for each parameter's own.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
-        leaf is sharded; None where the trees are whole, as they are under `jit`.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
 
     Returns:
       An optimizer. Its `update` needs `params` for the diagonal of BFGS, and the

@@ -87,8 +87,10 @@ def scale_by_conjugate_direction(
         not, and a zero denominator gives β = 0.
       state_dtype: dtype of the history (kept complex for complex leaves); None for each
         parameter's own.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
-        leaf is sharded; None where the trees are whole, as they are under `jit`.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
 
     Returns:
       A transformation. Updates keep the gradient's dtype; inner products are taken in

@@ -140,8 +140,10 @@ def scale_by_hager_zhang_linesearch(
         (quasi-Newton). ``"auto"`` is 1 too, but for the first search. Where there is no
         last step, it is 1% of the size of x, or such as to change the value by 1%
         where x is zero.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
-        leaf is sharded; None where the trees are whole, as they are under `jit`.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
 
     Returns:
       A transformation to be placed last, where updates are descent directions. Its

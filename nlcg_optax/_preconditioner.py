@@ -56,8 +56,10 @@ def scale_by_diagonal_bfgs(
 
     Args:
       epsilon: ε, at least 0.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
-        leaf is sharded; None where the trees are whole, as they are under `jit`.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
 
     Returns:
       A transformation whose `update` needs `params`. Updates keep the gradient's dtype;
@@ -212,8 +214,10 @@ def scale_by_limited_memory_bfgs(
 
     Args:
       memory_size: pairs kept.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
-        leaf is sharded; None where the trees are whole, as they are under `jit`.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
 
     Returns:
       A transformation whose `update` needs `params`. Updates keep the gradient's dtype;
@@ -243,8 +247,8 @@ def scale_by_limited_memory_bfgs(
 
     def init_fn(params: optax.Params) -> LimitedMemoryBfgsState:
         def memory(x: jax.Array) -> jax.Array:
-            x = jnp.asarray(x)
-            return jnp.zeros((memory_size, *x.shape), x.dtype)
+            # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
+            return jnp.zeros_like(x, shape=(memory_size, *jnp.shape(x)))
 
         dtype = _tree.scalar_dtype(params)
         return LimitedMemoryBfgsState(

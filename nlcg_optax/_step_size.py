@@ -232,8 +232,10 @@ def scale_by_lars(
     Args:
       coefficient: c, positive.
       damping: the factor 0.1, at least 0.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which every
-        leaf is sharded; None where the trees are whole, as they are under `jit`.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
 
     Returns:
       A stateless transformation whose `update` needs `params`.

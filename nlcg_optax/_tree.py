@@ -69,6 +69,55 @@ def abs_sq(a: jax.Array) -> jax.Array:
     return real_inner(a, a)
 
 
+def bound_axes(axis_name: AxisName) -> tuple[AxisName, ...]:
+    """The named axes as a tuple.
+
+    Raises:
+      NameError: if nothing around the call maps one of them.
+    """
+    axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    for axis in axes:
+        try:
+            jax.lax.axis_index(axis)
+        except NameError:
+            raise NameError(
+                f"Axis {axis!r} is not bound: no `shard_map` or `pmap` around this "
+                "call maps it. Under `jit` alone name no axis: sums and means are "
+                "global there."
+            ) from None
+    return tuple(axes)
+
+
+def tracked_axes(axes: Sequence[AxisName]) -> frozenset[AxisName]:
+    """Those of the bound axes whose `shard_map` types say what varies along them.
+
+    That is all axes of a `shard_map` with ``check_vma=True``, its default, and none of
+    another `shard_map`, a `pmap` or a `vmap`.
+    """
+    # The index of a device varies along its axis wherever anything is known to vary.
+    return frozenset(
+        axis for axis in axes if axis in varying_axes(jax.lax.axis_index(axis))
+    )
+
+
+def varying_axes(x: jax.typing.ArrayLike) -> frozenset[AxisName]:
+    """The tracked axes along which `x` may differ from device to device."""
+    kind: Any = jax.typeof(x)
+    # Named `vma` before JAX 0.10. With neither name fail: a guess would be a wrong sum.
+    if hasattr(kind, "manual_axis_type"):
+        return kind.manual_axis_type.varying
+    return kind.vma
+
+
+def vary(x: Any, axes: Sequence[AxisName]) -> Any:
+    """`x` with a type that may vary along tracked axes along which it does not yet."""
+    if not axes:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, tuple(axes), to="varying")
+    return getattr(jax.lax, "pvary")(x, tuple(axes))  # noqa: B009 - before JAX 0.9
+
+
 def reduce_products(
     integrands: Callable[..., Sequence[jax.Array]],
     *trees: Any,
@@ -81,8 +130,11 @@ def reduce_products(
       integrands: maps one (lifted) leaf of each tree to a sequence of real arrays.
       *trees: trees of one structure.
       dtype: dtype of the sums.
-      axis_name: mapped axis (or axes) over which *every* leaf is sharded; the sums
-        are then global. All of them travel in a single all-reduce.
+      axis_name: mapped axis (or axes) over which the leaves are sharded; the sums are
+        then global. All of them travel in a single all-reduce. A leaf counts once along
+        an axis where its type says that every device holds a copy of it, which types
+        say in a `shard_map` with ``check_vma=True``; elsewhere *every* leaf counts as
+        sharded.
 
     Returns:
       One scalar for each integrand.
@@ -90,28 +142,57 @@ def reduce_products(
     columns = [jax.tree.leaves(tree) for tree in trees]
     if not columns[0]:  # a group of `optax.partition` may be empty
         columns = [[jnp.zeros([0], dtype)] for _ in trees]
-    rows = []
+    axes = () if axis_name is None else bound_axes(axis_name)
+    tracked = tracked_axes(axes)
+    whole, sharded = [], []
     for leaves in zip(*columns, strict=True):
         values = integrands(*(lift(leaf) for leaf in leaves))
-        rows.append([jnp.sum(value).astype(dtype) for value in values])
-    totals = [
+        row = [jnp.sum(value).astype(dtype) for value in values]
+        # Of all the leaf's arrays together: a constant gradient of a sharded leaf does
+        # not vary, but counts on every device.
+        varying = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
+        copied = [axis for axis in axes if axis in tracked - varying]
+        if len(copied) == len(axes):
+            whole.append(row)
+        else:
+            sharded.append([_on_first(value, copied) for value in row])
+    totals = [_total(rows) for rows in (whole, sharded) if rows]
+    if sharded:
+        stacked = jnp.stack(totals[-1])
+        # A sum does not take what varies along some of its axes only.
+        constant = tracked - varying_axes(stacked)
+        stacked = vary(stacked, [axis for axis in axes if axis in constant])
+        totals[-1] = list(jax.lax.psum(stacked, axes))
+    return _total(totals)
+
+
+def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+    """Sums the columns."""
+    return [
         functools.reduce(operator.add, column) for column in zip(*rows, strict=True)
     ]
-    if axis_name is None:
-        return totals
-    return list(jax.lax.psum(jnp.stack(totals), axis_name))
+
+
+def _on_first(x: jax.Array, axes: Sequence[AxisName]) -> jax.Array:
+    """`x` on the first device along each of the axes, and 0 on the others."""
+    for axis in axes:
+        x = jnp.where(jax.lax.axis_index(axis) == 0, x, jnp.zeros_like(x))
+    return x
 
 
 def max_abs(
     tree: Any, *, dtype: jnp.dtype, axis_name: AxisName | None = None
 ) -> jax.Array:
-    """The largest modulus of any element: NaN if one is NaN, 0 if there is none."""
+    """The largest modulus of any element: NaN if one is NaN, 0 if there is none.
+
+    Over `axis_name` leaves may be sharded or not: copies do not change a maximum.
+    """
     largest = [
         jnp.max(jnp.abs(lift(leaf)), initial=0).astype(dtype)
         for leaf in jax.tree.leaves(tree)
     ]
     total = functools.reduce(jnp.maximum, largest, jnp.zeros([], dtype))
-    return total if axis_name is None else jax.lax.pmax(total, axis_name)
+    return total if axis_name is None else jax.lax.pmax(total, bound_axes(axis_name))
 
 
 def zeros_like(tree: Any, dtype: Any | None = None) -> Any:

@@ -1,15 +1,23 @@
 """Checkpoints of a run, by Orbax."""
 
+import contextlib
 import json
 import pathlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from nlcg_optax.training.config import ConfigDict, ConfigError, to_json
+from nlcg_optax.training.config import (
+    ConfigDict,
+    ConfigError,
+    base_config,
+    to_json,
+)
 
-# Fields that may differ between a run and its continuation.
+# Fields that may differ between a run and its continuation; those of the mesh may too.
 _FREE_FIELDS = (
     "checkpoint_every_epochs",
     "eval_batch_size",
@@ -19,11 +27,16 @@ _FREE_FIELDS = (
 )
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
 class Checkpoints:
     """The checkpoints in a run's folder.
 
     Writing goes on in the background while training does. A checkpoint appears under
-    its name only when it is whole.
+    its name only when it is whole. All processes take part; the folder must be one that
+    all of them see.
 
     Args:
       workdir: folder of the run.
@@ -42,52 +55,157 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> Any:
-        """Restores the newest checkpoint, shaped (and placed) like a given state."""
+        """Restores the newest checkpoint, shaped and placed like a given state.
+
+        Raises:
+          CheckpointError: if it cannot be read, or does not fit.
+        """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(
-            self.latest_step(), args=ocp.args.StandardRestore(abstract)
-        )
+        steps = sorted(self._manager.all_steps())
+        try:
+            state = self._manager.restore(
+                steps[-1], args=ocp.args.StandardRestore(abstract)
+            )
+            _check_fits(state, abstract)
+        except Exception as error:  # Orbax documents none
+            older = f", from step {steps[-2]:,}" if steps[1:] else ", from the start"
+            raise CheckpointError(
+                f"The checkpoint of step {steps[-1]:,}, {self.path / str(steps[-1])}, "
+                f"cannot be read: {_first_lines(error)}. It is damaged, or was written "
+                "by another program. Nothing was changed. Move that folder away, and "
+                f"the same command goes on{older}."
+            ) from error
+        return state
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save a state, unless that step is saved already."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Starts to save a state, unless that step is saved already.
+
+        Raises:
+          CheckpointError: if it, or the one before, cannot be written.
+        """
+        with self._writing():
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def wait(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Waits until everything is on disk.
+
+        Raises:
+          CheckpointError: if it cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits until everything is on disk, and closes the folder."""
-        self._manager.close()
+        """Waits until everything is on disk, and closes the folder.
+
+        Raises:
+          CheckpointError: if it cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            with self._writing():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax documents none
+            whole = sorted(p.name for p in self.path.glob("*") if p.name.isdigit())
+            kept = f"step {max(map(int, whole)):,}" if whole else "none yet"
+            raise CheckpointError(
+                f"Cannot write a checkpoint to {self.path}: {_first_lines(error)}. Is "
+                f"the disk full, or the folder read-only? The last whole one: {kept}."
+            ) from error
+
+
+def _check_fits(state: Any, abstract: Any) -> None:
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(abstract),
+        strict=True,
+    ):
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} there and "
+                f"{y.dtype}{list(y.shape)} in this program"
+            )
+
+
+def _first_lines(error: BaseException) -> str:
+    """What an error says, cut to a readable length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:500]}{'…' * (len(text) > 500)}"
+
+
+def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Checks that a folder is new, or holds a run with the same config.
+
+    Raises:
+      ConfigError: if it holds a run with another config; names the fields that differ.
+    """
+    path = workdir / "config.json"
+    try:
+        saved = json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}). Choose another --workdir, or remove "
+            "that file if you know that the run in its folder had this config."
+        ) from error
+    if saved is None:
+        return
+    # A field that the run did not have yet had what is its default now.
+    old = _flatten(to_json(base_config())) | _flatten(saved)
+    new = _flatten(to_json(config))
+    changed = [
+        f"{name}={new.get(name)!r} (was {old.get(name)!r})"
+        for name in sorted(old.keys() | new.keys())
+        if name not in _FREE_FIELDS
+        and not name.startswith("mesh.")
+        and old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{str(workdir)!r} holds a run with another config: "
+            f"{', '.join(changed)}. Choose another --workdir, or remove that one."
+        )
 
 
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes ``config.json``, or checks that the run goes on with the same config.
+    """Makes the folder of a run and writes ``config.json`` there.
 
     Raises:
-      ConfigError: if the folder holds a run with another config; names the fields that
-        differ.
+      ConfigError: if that cannot be done.
     """
     path = workdir / "config.json"
-    fields = to_json(config)
-    if path.exists():
-        saved = json.loads(path.read_text())
-        old, new = _flatten(saved), _flatten(fields)
-        names = sorted(old.keys() | new.keys())
-        changed = [
-            f"{name}={new.get(name)!r} (was {old.get(name)!r})"
-            for name in names
-            if name not in _FREE_FIELDS and old.get(name) != new.get(name)
-        ]
-        if changed:
-            raise ConfigError(
-                f"{str(workdir)!r} holds a run with another config: "
-                f"{', '.join(changed)}. Choose another --workdir, or remove that one."
-            )
     partial = path.with_suffix(".json.tmp")
-    partial.write_text(json.dumps(fields, indent=2) + "\n")
-    partial.replace(path)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write to --workdir={workdir}: {error}. Choose another."
+        ) from error
+
+
+def check_shared(workdir: pathlib.Path, seconds: float = 20.0) -> None:
+    """Checks that what another process wrote into the folder is seen here.
+
+    Raises:
+      ConfigError: if it is not, also after some time (a network's folder may be slow).
+    """
+    deadline = time.monotonic() + seconds
+    while not (workdir / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir={workdir} does not hold what process 0 wrote there: all "
+                "processes need the same folder, on a file system that they share."
+            )
+        time.sleep(0.2)
 
 
 def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
@@ -17,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
       The exit code: 0 when the run is complete or SIGTERM has stopped it with its
       progress saved, 130 after Ctrl-C (saved too), 2 for a mistake in the config or the
-      data, 3 for a loss that was not finite.
+      data, 3 for a loss that was not finite, 4 for a file that cannot be written or
+      read (a full disk, a damaged checkpoint). Anything else that goes wrong raises; of
+      several processes the one that it happens to prints it and ends with 1, which ends
+      the others.
     """
     parser = argparse.ArgumentParser(
         prog="train.py",
@@ -38,6 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FOLDER",
         help="where checkpoints, metrics and curves go, and what a run resumes from",
     )
+    several = parser.add_argument_group(
+        "several processes", "The same command is started once for each of them."
+    )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of the first process, free there; or 'auto' on a cluster that "
+        "tells (Cloud TPU, Slurm, Open MPI, Kubernetes)",
+    )
+    several.add_argument("--num_processes", type=int, metavar="N", help="how many")
+    several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
     args, rest = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in rest]
     for text in rest:
@@ -45,19 +60,58 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(
                 f"unknown argument {text!r}: set fields by --config.FIELD=VALUE"
             )
+    if args.coordinator is None and (args.num_processes or args.process_id) is not None:
+        parser.error("--num_processes and --process_id need --coordinator=HOST:PORT")
 
     # Late, so that --help and mistakes answer at once.
+    from nlcg_optax.training import distributed
+
+    try:
+        if args.coordinator is not None:
+            distributed.initialize(
+                args.coordinator, args.num_processes, args.process_id
+            )
+        code = _train(args.config, overrides, args.workdir)
+    except ConfigError as error:
+        return _report(error, 2)
+    except Exception:
+        if not _several_processes():
+            raise
+        traceback.print_exc()
+        code = 1
+    # A loss that is not finite is so in all processes, and they end together.
+    if code not in (0, 3, 130) and _several_processes():
+        distributed.end_all(code)
+    return code
+
+
+def _train(path: str, overrides: Sequence[str], workdir: str) -> int:
+    from nlcg_optax.training.checkpoint import CheckpointError
     from nlcg_optax.training.data import DataError
     from nlcg_optax.training.loop import NonFiniteLossError, train_and_evaluate
 
     try:
-        config = load_config(args.config)
+        config = load_config(path)
         apply_overrides(config, overrides)
-        result = train_and_evaluate(config, args.workdir)
+        result = train_and_evaluate(config, workdir)
     except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _report(error, 2)
     except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
+        return _report(error, 3)
+    except (CheckpointError, OSError) as error:
+        return _report(error, 4)
     return 130 if result.signal == signal.SIGINT else 0
+
+
+def _several_processes() -> bool:
+    import jax
+
+    return jax.process_count() > 1
+
+
+def _report(error: Exception, code: int) -> int:
+    import jax
+
+    process = f"process {jax.process_index()}: " if _several_processes() else ""
+    print(f"{process}error: {error}", file=sys.stderr)
+    return code

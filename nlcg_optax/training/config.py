@@ -48,6 +48,16 @@ def base_config() -> ConfigDict:
     config.dataset.flip = True  # random horizontal flip
 
     config.batch_size = 128  # the global batch
+    config.microbatches = 1  # parts of a batch, one after the other, to save memory
+    # With several microbatches BatchNorm normalizes by the statistics of each
+    # ("microbatch"), or by the whole batch's ("batch": more memory and time).
+    config.batch_norm_statistics = "microbatch"
+
+    config.mesh = _Group()  # devices; -1: those that the other axis leaves
+    config.mesh.data = -1
+    config.mesh.fsdp = 1  # parameters and optimizer state are split along this axis
+    config.mesh.min_size_to_split = 2**12  # elements of a leaf
+
     config.eval_batch_size = 1000
     config.num_epochs = 200.0
 

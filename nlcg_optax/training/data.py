@@ -21,7 +21,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -655,18 +655,26 @@ def batch_indices(
 
 
 def augment(
-    key: jax.Array, images: jax.Array, *, crop_padding: int = 4, flip: bool = True
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    crop_padding: int = 4,
+    flip: bool = True,
+    places: jax.Array | None = None,
+    batch_size: int | None = None,
 ) -> jax.Array:
     """Random crops of the zero-padded images, half of them flipped left to right.
 
-    The images keep their shape and dtype, and each has its own draw. To be called on a
-    whole batch under ``jit``.
+    The images keep their shape and dtype, and each has its own draw, which depends on
+    its place in the batch and not on how the batch is split into parts.
 
     Args:
       key: a random key.
       images: [B, H, W, C], before any normalisation (the padding is black).
       crop_padding: pixels of padding on every side; 0 for no crop.
       flip: whether to flip. Mirrored digits are no digits.
+      places: where the images are a part of a batch, their places in it, int [B].
+      batch_size: with `places`, how many images the whole batch has.
 
     Returns:
       The augmented images.
@@ -675,10 +683,16 @@ def augment(
         raise ValueError(f"crop_padding must not be negative, and is {crop_padding}")
     crop_key, flip_key = jax.random.split(key)
     batch, *shape = images.shape
+    batch = batch_size or batch
+
+    def of_these(draws: jax.Array) -> jax.Array:
+        return draws if places is None else draws[places]
+
     if crop_padding:
         pad = (crop_padding, crop_padding)
         padded = jnp.pad(images, ((0, 0), pad, pad, (0, 0)))
         corners = jax.random.randint(crop_key, (batch, 2), 0, 2 * crop_padding + 1)
+        corners = of_these(corners)
 
         def crop(image: jax.Array, corner: jax.Array) -> jax.Array:
             start = (corner[0], corner[1], jnp.zeros_like(corner[0]))
@@ -687,7 +701,7 @@ def augment(
         images = jax.vmap(crop)(padded, corners)
     if flip:
         flipped = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
-        images = jnp.where(flipped, images[:, :, ::-1], images)
+        images = jnp.where(of_these(flipped), images[:, :, ::-1], images)
     return images
 
 
@@ -738,17 +752,19 @@ def stream(
     batch_size: int,
     seed: int = 0,
     start_step: int = 0,
+    places: np.ndarray | None = None,
     image_size: int | None = None,
     train: bool = True,
     num_threads: int = 16,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Reads a split in batches of ``image`` (uint8 [B, H, W, C]) and ``label`` (int32).
 
-    For training the iterator is infinite. The epochs, each in its own order, follow on
-    each other without a gap, so that nothing is dropped; a batch is a function of
-    ``seed`` and its step. With ``image_size``, images are ImageNet's random resized
+    For training the iterator is infinite, and the examples of a step are those of
+    :func:`batch_indices`. With ``image_size``, images are ImageNet's random resized
     crops: 8% to 100% of the area, an aspect ratio from 3/4 to 4/3, flipped half the
-    time. Without it they come as they are, and :func:`augment` is there for the device.
+    time; a draw follows from the seed and the example's position in the sequence of all
+    epochs. Without it they come as they are, and :func:`augment` is there for the
+    device.
 
     For evaluation it is one pass in order, and the batches have a ``mask`` too, float32
     [B]: 1 for an example and 0 for what fills up the last batch. With ``image_size``
@@ -761,16 +777,19 @@ def stream(
       batch_size: B.
       seed: of order and crops, not negative.
       start_step: the first batch to read.
+      places: the places of each batch, counted from 0, that are read, in that order;
+        all of them by default. Several processes read a batch together so, each its
+        own places.
       image_size: height and width of the images. Needed where sizes differ.
       train: for training or for evaluation.
       num_threads: threads that read ahead, about two batches.
 
     Returns:
-      The iterator.
+      The iterator. Its arrays have as many rows as there are places.
 
     Raises:
       ValueError: if the batch size is below 1, the step negative, or, for training, the
-        split smaller than a batch.
+        split smaller than a batch; for places that a batch does not have.
       DataError: while iterating, for a broken image and for images of differing size.
     """
     if batch_size < 1 or (train and batch_size > len(split)):
@@ -780,88 +799,140 @@ def stream(
         )
     if start_step < 0:
         raise ValueError(f"the step must not be negative, and is {start_step}")
-    return _stream(
-        split, batch_size, seed, start_step, image_size, train, max(1, num_threads)
+    places = _check_places(places, batch_size)
+    visits = _Visits(
+        split.source,
+        batch_size=batch_size,
+        places=places,
+        seed=seed if train else None,
+        transform=image_size and (_random_resized_crop if train else _central_crop),
+        image_size=image_size,
     )
+    return _stream(visits, start_step, max(1, num_threads))
 
 
 def eval_batches(
-    split: Split, batch_size: int, *, image_size: int | None = None
+    split: Split,
+    batch_size: int,
+    *,
+    places: np.ndarray | None = None,
+    image_size: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """One pass in order, for evaluation, over a split in memory or not.
 
     Args:
       split: the examples.
       batch_size: B.
+      places: the places of each batch that are read, as in :func:`stream`.
       image_size: for a split that is not in memory, as in :func:`stream`; images in
         memory had theirs when they were loaded.
 
     Returns:
-      An iterator of batches of ``image``, ``label`` and ``mask`` (float32 [B]: 1 for an
-      example, 0 for what fills up the last batch), all of B rows.
+      An iterator of batches of ``image``, ``label`` and ``mask`` (float32: 1 for an
+      example, 0 for what fills up the last batch), all of as many rows as there are
+      places (B by default).
     """
     if not split.in_memory:
-        return stream(split, batch_size=batch_size, image_size=image_size, train=False)
+        return stream(
+            split,
+            batch_size=batch_size,
+            places=places,
+            image_size=image_size,
+            train=False,
+        )
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, and is {batch_size}")
-    return (
-        _pad(
-            {
-                "image": split.images[start : start + batch_size],
-                "label": split.labels[start : start + batch_size],
-            },
-            batch_size,
+    chosen = _check_places(places, batch_size)
+
+    def batch(start: int) -> dict[str, np.ndarray]:
+        positions = start + chosen
+        # Some example or other, masked out, fills up the last batch.
+        indices = np.minimum(positions, len(split) - 1)
+        return {
+            "image": split.images[indices],
+            "label": split.labels[indices],
+            "mask": (positions < len(split)).astype(np.float32),
+        }
+
+    return map(batch, range(0, len(split), batch_size))
+
+
+def _check_places(places: np.ndarray | None, batch_size: int) -> np.ndarray:
+    if places is None:
+        return np.arange(batch_size)
+    places = np.asarray(places)
+    if places.size < 1 or places.min() < 0 or places.max() >= batch_size:
+        raise ValueError(
+            f"the places in a batch must lie between 0 and {batch_size - 1}, at least "
+            f"one of them, and are {places}"
         )
-        for start in range(0, len(split), batch_size)
-    )
+    return places
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Visits:
+    """The examples as they are visited, batch after batch, each with its number.
+
+    Attributes:
+      source: the examples.
+      batch_size: of the whole batch.
+      places: those of its places that are visited.
+      seed: of order and crops; None for evaluation, one pass in order.
+      transform: what is made of an image, with `image_size` and a random generator.
+      image_size: given to `transform`.
+    """
+
+    source: Source
+    batch_size: int
+    places: np.ndarray
+    seed: int | None
+    transform: Any
+    image_size: int | None
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return len(self.places) * 2**32  # steps without an end
+        return len(self.places) * math.ceil(len(self.source) / self.batch_size)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, i = divmod(int(index), len(self.places))
+        position = step * self.batch_size + int(self.places[i])
+        count = len(self.source)
+        if self.seed is None:
+            # Some example or other, masked out, fills up the last batch.
+            number, rng = min(position, count - 1), None
+            extra = {"mask": np.float32(position < count)}
+        else:
+            epoch, offset = divmod(position, count)
+            number = int(_permutation(epoch, count, self.seed)[offset])
+            rng, extra = np.random.default_rng([self.seed, position]), {}
+        example = self.source[number]
+        image = example["image"]
+        if self.transform:
+            image = self.transform(image, self.image_size, rng)
+        return {**example, "image": image, "index": number, **extra}
 
 
 def _stream(
-    split: Split,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    image_size: int | None,
-    train: bool,
-    num_threads: int,
+    visits: _Visits, start_step: int, num_threads: int
 ) -> Iterator[dict[str, np.ndarray]]:
     import grain
 
-    if not train and start_step * batch_size >= len(split):
+    count = len(visits.places)
+    if start_step * count >= len(visits):
         return
     # Threads work on chunks of a batch: Grain's overhead for each example is larger
     # than the decoding of a small image, and whole batches of ImageNet, one for each
     # thread, would take gigabytes.
-    chunk = max(n for n in range(1, 65) if batch_size % n == 0)
-    chunks = batch_size // chunk
-    dataset: Any = grain.MapDataset.source(_Numbered(split.source))
-    if train:
-        dataset = dataset.seed(seed).shuffle().repeat()
-    if train and image_size is not None:
-        dataset = dataset.random_map(_random_resized_crop(image_size))
-    elif image_size is not None:
-        dataset = dataset.map(_central_crop(image_size))
+    chunk = max(n for n in range(1, 65) if count % n == 0)
+    chunks = count // chunk
+    dataset: Any = grain.MapDataset.source(cast(Any, visits))
     dataset = dataset.batch(chunk, batch_fn=lambda examples: examples)
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=max(2 * chunks, num_threads)
     )
     parts = dataset[start_step * chunks :].to_iter_dataset(options)
-    batches = parts.batch(chunks, drop_remainder=train, batch_fn=_batch(split.source))
-    for batch in batches:
-        yield batch if train else _pad(batch, batch_size)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class _Numbered:
-    """A source whose examples know their number, for messages."""
-
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.source[index], "index": index}
+    yield from parts.batch(chunks, batch_fn=_batch(visits.source))
 
 
 def _batch(source: Any) -> Callable[[Any], dict[str, np.ndarray]]:
@@ -878,45 +949,25 @@ def _batch(source: Any) -> Callable[[Any], dict[str, np.ndarray]]:
                     first["image"].shape,
                 )
         return {
-            "image": np.stack([example["image"] for example in examples]),
-            "label": np.array([example["label"] for example in examples], np.int32),
+            key: np.stack([example[key] for example in examples])
+            for key in first
+            if key != "index"
         }
 
     return batch
 
 
-def _pad(batch: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    count = len(batch["label"])
-
-    def pad(array: np.ndarray) -> np.ndarray:
-        return np.pad(array, [(0, batch_size - count)] + [(0, 0)] * (array.ndim - 1))
-
-    return {
-        **{key: pad(array) for key, array in batch.items()},
-        "mask": pad(np.ones(count, np.float32)),
-    }
-
-
-def _central_crop(size: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    def transform(example: dict[str, Any]) -> dict[str, Any]:
-        image = _resize_and_crop(example["image"], size, round(size * 256 / 224))
-        return {**example, "image": image}
-
-    return transform
+def _central_crop(image: np.ndarray, size: int, rng: None) -> np.ndarray:
+    del rng
+    return _resize_and_crop(image, size, round(size * 256 / 224))
 
 
 def _random_resized_crop(
-    size: int,
-) -> Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]:
-    def transform(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        image = example["image"]
-        top, left, height, width = _random_box(image.shape[0], image.shape[1], rng)
-        image = _resize(image[top : top + height, left : left + width], (size, size))
-        if rng.random() < 0.5:
-            image = image[:, ::-1]
-        return {**example, "image": image}
-
-    return transform
+    image: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    top, left, height, width = _random_box(image.shape[0], image.shape[1], rng)
+    image = _resize(image[top : top + height, left : left + width], (size, size))
+    return image[:, ::-1] if rng.random() < 0.5 else image
 
 
 def _random_box(

@@ -4,17 +4,29 @@ import contextlib
 import math
 import pathlib
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
 
-from nlcg_optax.training import data, metrics, models, optimizers, steps
-from nlcg_optax.training.checkpoint import Checkpoints, save_config
+from nlcg_optax.training import data, distributed, metrics, models, optimizers, steps
+from nlcg_optax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_config,
+    check_shared,
+    save_config,
+)
 from nlcg_optax.training.config import ConfigDict, ConfigError
+from nlcg_optax.training.mesh import (
+    BatchLayout,
+    create_mesh,
+    put_replicated,
+    replicated,
+)
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -42,8 +54,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
 
     The folder receives ``config.json``, ``metrics.jsonl``, ``tensorboard/``,
     ``curves.png`` and ``checkpoints/``. A run that was stopped, by whatever, goes on
-    from its last checkpoint and ends with the same bits as one that was not. SIGINT
-    (Ctrl-C) and SIGTERM save a checkpoint and end the run in an orderly way.
+    from its last checkpoint and ends with the same bits as one that was not (on another
+    number of devices: the same up to rounding). SIGINT (Ctrl-C) and SIGTERM save a
+    checkpoint and end the run in an orderly way.
+
+    Of several processes each calls this with the same arguments, after
+    :func:`nlcg_optax.training.distributed.initialize`; the folder is one that all see.
 
     Args:
       config: see :func:`nlcg_optax.training.config.base_config`.
@@ -53,46 +69,39 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
       ConfigError: for a config that cannot be used, or that is not the one of the run
         in the folder.
       nlcg_optax.training.data.DataError: if the data cannot be read.
+      nlcg_optax.training.checkpoint.CheckpointError: if a checkpoint cannot be read or
+        written.
       NonFiniteLossError: if the loss was not finite.
     """
     workdir = pathlib.Path(workdir)
-    dataset = load_dataset(config)
-    num_train = len(dataset.train)
-    steps_per_epoch = num_train / max(config.batch_size, 1)
-    total_steps = round(config.num_epochs * steps_per_epoch)
-    if not 1 <= config.batch_size <= num_train:
-        raise ConfigError(
-            f"batch_size={config.batch_size} does not fit: expected 1 to {num_train}, "
-            f"the number of training images of {dataset.name!r}."
-        )
-    if total_steps < 1:
-        raise ConfigError(
-            f"num_epochs={config.num_epochs} of {num_train} images is no step at "
-            f"batch_size={config.batch_size}: raise num_epochs or lower batch_size."
-        )
+    if jax.process_count() > 1:
+        distributed.check_same_config(config)
+    mesh = create_mesh(config)
+    # The first process may have to prepare the data for all.
+    dataset = distributed.first_alone(lambda: load_dataset(config), "load the data")
+    dataset = dataset or load_dataset(config)
+    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train), mesh)
     schedule = optimizers.create_schedule(config, steps_per_epoch)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     model = create_model(config, dataset)
-    workdir.mkdir(parents=True, exist_ok=True)
-    save_config(config, workdir)
+    check_config(config, workdir)
+    distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
+    check_shared(workdir)
 
-    state = steps.create_state(model, tx, config, dataset.image_shape)
+    state = steps.create_state(model, tx, config, dataset.image_shape, mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     start = checkpoints.latest_step() or 0
     if start:
         state = checkpoints.restore(state)
 
-    next_batch, step_fn = make_input(config, dataset, model, tx, schedule, start)
-    evaluate = make_evaluation(config, dataset, model)
-    writer = metrics.MetricsWriter(workdir, resume_step=start)
-    progress = metrics.Progress(total_steps, start, config.batch_size)
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    progress.line(
-        f"{config.model.name} ({parameters:,} parameters) on {dataset.name} "
-        f"({num_train:,} training images, {'×'.join(map(str, dataset.image_shape))}), "
-        f"{config.optimizer.name}, batch {config.batch_size:,}, {total_steps:,} steps, "
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s)"
-    )
+    next_batch, step_fn = make_input(config, dataset, model, tx, schedule, mesh, start)
+    evaluate = make_evaluation(config, dataset, model, mesh)
+    metrics_path = workdir / "metrics.jsonl"
+    writer, progress = metrics.Silence(), metrics.Silence()
+    if distributed.is_first():
+        writer = metrics.MetricsWriter(workdir, resume_step=start)
+        progress = metrics.Progress(total_steps, start, config.batch_size)
+    progress.line(_description(config, dataset, mesh, state, total_steps))
     if start:
         progress.line(f"resumed from the checkpoint of step {start:,} in {workdir}")
 
@@ -110,20 +119,38 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
-                f"{checkpoints.path}, the metrics in {writer.path}. Lower "
+                f"{checkpoints.path}, the metrics in {metrics_path}. Lower "
                 "optimizer.learning_rate or lengthen schedule.warmup_epochs, and start "
                 "again in another --workdir."
             )
         return row
 
+    def draw_curves() -> None:
+        if distributed.is_first():
+            metrics.plot_curves(
+                metrics.read_metrics(metrics_path),
+                workdir / "curves.png",
+                f"{config.model.name}, {dataset.name}, {config.optimizer.name}",
+            )
+
+    def finish() -> None:
+        """Closes everything, whatever fails of it, and draws the curves."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(draw_curves)
+            stack.callback(checkpoints.close)
+            stack.callback(progress.close)
+            stack.callback(writer.close)
+
     results: dict[str, dict[str, float]] = {}
-    step = start
+    step, saved, stopping = start, start, False
     try:
-        with _signals() as caught:
+        with distributed.Interrupts() as interrupts, jax.transfer_guard("disallow"):
             pending = None
             clock = time.monotonic()
-            while step < total_steps and not caught:
-                state, values = step_fn(state, next_batch(step))
+            while step < total_steps and not stopping:
+                batch = next_batch(step)
+                waited = time.monotonic() - clock
+                state, values = step_fn(state, batch)
                 step += 1
                 # Reading the metrics of the step before keeps the device busy.
                 shown = record(*pending) if pending else None
@@ -136,43 +163,111 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
                     results = evaluate(state)
                     for split, row in results.items():
                         writer.write(step, split, row)
+                    writer.flush()
                     progress.line(_evaluation_line(step, total_steps, shown, results))
                 if saving:
                     writer.flush()
                     checkpoints.save(step, state)
+                    saved = step
                 now = time.monotonic()
-                progress.update(shown, now - clock)
+                progress.update(shown, now - clock, waited)
                 clock = now
+                stopping = interrupts.reached(step)
             if pending:
                 record(*pending)
-    finally:
-        # On the way out of an error too. The state is the last finite one; only a step
-        # that failed while it ran has used it up.
-        if not any(x.is_deleted() for x in jax.tree.leaves(state)):
-            checkpoints.save(int(state.step), state)
-        checkpoints.close()
-        writer.close()
-        progress.close()
-        metrics.plot_curves(
-            metrics.read_metrics(writer.path),
-            workdir / "curves.png",
-            f"{config.model.name}, {dataset.name}, {config.optimizer.name}",
-        )
-    received = caught[0] if caught else None
-    if received is not None and step < total_steps:
+        if step > saved:
+            writer.flush()
+            checkpoints.save(step, state)
+        finish()
+    except BaseException as error:
+        # A loss that is not finite is so in all processes. Of another error the others
+        # may know nothing, and closing in an orderly way takes all of them.
+        if isinstance(error, NonFiniteLossError) or jax.process_count() == 1:
+            # Where a file cannot be written, what comes of it is not the news.
+            of_files = isinstance(error, CheckpointError | OSError)
+            ignored = (CheckpointError, OSError) if of_files else ()
+            # Only a step that failed while it ran has used up the state.
+            whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+            with contextlib.suppress(*ignored), contextlib.ExitStack() as stack:
+                stack.callback(finish)
+                if whole and not isinstance(error, CheckpointError):
+                    checkpoints.save(int(state.step), state)
+        raise
+    received = interrupts.received if stopping else None
+    if received and step < total_steps:
         progress.line(
-            f"{received.name}: stopped after step {step:,} of {total_steps:,}, saved "
-            f"in {checkpoints.path}. The same command goes on from there."
+            f"{received.name}: stopped after step {step:,} of "
+            f"{total_steps:,}, saved in {checkpoints.path}. The same command goes on "
+            "from there."
         )
         return Result(step, received, results, state)
     if not results:  # the run was complete already
         results = evaluate(state)
         progress.line(_evaluation_line(step, total_steps, None, results))
     progress.line(
-        f"done: curves in {workdir / 'curves.png'}, metrics in {writer.path}, "
+        f"done: curves in {workdir / 'curves.png'}, metrics in {metrics_path}, "
         f"checkpoint in {checkpoints.path}"
     )
     return Result(step, None, results, state)
+
+
+def _count_steps(config: ConfigDict, num_train: int, mesh: Mesh) -> tuple[float, int]:
+    """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
+    batch_size, parts = config.batch_size, config.microbatches
+    if not 1 <= batch_size <= num_train:
+        raise ConfigError(
+            f"batch_size={batch_size} does not fit: expected 1 to {num_train}, "
+            f"the number of training images of {config.dataset.name!r}."
+        )
+    if parts < 1 or batch_size % parts:
+        near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        near = sorted(sorted(near, key=lambda n: abs(n - parts))[:4])
+        raise ConfigError(
+            f"microbatches={parts} does not divide batch_size={batch_size}; "
+            f"{', '.join(map(str, near))} would."
+        )
+    if batch_size // parts < mesh.size:
+        raise ConfigError(
+            f"batch_size={batch_size} in {parts} microbatch(es) is less than one image "
+            f"for each of {mesh.size} devices: raise batch_size, lower microbatches or "
+            "use fewer devices."
+        )
+    known = ("microbatch", "batch")
+    if config.batch_norm_statistics not in known:
+        raise ConfigError(
+            f"batch_norm_statistics={config.batch_norm_statistics!r} is unknown: "
+            f"expected one of {', '.join(map(repr, known))}."
+        )
+    steps_per_epoch = num_train / batch_size
+    total_steps = round(config.num_epochs * steps_per_epoch)
+    if total_steps < 1:
+        raise ConfigError(
+            f"num_epochs={config.num_epochs} of {num_train} images is no step at "
+            f"batch_size={batch_size}: raise num_epochs or lower batch_size."
+        )
+    return steps_per_epoch, total_steps
+
+
+def _description(
+    config: ConfigDict,
+    dataset: data.Dataset,
+    mesh: Mesh,
+    state: steps.TrainState,
+    total_steps: int,
+) -> str:
+    """What is about to run, in a line."""
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    parts = config.microbatches
+    shape = " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
+    return (
+        f"{config.model.name} ({parameters:,} parameters) on {dataset.name} "
+        f"({len(dataset.train):,} training images, "
+        f"{'×'.join(map(str, dataset.image_shape))}), {config.optimizer.name}, "
+        f"batch {config.batch_size:,}{f' in {parts} parts' if parts > 1 else ''}, "
+        f"{total_steps:,} steps, {mesh.size} {jax.devices()[0].platform} device(s)"
+        + (f" ({shape})" if shape else "")
+        + (f" of {n} processes" if (n := jax.process_count()) > 1 else "")
+    )
 
 
 def load_dataset(config: ConfigDict) -> data.Dataset:
@@ -199,6 +294,7 @@ def create_model(config: ConfigDict, dataset: data.Dataset) -> Any:
             dtype=options.dtype,
             batch_norm_momentum=options.batch_norm_momentum,
             batch_norm_epsilon=options.batch_norm_epsilon,
+            remat=config.microbatches > 1 and config.batch_norm_statistics == "batch",
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
@@ -210,35 +306,41 @@ def make_input(
     model: Any,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    mesh: Mesh,
     start: int,
 ) -> tuple[Callable[[int], Any], Callable[..., Any]]:
     """The two halves of a training step: its input, and the jitted update.
 
-    A split in memory lies on the device, and a batch is the indices of its images; a
-    streamed batch is the images themselves. Both follow from the step alone.
+    A split in memory lies on every device, and a batch is the indices of its images; a
+    streamed batch is the images themselves, each process reading those that its devices
+    work on. Both follow from the step alone.
 
     Returns:
       A function of the step to its input, and a function of the state and that input to
       the new state and the metrics. The state is donated.
     """
     split = dataset.train
+    layout = BatchLayout(mesh, config.batch_size, config.microbatches)
     augment = not (dataset.streamed and config.dataset.image_size)
-    train_step = steps.make_train_step(model, tx, schedule, config, augment=augment)
+    train_step = steps.make_train_step(
+        model, tx, schedule, config, mesh, augment=augment
+    )
     if dataset.streamed:
         batches = data.stream(
             split,
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start,
+            places=layout.places,
             image_size=config.dataset.image_size,
             train=True,
         )
         return (
-            lambda step: jax.device_put(next(batches)),
+            lambda step: layout.put(next(batches)),
             jax.jit(train_step, donate_argnums=0),
         )
 
-    images, labels = jax.device_put((split.images, split.labels))
+    images, labels = put_replicated((split.images, split.labels), mesh)
 
     def gathering_step(state, indices, images, labels):
         batch = {"image": images[indices], "label": labels[indices]}
@@ -248,13 +350,13 @@ def make_input(
 
     def indices(step: int) -> jax.Array:
         chosen = data.batch_indices(step, config.batch_size, len(split), config.seed)
-        return jax.device_put(chosen)
+        return layout.put(chosen[layout.places])
 
     return indices, lambda state, chosen: jitted(state, chosen, images, labels)
 
 
 def make_evaluation(
-    config: ConfigDict, dataset: data.Dataset, model: Any
+    config: ConfigDict, dataset: data.Dataset, model: Any, mesh: Mesh
 ) -> Callable[[steps.TrainState], dict[str, dict[str, float]]]:
     """The function that evaluates a state on every split but the training one.
 
@@ -262,18 +364,24 @@ def make_evaluation(
       A function from the state to loss and accuracy by split, each example counted
       once. The loss is the cross-entropy alone.
     """
-    eval_step = jax.jit(steps.make_eval_step(model, config))
+    eval_step = jax.jit(
+        steps.make_eval_step(model, config, mesh), out_shardings=replicated(mesh)
+    )
     splits = {"validation": dataset.validation, "test": dataset.test}
     # Splits in memory stay on the device from one evaluation to the next.
     held: dict[str, list[Any]] = {}
 
     def batches(name: str, split: data.Split) -> Iterator[Any]:
-        size = min(config.eval_batch_size, len(split))
-        source = data.eval_batches(split, size, image_size=config.dataset.image_size)
+        # At least an image for each device; what there is not is masked.
+        size = max(min(config.eval_batch_size, len(split)), mesh.size)
+        layout = BatchLayout(mesh, size)
+        source = data.eval_batches(
+            split, size, places=layout.places, image_size=config.dataset.image_size
+        )
         if dataset.streamed:
-            return map(jax.device_put, source)
+            return map(layout.put, source)
         if name not in held:
-            held[name] = [jax.device_put(batch) for batch in source]
+            held[name] = [layout.put(batch) for batch in source]
         return iter(held[name])
 
     def evaluate(state: steps.TrainState) -> dict[str, dict[str, float]]:
@@ -304,27 +412,3 @@ def _evaluation_line(
     for name, row in (({"train": train} if train else {}) | results).items():
         parts.append(f"{name} loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}")
     return "; ".join(parts)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGINT and SIGTERM, so that the loop can end after a whole step.
-
-    A second signal of the kind acts as it would have without us.
-    """
-    caught: list[signal.Signals] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def handle(number: int, frame: Any) -> None:
-        del frame
-        caught.append(signal.Signals(number))
-        signal.signal(number, previous[signal.Signals(number)])
-
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,14 +1,23 @@
 """What a run leaves behind for people: metrics, curves, progress."""
 
+import contextlib
 import json
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-import tensorboardX
 import tqdm
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+
+# Classes made at run time, which no type checker knows.
+_Event: Any = vars(event_pb2)["Event"]
+_SessionLog: Any = vars(event_pb2)["SessionLog"]
+_Summary: Any = vars(summary_pb2)["Summary"]
 
 
 class MetricsWriter:
@@ -29,28 +38,65 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= resume_step]
         partial = self.path.with_suffix(".jsonl.tmp")
-        partial.write_text("".join(_line(row) for row in kept))
-        partial.replace(self.path)
+        with _naming(partial):
+            partial.write_text("".join(_line(row) for row in kept))
+            partial.replace(self.path)
         self._file = self.path.open("a")
-        self._events = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=resume_step + 1
+        # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and
+        # the next write then waits for it without end.
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        start = _SessionLog(status=_SessionLog.START)
+        self._events.write_event(
+            _Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
         )
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of one step or evaluation."""
-        self._file.write(_line({"step": step, "split": split, **metrics}))
-        for name, value in metrics.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        """Writes the metrics of one step or evaluation.
+
+        Raises:
+          OSError: if the disk is full, or the like.
+        """
+        with _naming(self.path):
+            self._file.write(_line({"step": step, "split": split, **metrics}))
+        values = [
+            value
+            for name, number in metrics.items()
+            for value in summary.scalar(f"{split}/{name}", number).value
+        ]
+        self._events.write_event(
+            _Event(wall_time=time.time(), step=step, summary=_Summary(value=values))
+        )
 
     def flush(self) -> None:
         """Makes sure that everything written is on disk."""
-        self._file.flush()
-        self._events.flush()
+        with _naming(self.path):
+            self._file.flush()
+            self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
-        self._events.close()
+        with _naming(self.path):
+            self._file.close()
+            self._events.close()
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Says in an error of a write which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class Silence:
+    """Stands in for a writer or a bar in all processes but the first."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Any method, which does nothing."""
+        return lambda *args, **kwargs: None
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -167,12 +213,21 @@ class Progress:
             "{rate_fmt}{postfix}]",
         )
 
-    def update(self, metrics: Mapping[str, float] | None, seconds: float) -> None:
-        """Advances by one step that took so many seconds."""
+    def update(
+        self, metrics: Mapping[str, float] | None, seconds: float, waited: float = 0.0
+    ) -> None:
+        """Advances by one step.
+
+        Args:
+          metrics: of that step or the one before, or None.
+          seconds: that the step took.
+          waited: seconds of these that its input took.
+        """
         if metrics is not None:
             self._bar.set_postfix_str(
                 f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}, "
-                f"{self._batch_size / max(seconds, 1e-9):,.0f} images/s",
+                f"{self._batch_size / max(seconds, 1e-9):,.0f} images/s, "
+                f"input {waited / max(seconds, 1e-9):.0%}",
                 refresh=False,
             )
         self._bar.update()

@@ -10,7 +10,8 @@ Two families, both with float32 parameters, BatchNorm statistics in the collecti
 BatchNorm sees the whole batch under ``jit``, also when the batch is sharded over a
 mesh: the statistics are then global, and ``axis_name`` must stay ``None``. Only where
 each device runs the model on its own shard (``shard_map``, ``pmap``) does
-``axis_name`` average the statistics over the named axis.
+``axis_name`` average the statistics over the named axis. A ``mask`` keeps rows that are
+no examples out of them.
 """
 
 import functools
@@ -41,15 +42,15 @@ class _PreActivationBlock(nn.Module):
     norm: Callable[..., Any]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.relu(self.norm()(x))
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        y = nn.relu(self.norm()(x, mask=mask))
         shortcut = x
         if self.project:
             shortcut = self.conv(
                 self.filters, (1, 1), strides=self.strides, name="projection"
             )(y)
         y = self.conv(self.filters, (3, 3), strides=self.strides)(y)
-        y = nn.relu(self.norm()(y))
+        y = nn.relu(self.norm()(y, mask=mask))
         return shortcut + self.conv(self.filters, (3, 3))(y)
 
 
@@ -84,6 +85,8 @@ class ResNetV2(nn.Module):
       filters: channels of the first stage.
       axis_name: axis over which BatchNorm averages its statistics under ``shard_map``
         or ``pmap``; leave ``None`` under ``jit``, where they are global anyway.
+      remat: whether the backward pass computes each block again rather than keep what
+        lies within it: less memory, about a third more time.
 
     Raises:
       ValueError: at construction, if ``depth`` is not :math:`6n + 2`.
@@ -96,6 +99,7 @@ class ResNetV2(nn.Module):
     batch_norm_epsilon: float = 1e-5
     filters: int = 16
     axis_name: str | None = None
+    remat: bool = False
 
     def __post_init__(self):
         """Checks the depth."""
@@ -107,13 +111,17 @@ class ResNetV2(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Logits of a batch of images.
 
         Args:
           x: images, ``[batch, height, width, channels]``.
           train: whether BatchNorm uses (and records) the batch's statistics, rather
             than the running ones.
+          mask: bool, ``[batch]``: the images that count in the batch's statistics; all
+            by default.
 
         Returns:
           Logits, ``[batch, num_classes]``, float32.
@@ -135,18 +143,22 @@ class ResNetV2(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name if train else None,
         )
+        block_type = (
+            nn.remat(_PreActivationBlock) if self.remat else _PreActivationBlock
+        )
+        mask = None if mask is None else mask[:, None, None, None]
         x = conv(self.filters, (3, 3))(x.astype(self.dtype))
         for stage in range(3):
             for block in range((self.depth - 2) // 6):
-                x = _PreActivationBlock(
+                x = block_type(
                     filters=self.filters * 2**stage,
                     strides=2 if stage > 0 and block == 0 else 1,
                     project=block == 0,
                     conv=conv,
                     norm=norm,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x)
-        x = nn.relu(norm()(x))
+                )(x, mask)
+        x = nn.relu(norm()(x, mask=mask))
         return _pool_and_classify(x, self.num_classes, nn.initializers.glorot_uniform())
 
 
@@ -159,22 +171,22 @@ class _BottleneckBlock(nn.Module):
     norm: Callable[..., Any]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         y = self.conv(self.filters, (1, 1))(x)
-        y = nn.relu(self.norm()(y))
+        y = nn.relu(self.norm()(y, mask=mask))
         y = self.conv(self.filters, (3, 3), strides=self.strides)(y)
-        y = nn.relu(self.norm()(y))
+        y = nn.relu(self.norm()(y, mask=mask))
         y = self.conv(4 * self.filters, (1, 1))(y)
         y = self.norm(
             scale_init=nn.initializers.zeros
             if self.zero_init_residual
             else nn.initializers.ones
-        )(y)
+        )(y, mask=mask)
         if self.project:
             x = self.conv(
                 4 * self.filters, (1, 1), strides=self.strides, name="projection"
             )(x)
-            x = self.norm()(x)
+            x = self.norm()(x, mask=mask)
         return nn.relu(x + y)
 
 
@@ -199,6 +211,8 @@ class ResNet50(nn.Module):
         at zero, so that a block starts as its shortcut (arXiv:1706.02677).
       axis_name: axis over which BatchNorm averages its statistics under ``shard_map``
         or ``pmap``; leave ``None`` under ``jit``, where they are global anyway.
+      remat: whether the backward pass computes each block again rather than keep what
+        lies within it: less memory, about a third more time.
     """
 
     num_classes: int = 1000
@@ -207,15 +221,20 @@ class ResNet50(nn.Module):
     batch_norm_epsilon: float = 1e-5
     zero_init_residual: bool = True
     axis_name: str | None = None
+    remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool, mask: jax.Array | None = None
+    ) -> jax.Array:
         """Logits of a batch of images.
 
         Args:
           x: images, ``[batch, height, width, channels]``; 224x224 in the literature.
           train: whether BatchNorm uses (and records) the batch's statistics, rather
             than the running ones.
+          mask: bool, ``[batch]``: the images that count in the batch's statistics; all
+            by default.
 
         Returns:
           Logits, ``[batch, num_classes]``, float32.
@@ -235,12 +254,14 @@ class ResNet50(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name if train else None,
         )
+        block_type = nn.remat(_BottleneckBlock) if self.remat else _BottleneckBlock
+        mask = None if mask is None else mask[:, None, None, None]
         x = conv(64, (7, 7), strides=2)(x.astype(self.dtype))
-        x = nn.relu(norm()(x))
+        x = nn.relu(norm()(x, mask=mask))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for stage, blocks in enumerate((3, 4, 6, 3)):
             for block in range(blocks):
-                x = _BottleneckBlock(
+                x = block_type(
                     filters=64 * 2**stage,
                     strides=2 if stage > 0 and block == 0 else 1,
                     project=block == 0,
@@ -248,7 +269,7 @@ class ResNet50(nn.Module):
                     conv=conv,
                     norm=norm,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x)
+                )(x, mask)
         return _pool_and_classify(x, self.num_classes, nn.initializers.normal(0.01))
 
 
@@ -259,6 +280,7 @@ def create_model(
     dtype: str = "float32",
     batch_norm_momentum: float = 0.99,
     batch_norm_epsilon: float = 1e-5,
+    remat: bool = False,
 ) -> nn.Module:
     """A model by its name.
 
@@ -268,6 +290,7 @@ def create_model(
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``.
       batch_norm_momentum: decay of the running statistics.
       batch_norm_epsilon: added to the variance.
+      remat: whether the backward pass computes each block again, to save memory.
 
     Returns:
       The module, to be called as ``model.apply(variables, images, train=...)``.
@@ -302,6 +325,7 @@ def create_model(
         dtype=jnp.dtype(dtype),
         batch_norm_momentum=batch_norm_momentum,
         batch_norm_epsilon=batch_norm_epsilon,
+        remat=remat,
     )
 
 

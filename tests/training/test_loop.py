@@ -2,61 +2,30 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from tiny import CONFIG, OVERRIDES, ROOT, create_tiny_model
 
 from nlcg_optax.training import cli, loop, metrics, models
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "digits_resnet8.py"
-
-TINY = (
-    "dataset.max_train_examples=96",
-    "batch_size=40",  # no divisor of 96: batches straddle epochs
-    "num_epochs=5",  # 12 steps
-    "eval_batch_size=100",  # no divisor of 360
-    "eval_every_epochs=2.5",
-    "checkpoint_every_epochs=1.7",
-    "average_decay=0.9",
-)
-
-
-class Tiny(nn.Module):
-    """In place of the ResNet where the loop is tested: it compiles at once."""
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.5)(x))
-        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
-
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_model():
-    create = models.create_model
-
-    def tiny(name, num_classes, **options):
-        create(name, num_classes, **options)  # its errors
-        return Tiny(num_classes)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create_model", tiny)
+        patch.setattr(models, "create_model", create_tiny_model)
         yield
 
 
 def tiny_config(*overrides):
     config = load_config(CONFIG)
-    apply_overrides(config, [*TINY, *overrides])
+    apply_overrides(config, [*OVERRIDES, *overrides])
     return config
 
 
@@ -157,6 +126,10 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
         ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
         ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
         ("batch_size=0", "batch_size=0 .* expected 1 to 96"),
+        ("microbatches=3", "microbatches=3 does not divide batch_size=40; .* 2, 4"),
+        ("microbatches=0", "microbatches=0 does not divide"),
+        ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
+        ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
         ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
         ("model.dtype=float8", "model: .*'float8'.*bfloat16"),
     ],
@@ -209,6 +182,11 @@ def test_command_line_reports_mistakes_in_one_line(tmp_path, capsys):
         cli.main([*args, "--learning_rate=1"])
     assert info.value.code == 2
     assert "--config.FIELD=VALUE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main([*args, "--num_processes=2"])
+    assert "need --coordinator=HOST:PORT" in capsys.readouterr().err
+    assert cli.main([*args, "--coordinator=localhost:1", "--process_id=2"]) == 2
+    assert "0 <= I < N; they are None and 2." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -217,7 +195,7 @@ def test_command_line_reports_mistakes_in_one_line(tmp_path, capsys):
 def test_signals_save_and_say_where(tmp_path, number, code):
     command = [sys.executable, str(ROOT / "examples" / "train.py")]
     command += [f"--config={CONFIG}", f"--workdir={tmp_path}"]
-    command += [f"--config.{override}" for override in TINY]
+    command += [f"--config.{override}" for override in OVERRIDES]
     command += ["--config.num_epochs=100000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     path = tmp_path / "metrics.jsonl"

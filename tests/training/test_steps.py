@@ -7,6 +7,7 @@ import pytest
 
 from nlcg_optax.training import models, optimizers, steps
 from nlcg_optax.training.config import ConfigError, base_config
+from nlcg_optax.training.mesh import create_mesh
 
 SHAPE = (4, 4, 1)
 
@@ -23,20 +24,22 @@ class Tiny(nn.Module):
 
 def setup(**fields):
     config = base_config()
+    config.batch_size = 6
     config.update_from_flattened_dict(fields)
+    mesh = create_mesh(config)
     model = Tiny()
     schedule = optax.constant_schedule(config.optimizer.learning_rate)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
-    state = steps.create_state(model, tx, config, SHAPE)
-    step = steps.make_train_step(model, tx, schedule, config, augment=False)
+    state = steps.create_state(model, tx, config, SHAPE, mesh)
+    step = steps.make_train_step(model, tx, schedule, config, mesh, augment=False)
     return config, model, state, jax.jit(step)
 
 
 def batch(seed=0, size=6):
     rng = np.random.default_rng(seed)
     return {
-        "image": jnp.asarray(rng.integers(0, 256, (size, *SHAPE)), jnp.uint8),
-        "label": jnp.asarray(rng.integers(0, 3, size), jnp.int32),
+        "image": jnp.asarray(rng.integers(0, 256, (1, size, *SHAPE)), jnp.uint8),
+        "label": jnp.asarray(rng.integers(0, 3, (1, size)), jnp.int32),
     }
 
 
@@ -60,10 +63,10 @@ def test_step_is_the_optimizers_update_of_the_reported_loss():
     data = batch()
 
     def loss_fn(params):
-        images = steps.normalizer(config)(data["image"])
+        images = steps.normalizer(config)(data["image"][0])
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        one_hot = jax.nn.one_hot(data["label"], 3)
+        one_hot = jax.nn.one_hot(data["label"][0], 3)
         return -jnp.mean(jnp.sum(one_hot * jax.nn.log_softmax(logits), -1))
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
@@ -78,6 +81,40 @@ def test_step_is_the_optimizers_update_of_the_reported_loss():
         expected,
     )
     assert int(new_state.step) == 1
+
+
+def test_microbatches_are_normalized_by_their_own_statistics():
+    options = {"l2_penalty": 0.1, "optimizer.name": "sgd"}
+    config, model, state, step = setup(microbatches=2, **options)
+    data = batch()
+    halves = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[2:]), data)
+    new_state, metrics = step(state, halves)
+
+    def loss_fn(params, images, labels):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        images = steps.normalizer(config)(images)
+        logits, new = model.apply(
+            variables, images, train=True, mutable=["batch_stats"]
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return jnp.mean(losses) + 0.1 * steps.l2_loss(params), new["batch_stats"]
+
+    parts = [
+        jax.value_and_grad(loss_fn, has_aux=True)(state.params, image, label)
+        for image, label in zip(halves["image"], halves["label"], strict=True)
+    ]
+    (loss, stats), grads = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        new_state.batch_stats,
+        stats,
+    )
+    # Those of the whole batch are others.
+    *_, step = setup(**options)
+    _, whole = step(state, data)
+    assert abs(whole["loss"] - loss) > 1e-3
 
 
 def test_parameters_are_averaged_with_a_short_memory_at_first():
@@ -114,10 +151,10 @@ def test_metrics_say_what_nlcg_did():
 def test_evaluation_ignores_padding_and_uses_the_average():
     config, model, state, step = setup(average_decay=0.9)
     state, _ = step(state, batch())
-    evaluate = jax.jit(steps.make_eval_step(model, config))
-    whole = {**batch(2, 5), "mask": jnp.ones(5)}
-    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:3]]), whole)
-    padded["mask"] = padded["mask"].at[5:].set(0)
+    evaluate = jax.jit(steps.make_eval_step(model, config, create_mesh(config)))
+    whole = {**batch(2, 5), "mask": jnp.ones((1, 5))}
+    padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :3]], 1), whole)
+    padded["mask"] = padded["mask"].at[:, 5:].set(0)
     expected = evaluate(state, whole)
     assert expected["count"] == 5
     jax.tree.map(

@@ -1,0 +1,695 @@
+"""Run by `test_front_doors.py` in a process with eight devices; not a test by itself.
+
+Prints, as JSON, how far each front door's numbers are from those of one device, and
+how much each compiled step communicates.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import re
+import types
+import unittest.mock
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+import flax.linen as nn  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax.sharding import AxisType, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import nlcg_optax  # noqa: E402
+from nlcg_optax import _parallel, _tree  # noqa: E402
+
+STEPS = 20
+DEVICES = (1, 2, 4, 8)
+RNG = np.random.default_rng(0)
+
+
+def make_mesh(sizes, names):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, names, (AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def difference(got, expected):
+    """The largest relative difference, of tiny numbers the absolute one by 1e-3."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    return max(
+        float(np.max(np.abs(x - y) / (np.abs(y) + 1e-3)))
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    )
+
+
+def put(mesh, specs, tree):
+    return jax.tree.map(
+        lambda spec, x: jax.device_put(x, NamedSharding(mesh, spec)), specs, tree
+    )
+
+
+def through_jit(run, mesh, in_specs, out_specs):
+    def call(*args):
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
+        return jax.jit(run, out_shardings=shardings)(*put(mesh, in_specs, args))
+
+    return call
+
+
+def through_explicit_jit(run, mesh, in_specs, out_specs):
+    """With shardings in the types, where each operation follows its arguments'."""
+    del out_specs
+    explicit = jax.make_mesh(
+        mesh.devices.shape, mesh.axis_names, (AxisType.Explicit,) * mesh.devices.ndim
+    )
+
+    def call(*args):
+        return jax.jit(run)(*put(explicit, in_specs, args))
+
+    return call
+
+
+def through_shard_map(run, mesh, in_specs, out_specs, check_vma=True):
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+    )
+
+    def call(*args):
+        return jax.jit(run)(*put(mesh, in_specs, args))
+
+    return call
+
+
+def through_pmap(run, mesh, in_specs, out_specs):
+    """`specs` are split along "data"; what is not, is checked to agree everywhere."""
+
+    def split(spec, x):
+        if "data" not in spec:
+            return np.stack([x] * mesh.size)
+        return np.stack(np.split(x, mesh.size, axis=spec.index("data")))
+
+    def join(spec, x):
+        x = np.asarray(x)
+        return np.concatenate(x, axis=spec.index("data")) if "data" in spec else x
+
+    def call(*args):
+        args = jax.tree.map(split, in_specs, args)
+        out = jax.pmap(run, axis_name="data", devices=list(mesh.devices.flat))(*args)
+        return jax.tree.map(join, out_specs, out)
+
+    return call
+
+
+# The optimizer alone: the gradient of every element depends on that element alone.
+
+SHAPES = {"w": (3, 16), "b": (5,), "c": (8,)}
+PARAMS = {name: RNG.normal(size=shape) for name, shape in SHAPES.items()}
+PARAMS["c"] = PARAMS["c"] + 1j * RNG.normal(size=8)
+# More noise leaves limited-memory BFGS pairs without curvature: rounding, amplified.
+NOISE = {name: 0.1 * RNG.normal(size=(STEPS, *s)) for name, s in SHAPES.items()}
+LOSSES = 1 + RNG.uniform(size=STEPS)
+MIXED = {"w": P(None, "data"), "b": P(), "c": P("data")}
+REPLICATED = {name: P() for name in SHAPES}
+DIVISIBLE = ("w", "c")
+
+OPTIMIZERS = {
+    "nlcg": lambda axis: nlcg_optax.nlcg(0.05, axis_name=axis),
+    "nlcg-hager_zhang-online": lambda axis: nlcg_optax.nlcg(
+        0.05,
+        beta_rule="hager_zhang",  # it needs every inner product
+        beta_bounds=(-2.0, 2.0),
+        restart_on_ascent=True,
+        step_rule="online",
+        axis_name=axis,
+    ),
+    "lars": lambda axis: optax.chain(
+        nlcg_optax.scale_by_lars(0.5, axis_name=axis),
+        nlcg_optax.nlcg(0.05, preconditioner=None, axis_name=axis),
+    ),
+    "limited_memory_bfgs": lambda axis: optax.chain(
+        nlcg_optax.scale_by_limited_memory_bfgs(3, axis_name=axis), optax.scale(-0.05)
+    ),
+}
+
+
+def alone(tx):
+    """A run of the optimizer; also returns every scalar of its state."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry, inputs):
+        params, state = carry
+        noise, loss = inputs
+        grads = jax.tree.map(lambda x, e: 2 * x + e.astype(x.dtype), params, noise)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(params, noise, losses):
+        carry, _ = jax.lax.scan(step, (params, tx.init(params)), (noise, losses))
+        return carry[0], [x for x in jax.tree.leaves(carry[1]) if x.ndim == 0]
+
+    return run
+
+
+def specs_alone(params, run, arguments):
+    """Specs of the arguments and the results of a run of the optimizer alone."""
+    noise = {name: P(None, *spec) for name, spec in params.items()}
+    scalars = jax.tree.map(lambda _: P(), jax.eval_shape(run, *arguments)[1])
+    return (params, noise, P()), (params, scalars)
+
+
+def select(names):
+    """The arguments of a run with some of the leaves."""
+    params, noise = ({name: t[name] for name in names} for t in (PARAMS, NOISE))
+    return params, noise, LOSSES
+
+
+@functools.cache
+def expected_alone(name, leaves):
+    return jax.tree.map(
+        np.asarray, jax.jit(alone(OPTIMIZERS[name](None)))(*select(leaves))
+    )
+
+
+def compare_alone(name, door, layout, devices):
+    leaves = tuple(SHAPES) if layout != "sharded" else DIVISIBLE
+    arguments = select(leaves)
+    specs = REPLICATED if layout == "replicated" else MIXED
+    specs = {leaf: specs[leaf] for leaf in leaves}
+    mesh = make_mesh((devices,), ("data",))
+    whole = alone(OPTIMIZERS[name](None))
+    in_specs, out_specs = specs_alone(specs, whole, arguments)
+    if (
+        door in (through_jit, through_explicit_jit)
+        or layout == "replicated"
+        and door is not through_shard_map
+    ):
+        run = whole
+    else:  # replicated leaves count once in a shard_map, so there the axis may stay
+        run = alone(OPTIMIZERS[name]("data"))
+    out = door(run, mesh, in_specs, out_specs)(*arguments)
+    return difference(*np_broadcast(out, expected_alone(name, leaves)))
+
+
+def np_broadcast(got, expected):
+    """Whatever every device of a pmap has is compared with what one device has."""
+    got = jax.tree.map(np.asarray, got)
+    return got, jax.tree.map(lambda x, y: np.broadcast_to(y, x.shape), got, expected)
+
+
+UNCHECKED = functools.partial(through_shard_map, check_vma=False)
+LAYOUTS = [  # pmap and an unchecked shard_map know no mixed trees
+    ("jit", through_jit, "replicated"),
+    ("jit", through_jit, "mixed"),
+    ("shard_map", through_shard_map, "replicated"),
+    ("shard_map", through_shard_map, "mixed"),
+    ("pmap", through_pmap, "replicated"),
+    ("pmap", through_pmap, "sharded"),
+]
+UNCHECKED_LAYOUTS = [
+    ("shard_map unchecked", UNCHECKED, "replicated"),
+    ("shard_map unchecked", UNCHECKED, "sharded"),
+]
+
+
+def optimizer_alone():
+    # Where all is replicated the optimizer does not communicate: once will do.
+    cases = [
+        ("nlcg", *layout, devices)
+        for layout in LAYOUTS
+        for devices in (DEVICES if layout[2] != "replicated" else (8,))
+    ]
+    cases += [("nlcg", *layout, 8) for layout in UNCHECKED_LAYOUTS]
+    cases.append(("nlcg", "jit explicit", through_explicit_jit, "mixed", 8))
+    for name in OPTIMIZERS:
+        if name != "nlcg":
+            cases += [(name, *layout, 8) for layout in (LAYOUTS[1], LAYOUTS[5])]
+    return {
+        f"{name}, {door_name}, {layout}, {devices}": compare_alone(
+            name, door, layout, devices
+        )
+        for name, door_name, door, layout, devices in cases
+    }
+
+
+def two_axes():
+    """Leaves sharded over one axis, over both, over none, in one mesh of 2×4."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    specs = {"w": P(None, ("data", "fsdp")), "b": P(), "c": P("fsdp")}
+    found = {}
+    for name in OPTIMIZERS:
+        run = alone(OPTIMIZERS[name](("data", "fsdp")))
+        in_specs, out_specs = specs_alone(
+            specs, alone(OPTIMIZERS[name](None)), select(SHAPES)
+        )
+        out = through_shard_map(run, mesh, in_specs, out_specs)(*select(SHAPES))
+        found[name] = difference(
+            *np_broadcast(out, expected_alone(name, tuple(SHAPES)))
+        )
+    return found
+
+
+def constant_along_one_axis():
+    """A product of a sharded leaf counts on every device, constant or not."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    axes = ("data", "fsdp")
+
+    def total(leaf, factor):
+        return _tree.reduce_products(
+            lambda _, factor: [factor * factor],
+            [leaf],
+            [factor],
+            dtype=jnp.dtype(jnp.float64),
+            axis_name=axes,
+        )[0]
+
+    run = jax.shard_map(total, mesh=mesh, in_specs=(P(axes), P("data")), out_specs=P())
+    return {"total": float(jax.jit(run)(jnp.zeros(8), jnp.arange(4.0)))}
+
+
+def helper():
+    """`pmean_value_and_grad` beside a loss averaged already, and sharded parameters."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    axes = ("data", "fsdp")
+    params = {"w": PARAMS["w"].T, "b": PARAMS["b"][:3], "unused": PARAMS["b"]}
+    x = NOISE["w"][:16].reshape(16, -1)[:, :16]
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.tanh(x @ params["w"] + params["b"]) ** 2)
+
+    expected = jax.tree.map(np.asarray, jax.value_and_grad(loss_fn)(params, x))
+    found = {}
+    for averaged in ((), ("fsdp",), axes):
+        for spec in (P(), P("fsdp"), P("data"), P(axes)):
+            for check_vma in (True, False) if spec == P() else (True,):
+
+                def local(params, x, spec=spec, averaged=averaged):
+                    loss = loss_fn({**params, "w": gather(spec, params["w"])}, x)
+                    return jax.lax.pmean(loss, averaged) if averaged else loss
+
+                specs = {"w": spec, "b": P(), "unused": P()}
+                run = through_shard_map(
+                    nlcg_optax.pmean_value_and_grad(local, axes),
+                    mesh,
+                    (specs, P(axes)),
+                    (P(), specs),
+                    check_vma,
+                )
+                found[f"{averaged}, {spec}, {check_vma}"] = difference(
+                    *np_broadcast(run(params, x), expected)
+                )
+    return found
+
+
+# A model with batch normalization over all devices.
+
+BATCH, FEATURES, CLASSES = 64, 16, 8
+BATCHES = {
+    "x": RNG.normal(size=(STEPS, BATCH, FEATURES)),
+    "y": RNG.integers(CLASSES, size=(STEPS, BATCH)),
+}
+LEARNING_RATE = 0.2
+
+
+class Model(nn.Module):
+    axis_name: str | tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        kinds = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        x = nn.Dense(24, use_bias=False, **kinds)(x)
+        x = nn.BatchNorm(
+            use_running_average=False,
+            momentum=0.5,
+            axis_name=self.axis_name,
+            force_float32_reductions=False,  # would promote, and all is float64
+            **kinds,
+        )(x)
+        return nn.Dense(CLASSES, use_bias=False, **kinds)(nn.relu(x))
+
+
+VARIABLES = jax.tree.map(np.asarray, Model().init(jax.random.key(0), BATCHES["x"][0]))
+
+
+def training(optimizer, axis_name=None, value_and_grad=jax.value_and_grad, specs=None):
+    """A run of the model.
+
+    With specs the parameters are sharded: gathered in the loss where the types are
+    checked, and before it (their gradient is then sliced) where they are not.
+    """
+    model = Model(axis_name)
+
+    def loss_fn(params, stats, batch):
+        if specs is not None:
+            params = jax.tree.map(gather, specs, params)
+        logits, new = model.apply(
+            {"params": params, "batch_stats": stats}, batch["x"], mutable="batch_stats"
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+        return loss.mean(), new["batch_stats"]
+
+    def step(carry, batch):
+        params, stats, state = carry
+        (loss, stats), grads = value_and_grad(loss_fn, has_aux=True)(
+            params, stats, batch
+        )
+        updates, state = optimizer.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), stats, state), loss
+
+    def run(variables, batches):
+        params, stats = variables["params"], variables["batch_stats"]
+        carry, losses = jax.lax.scan(
+            step, (params, stats, optimizer.init(params)), batches
+        )
+        return {"params": carry[0], "batch_stats": carry[1]}, losses
+
+    return run
+
+
+def gather(spec, x):
+    for axis, name in enumerate(spec):
+        if name is not None:
+            x = jax.lax.all_gather(x, name, axis=axis, tiled=True)
+    return x
+
+
+def gathered_before(fun, has_aux):
+    """For pmap, which takes gradients of whole parameters: those of its shards."""
+
+    def value_and_grad(params, *args):
+        whole = jax.tree.map(lambda x: gather(P("data"), x), params)
+        value, grads = nlcg_optax.pmean_value_and_grad(fun, "data", has_aux=has_aux)(
+            whole, *args
+        )
+        index = jax.lax.axis_index("data")
+
+        def own(grad, x):
+            return jax.lax.dynamic_slice_in_dim(grad, index * x.shape[0], x.shape[0])
+
+        return value, jax.tree.map(own, grads, params)
+
+    return value_and_grad
+
+
+def nlcg(axis_name=None):
+    return nlcg_optax.nlcg(LEARNING_RATE, axis_name=axis_name)
+
+
+@functools.cache
+def expected_training():
+    return jax.tree.map(np.asarray, jax.jit(training(nlcg()))(VARIABLES, BATCHES))
+
+
+def mixed_specs(name, everything=False):
+    """Kernels sharded along their first axis, vectors not (unless everything is)."""
+
+    def spec(x):
+        return P(name) if everything or x.ndim > 1 else P()
+
+    return jax.tree.map(spec, VARIABLES["params"])
+
+
+def specs_training(params, batch):
+    variables = {
+        "params": params,
+        "batch_stats": jax.tree.map(lambda _: P(), VARIABLES["batch_stats"]),
+    }
+    rows = jax.tree.map(lambda _: P(None, batch), BATCHES)
+    return (variables, rows), (variables, P())
+
+
+def train_through(door, layout, devices):
+    mesh = make_mesh((devices,), ("data",))
+    pmean = functools.partial(nlcg_optax.pmean_value_and_grad, axis_name="data")
+    specs = jax.tree.map(lambda _: P(), VARIABLES["params"])
+    if layout != "replicated":
+        specs = mixed_specs("data", everything=layout == "sharded")
+    if door is through_jit:
+        run = training(nlcg())
+    elif layout == "replicated":
+        run = training(nlcg(), "data", pmean)
+    elif layout == "mixed":
+        run = training(nlcg("data"), "data", pmean, specs)
+    else:
+        run = training(nlcg("data"), "data", gathered_before)
+    return door(run, mesh, *specs_training(specs, "data"))(VARIABLES, BATCHES)
+
+
+def models():
+    found = {}
+    for devices in DEVICES:
+        extra = UNCHECKED_LAYOUTS if devices == 8 else []
+        for name, door, layout in LAYOUTS + extra:
+            out = train_through(door, layout, devices)
+            found[f"{name}, {layout}, {devices}"] = difference(
+                *np_broadcast(out, expected_training())
+            )
+    # Batch over both axes, parameters over one: the sums of the optimizer over the
+    # axis of the parameters, or over both, are the same.
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    specs = mixed_specs("fsdp")
+    axes = ("data", "fsdp")
+    pmean = functools.partial(nlcg_optax.pmean_value_and_grad, axis_name=axes)
+    for over in ("fsdp", axes):
+        run = training(nlcg(over), axes, pmean, specs)
+        out = through_shard_map(run, mesh, *specs_training(specs, axes))
+        found[f"shard_map, 2×4, {over}"] = difference(
+            *np_broadcast(out(VARIABLES, BATCHES), expected_training())
+        )
+    return found
+
+
+# The same numbers must not come out when a sum over the devices is lost.
+
+
+@contextlib.contextmanager
+def lost(module, name):
+    """Takes the communication out of a module's `jax.lax.psum` or `jax.lax.pmean`."""
+
+    def psum(x, axes):
+        size = math.prod(jax.lax.axis_size(axis) for axis in axes)
+        return jax.tree.map(lambda x: x * size, x)  # its mean is the device's own
+
+    own = {"psum": psum, "pmean": lambda x, axes: x}[name]
+    lax = types.SimpleNamespace(**{**vars(jax.lax), name: own})
+    shim = types.SimpleNamespace(**{**vars(jax), "lax": lax})
+    with unittest.mock.patch.object(module, "jax", shim):
+        yield
+
+
+LOSABLE = {
+    "inner products": (_tree, "psum"),
+    "gradient": (_parallel, "psum"),
+    "loss": (_parallel, "pmean"),
+}
+
+
+def lost_sums():
+    found = {}
+    for what, place in LOSABLE.items():
+        expected = expected_training()
+        with lost(*place):
+            layout = "sharded" if what == "inner products" else "replicated"
+            out = train_through(through_pmap, layout, 8)
+        found[f"{what}, pmap"] = difference(*np_broadcast(out, expected))
+        # Checked types say that the result differs from device to device.
+        try:
+            layout = "mixed" if what == "inner products" else "replicated"
+            with lost(*place):
+                train_through(through_shard_map, layout, 8)
+            found[f"{what}, shard_map"] = "nothing raised"
+        except (TypeError, ValueError) as error:
+            found[f"{what}, shard_map"] = str(error)
+    with lost(_tree, "psum"):
+        found["optimizer alone, shard_map unchecked"] = compare_alone(
+            "nlcg", UNCHECKED, "sharded", 8
+        )
+    return found
+
+
+# What the compiled steps communicate.
+
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+def collectives(step, *arguments):
+    """Of each kind in a compiled step: their number, their results' elements, and how
+    many are small: of 32 elements at most.
+    """
+    found = {}
+    for shapes, kind in COLLECTIVE.findall(step.lower(*arguments).compile().as_text()):
+        elements = sum(
+            math.prod(int(n) for n in sizes.split(",") if n)
+            for sizes in re.findall(r"\[([\d,]*)\]", shapes)
+        )
+        count, total, small = found.get(kind, (0, 0, 0))
+        found[kind] = (count + 1, total + elements, small + (elements <= 32))
+    return found
+
+
+COUNTED = {
+    "sgd": lambda axis: optax.sgd(0.1),
+    "nlcg": lambda axis: nlcg_optax.nlcg(0.1, axis_name=axis),
+    "nlcg-hager_zhang": lambda axis: nlcg_optax.nlcg(
+        0.1, beta_rule="hager_zhang", beta_bounds=(-2.0, 2.0), axis_name=axis
+    ),
+    "nlcg-online-restarts": lambda axis: nlcg_optax.nlcg(
+        0.1,
+        step_rule="online",
+        restart_on_ascent=True,
+        restart_every=10,
+        axis_name=axis,
+    ),
+    "nlcg-rms": lambda axis: nlcg_optax.nlcg(
+        0.1, preconditioner=optax.scale_by_rms(), axis_name=axis
+    ),
+    "lars-nlcg": lambda axis: optax.chain(
+        nlcg_optax.scale_by_lars(axis_name=axis), nlcg_optax.nlcg(0.1, axis_name=axis)
+    ),
+}
+# Kernels sharded, biases replicated.
+LAYERS = {
+    "w1": ((64, 128), P("fsdp")),
+    "b1": ((128,), P()),
+    "w2": ((128, 16), P("fsdp")),
+    "b2": ((16,), P()),
+}
+
+
+def mlp_loss(params, batch):
+    hidden = jax.nn.relu(batch["x"] @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+
+def communication():
+    """Steps of a mesh of 2×4 devices, compiled for abstract arrays."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    axes = ("data", "fsdp")
+    replicated = {name: P() for name in LAYERS}
+    sharded = {name: spec for name, (_, spec) in LAYERS.items()}
+    params = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, (shape, _) in LAYERS.items()
+    }
+    batch = {
+        "x": jax.ShapeDtypeStruct((64, 64), jnp.float32),
+        "y": jax.ShapeDtypeStruct((64,), jnp.int32),
+    }
+    loss = jax.ShapeDtypeStruct((), jnp.float32)
+    rows = {"x": P(axes), "y": P(axes)}
+
+    def state_specs(specs, state):
+        by_shape = {params[name].shape: spec for name, spec in specs.items()}
+        return jax.tree.map(lambda x: by_shape.get(x.shape, P()), state)
+
+    def placed(specs, tree):
+        return jax.tree.map(
+            lambda spec, x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+            ),
+            specs,
+            tree,
+        )
+
+    def compiled(door, step, in_specs, out_specs, arguments):
+        if door == "shard_map":
+            step = jax.shard_map(
+                step, mesh=mesh, in_specs=in_specs, out_specs=out_specs
+            )
+        out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
+        step = jax.jit(step, out_shardings=out, donate_argnums=(0, 1))
+        return collectives(step, *placed(in_specs, arguments))
+
+    def update(tx, grads, state, params, loss):
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state
+
+    found = {}
+    for name, make in COUNTED.items():
+        for door in ("jit", "shard_map"):
+            for layout, specs in (("replicated", replicated), ("sharded", sharded)):
+                manual = door == "shard_map"
+                # The axis named is harmless where all is replicated: types know.
+                tx = optax.with_extra_args_support(make("fsdp" if manual else None))
+                state = jax.eval_shape(tx.init, params)
+                states = state_specs(specs, state)
+
+                def alone(params, state, grads, loss, tx=tx):
+                    return update(tx, grads, state, params, loss)
+
+                def whole(params, state, batch, tx=tx, specs=specs, manual=manual):
+                    def loss_fn(params, batch):
+                        if manual:
+                            params = jax.tree.map(gather, specs, params)
+                        return mlp_loss(params, batch)
+
+                    value_and_grad = jax.value_and_grad(loss_fn)
+                    if manual:
+                        value_and_grad = nlcg_optax.pmean_value_and_grad(loss_fn, axes)
+                    loss, grads = value_and_grad(params, batch)
+                    return *update(tx, grads, state, params, loss), loss
+
+                key = f"{name}, {door}, {layout}"
+                if layout == "sharded" and name != "sgd":
+                    found[f"update, {key}"] = compiled(
+                        door,
+                        alone,
+                        (specs, states, specs, P()),
+                        (specs, states),
+                        (params, state, params, loss),
+                    )
+                if name in ("sgd", "nlcg"):
+                    found[f"step, {key}"] = compiled(
+                        door,
+                        whole,
+                        (specs, states, rows),
+                        (specs, states, P()),
+                        (params, state, batch),
+                    )
+
+    # pmap: replicated trees.
+    for name in ("sgd", "nlcg"):
+        tx = optax.with_extra_args_support(COUNTED[name](None))
+
+        def step(params, state, batch, tx=tx):
+            loss, grads = nlcg_optax.pmean_value_and_grad(mlp_loss, "data")(
+                params, batch
+            )
+            return *update(tx, grads, state, params, loss), loss
+
+        stacked = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype),
+            (params, jax.eval_shape(tx.init, params)),
+        )
+        shares = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((8, x.shape[0] // 8, *x.shape[1:]), x.dtype),
+            batch,
+        )
+        found[f"step, {name}, pmap, replicated"] = collectives(
+            jax.pmap(step, axis_name="data"), *stacked, shares
+        )
+    return found
+
+
+def main():
+    parts = (
+        optimizer_alone,
+        two_axes,
+        constant_along_one_axis,
+        helper,
+        models,
+        lost_sums,
+        communication,
+    )
+    print(json.dumps({part.__name__: part() for part in parts}))
+
+
+if __name__ == "__main__":
+    main()

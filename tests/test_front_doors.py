@@ -1,0 +1,182 @@
+"""On many devices, through each front door, the numbers are those of one.
+
+And so is the communication: that of the gradient and the loss, and two small sums more
+where parameters and state are sharded. All of it is measured by one process with eight
+devices, whose findings the tests below judge.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+
+
+def run(program, devices, flags=""):
+    # Devices are counted when JAX starts, so this needs a process of its own.
+    flags = f"--xla_force_host_platform_device_count={devices} {flags}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", program],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def found():
+    # Without LLVM's optimizations, which leave collectives alone, it compiles faster.
+    return json.loads(
+        run(HERE / "front_doors_worker.py", 8, "--xla_backend_optimization_level=0")
+    )
+
+
+def worst(differences):
+    return max(differences, key=differences.__getitem__)
+
+
+def test_the_optimizer_alone_has_the_numbers_of_one_device(found):
+    differences = {**found["optimizer_alone"], **found["two_axes"]}
+    assert len(differences) == 28
+    case = worst(differences)
+    assert differences[case] < 1e-12, case
+
+
+def test_a_constant_product_of_a_sharded_leaf_counts_on_every_device(found):
+    assert found["constant_along_one_axis"] == {"total": 4 * (0 + 1 + 4 + 9)}
+
+
+def test_the_helper_averages_what_is_not_averaged_yet(found):
+    differences = found["helper"]
+    assert len(differences) == 15
+    case = worst(differences)
+    assert differences[case] < 1e-12, case
+
+
+def test_a_model_with_batch_norm_has_the_numbers_of_one_device(found):
+    differences = found["models"]
+    assert len(differences) == 28
+    case = worst(differences)
+    assert differences[case] < 1e-10, case
+
+
+@pytest.mark.parametrize("what", ["inner products", "gradient", "loss"])
+def test_a_lost_sum_is_noticed(found, what):
+    assert found["lost_sums"][f"{what}, pmap"] > 1e-3
+    # Where types are checked it does not even compile.
+    assert "{V:data}" in found["lost_sums"][f"{what}, shard_map"] or (
+        "varying" in found["lost_sums"][f"{what}, shard_map"]
+    )
+
+
+def test_a_lost_sum_of_the_optimizer_alone_is_noticed(found):
+    assert found["lost_sums"]["optimizer alone, shard_map unchecked"] > 1e-3
+
+
+@pytest.mark.parametrize("door", ["jit", "shard_map", "pmap"])
+def test_replicated_nlcg_communicates_as_sgd_does(found, door):
+    communication = found["communication"]
+    sgd, nlcg = (
+        communication[f"step, {name}, {door}, replicated"] for name in ("sgd", "nlcg")
+    )
+    # Kernels, biases and the loss: 64·128 + 128 + 128·16 + 16 + 1, in one all-reduce.
+    assert sgd == {"all-reduce": [1, 10385, 0]}
+    assert nlcg == sgd
+
+
+# Sums in an update with sharded state: their number, and the scalars of each leaf.
+UPDATES = {
+    ("nlcg", "jit"): (2, 8),
+    ("nlcg", "shard_map"): (2, 8),
+    ("nlcg-hager_zhang", "jit"): (2, 10),
+    ("nlcg-hager_zhang", "shard_map"): (2, 10),
+    ("nlcg-online-restarts", "jit"): (2, 8),
+    ("nlcg-online-restarts", "shard_map"): (2, 8),
+    ("nlcg-rms", "jit"): (1, 6),
+    ("nlcg-rms", "shard_map"): (1, 6),
+    ("lars-nlcg", "jit"): (4, 10),
+    ("lars-nlcg", "shard_map"): (3, 12),
+}
+
+
+@pytest.mark.parametrize("name, door", UPDATES)
+def test_sharded_update_communicates_a_few_scalars(found, name, door):
+    update = found["communication"][f"update, {name}, {door}, sharded"]
+    assert set(update) == {"all-reduce"}
+    reductions, scalars = UPDATES[name, door]
+    # By jit each of the two sharded leaves sends its own sums, together.
+    if door == "jit":
+        scalars *= 2
+    count, elements, small = update["all-reduce"]
+    assert count == small <= reductions
+    assert elements <= scalars
+
+
+@pytest.mark.parametrize(
+    "door, added",
+    [
+        ("shard_map", [2, 8, 2]),
+        # Two by jit, too; but XLA lets sᵀBs, which needs no gradient, travel with part
+        # of the gradient's own all-reduce, which is then not combined with the rest.
+        ("jit", [3, 16, 2]),
+    ],
+)
+def test_sharded_nlcg_adds_two_sums_to_sgd(found, door, added):
+    sgd, nlcg = (
+        dict(found["communication"][f"step, {name}, {door}, sharded"])
+        for name in ("sgd", "nlcg")
+    )
+    before, after = sgd.pop("all-reduce"), nlcg.pop("all-reduce")
+    assert sgd == nlcg  # gathering the parameters, scattering the gradient
+    assert sgd
+    more = [b - a for a, b in zip(before, after, strict=True)]
+    assert all(x <= y for x, y in zip(more, added, strict=True)), more
+
+
+def printed(example, devices):
+    out = run(EXAMPLES / f"{example}.py", devices)
+    lines = re.findall(r"^(.*): step (\d+), loss ([\d.]+)$", out, re.MULTILINE)
+    assert len(lines) == len(out.splitlines())
+    return {
+        name: [(int(step), float(loss)) for other, step, loss in lines if other == name]
+        for name, _, _ in lines
+    }
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    (losses,) = printed("mesh_jit", 1).values()
+    assert losses[-1][0] == 40
+    assert losses[-1][1] < 0.2 < losses[0][1]
+    return losses
+
+
+@pytest.mark.parametrize(
+    "example, runs",
+    [
+        ("mesh_jit", ["jit"]),
+        ("mesh_shard_map", ["replicated", "sharded"]),
+        ("mesh_pmap", ["pmap"]),
+    ],
+)
+def test_examples_print_the_losses_of_one_device(one_device, example, runs):
+    losses = printed(example, 4)
+    assert list(losses) == runs
+    for found in losses.values():
+        assert [step for step, _ in found] == [step for step, _ in one_device]
+        for (_, loss), (_, expected) in zip(found, one_device, strict=True):
+            assert loss == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,147 @@
+"""Run by `test_mesh.py` in a process with eight devices; not a test by itself."""
+
+import collections
+import functools
+import re
+
+import flax.linen as nn
+import jax
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from nlcg_optax.training import data, loop, models, optimizers, steps  # noqa: E402
+from nlcg_optax.training.config import apply_overrides, base_config  # noqa: E402
+from nlcg_optax.training.mesh import BatchLayout, create_mesh  # noqa: E402
+
+STEPS = 20
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+rng = np.random.default_rng(0)
+IMAGES = rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
+IMAGES[:30, :, 4:] //= 2
+LABELS = (np.arange(60) < 30).astype(np.int32)  # is the right half darker?
+SPLIT = data.Split.from_arrays(IMAGES, LABELS)
+DATASET = data.Dataset("noise", 2, ("a", "b"), (8, 8, 1), SPLIT, SPLIT)
+
+
+class Net(nn.Module):
+    """A ResNet's ingredients, in float64."""
+
+    batch_norm: bool
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        mask = None if mask is None else mask[:, None, None, None]
+        options = {"dtype": jnp.float64, "param_dtype": jnp.float64}
+        # Under BatchNorm a bias would have no gradient but rounding errors.
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=not self.batch_norm, **options)(x)
+        if self.batch_norm:
+            norm = nn.BatchNorm(use_running_average=not train, **options)
+            x = norm(x, mask=mask)
+        x = nn.Dense(16, **options)(nn.tanh(x).reshape(len(x), -1))
+        return nn.Dense(2, **options)(nn.tanh(x))
+
+
+def build(data_axis, fsdp, *overrides, batch_norm=True):
+    config = base_config()
+    apply_overrides(
+        config,
+        [
+            "batch_size=40",
+            "num_epochs=100",
+            "optimizer.learning_rate=0.1",
+            "schedule.name=constant",
+            "dataset.crop_padding=1",
+            "mesh.min_size_to_split=16",
+            f"mesh.data={data_axis}",
+            f"mesh.fsdp={fsdp}",
+            *overrides,
+        ],
+    )
+    mesh = create_mesh(config, jax.devices()[: data_axis * fsdp])
+    model = Net(batch_norm)
+    schedule = optimizers.create_schedule(config, len(SPLIT) / config.batch_size)
+    tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
+    state = steps.create_state(model, tx, config, (8, 8, 1), mesh)
+    return config, mesh, model, schedule, tx, state
+
+
+@functools.cache
+def train(*args, **options):
+    config, mesh, model, schedule, tx, state = build(*args, **options)
+    next_batch, step = loop.make_input(config, DATASET, model, tx, schedule, mesh, 0)
+    with jax.transfer_guard("disallow"):
+        for i in range(STEPS):
+            state, metrics = step(state, next_batch(i))
+    if config.mesh.fsdp > 1:
+        split = [x for x in jax.tree.leaves(state) if not x.is_fully_replicated]
+        whole = sum(x.nbytes for x in jax.tree.leaves(state))
+        here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+        # Parameters, and as many arrays of the optimizer as of one device's.
+        assert len(split) >= 3 * 6, len(split)
+        assert here < 1.3 * whole / config.mesh.fsdp, (here, whole)
+    evaluate = loop.make_evaluation(config, DATASET, model, mesh)
+    return jax.device_get((state.params, state.batch_stats)), evaluate(state), metrics
+
+
+def difference(a, b):
+    return max(
+        float(np.max(np.abs(x - y)) / np.max(np.abs(y)))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def check_numbers():
+    even, odd, parts = (), ("batch_size=37",), ("microbatches=4",)
+    exact = ("microbatches=4", "batch_norm_statistics=batch")
+    cases = {
+        # name: whether there is BatchNorm, config of one device, config and mesh
+        "batch 40": (True, even, even, (8, 1)),
+        "batch 37": (True, odd, odd, (2, 4)),
+        "4 microbatches, no BatchNorm": (False, even, parts, (2, 2)),
+        "4 microbatches, their statistics": (True, parts, parts, (1, 8)),
+        "4 microbatches, the batch's statistics": (True, even, exact, (4, 2)),
+    }
+    for name, (batch_norm, reference, overrides, shape) in cases.items():
+        expected, evaluation, _ = train(1, 1, *reference, batch_norm=batch_norm)
+        found, result, metrics = train(*shape, *overrides, batch_norm=batch_norm)
+        worst = difference(found, expected)
+        print(f"{name}; data {shape[0]}, fsdp {shape[1]}: {worst:.1e}")
+        assert worst < 1e-10, name
+        np.testing.assert_allclose(
+            result["test"]["loss"], evaluation["test"]["loss"], rtol=1e-6
+        )
+        assert metrics["loss"] < 0.6  # it learns: 0.69 is chance
+    # The statistics of microbatches are not those of the batch.
+    assert difference(train(1, 1, *parts)[0], train(1, 1)[0]) > 1e-4
+
+
+def collectives(optimizer, data_axis, fsdp):
+    config, mesh, model, schedule, tx, state = build(
+        data_axis, fsdp, f"optimizer.name={optimizer}"
+    )
+    step = steps.make_train_step(model, tx, schedule, config, mesh, augment=True)
+    layout = BatchLayout(mesh, config.batch_size)
+    batch = layout.put({"image": IMAGES[:40], "label": LABELS[:40]})
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    text = compiled.as_text()
+    # Donated: outputs take the place of inputs (XLA copies a small leaf or two).
+    here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert compiled.memory_analysis().alias_size_in_bytes > 0.95 * here
+    return collections.Counter(re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text))
+
+
+def check_communication():
+    for shape in ((8, 1), (2, 4)):
+        ours, base = collectives("nlcg", *shape), collectives("sgd", *shape)
+        print(f"data {shape[0]}, fsdp {shape[1]}: nlcg {dict(ours)}, sgd {dict(base)}")
+        extra = ours - base
+        allowed = {} if shape[1] == 1 else {"all-reduce": 2}
+        assert all(n <= allowed.get(name, 0) for name, n in extra.items()), extra
+
+
+if __name__ == "__main__":
+    check_numbers()
+    check_communication()

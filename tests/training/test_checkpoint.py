@@ -1,0 +1,198 @@
+"""Crashes, full disks and damaged checkpoints: no progress is lost, none is made up."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_distributed import rows, start_two, wait_for
+
+from nlcg_optax.training import loop, models
+from nlcg_optax.training.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_config,
+    check_shared,
+)
+from nlcg_optax.training.config import (
+    ConfigError,
+    apply_overrides,
+    base_config,
+    load_config,
+)
+
+MB = 2**20
+
+
+def steps_saved(workdir):
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("complete")
+    tiny.finish(tiny.start(workdir))
+    return workdir
+
+
+def damage(checkpoint):
+    """Cuts the largest file in half, as a disk that lost its end would."""
+    path = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_damaged_checkpoint_is_an_error_that_tells_the_way_out(complete, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(complete, workdir)
+    older, newest = steps_saved(workdir)
+    damage(workdir / "checkpoints" / str(newest))
+    before = files(workdir)
+    (output,) = tiny.finish(tiny.start(workdir), code=4)
+    assert f"error: The checkpoint of step {newest}" in output
+    assert str(workdir / "checkpoints" / str(newest)) in output
+    assert f"goes on, from step {older}." in output
+    assert files(workdir) == before
+    # What the message says works.
+    (workdir / "checkpoints" / str(newest)).rename(tmp_path / "away")
+    (output,) = tiny.finish(tiny.start(workdir))
+    assert f"resumed from the checkpoint of step {older}" in output
+    assert rows(workdir) == rows(complete)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(3, {"w": np.zeros((2, 3), np.float32)})
+    checkpoints.wait()
+    for like in ({"w": np.zeros((3, 2), np.float32)}, {"v": np.zeros((2, 3))}):
+        with pytest.raises(CheckpointError, match="checkpoint of step 3, .*3, cannot"):
+            checkpoints.restore(like)
+    checkpoints.close()
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(complete, tmp_path):
+    """A limit on the size of files stands for a disk without space."""
+    workdir = tmp_path / "run"
+    shutil.copytree(complete, workdir)
+    (workdir / "config.json").unlink()
+    saved = steps_saved(workdir)
+    args = ("--config.num_epochs=15", "--config.checkpoint_every_epochs=5")
+    for name, less in (("checkpoint", "--config.log_every_steps=100"), ("metrics", "")):
+        # Too little for the arrays of a checkpoint, and then for the metrics too.
+        limit = 12_000 if name == "checkpoint" else 4_000
+        limited = tiny.start(workdir, *args, *filter(None, [less]), limit=limit)
+        (output,) = tiny.finish(limited, code=4)
+        told = {
+            "checkpoint": f"The last whole one: step {saved[-1]}.",
+            "metrics": f"File too large: '{workdir / 'metrics.jsonl'}",
+        }
+        assert "error: " in output and told[name] in output, output
+        assert steps_saved(workdir) == saved
+    (output,) = tiny.finish(tiny.start(workdir, *args))
+    assert f"resumed from the checkpoint of step {saved[-1]}" in output
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = load_config(tiny.CONFIG)
+    apply_overrides(config, tiny.OVERRIDES)
+    with pytest.raises(ConfigError, match="--workdir=.*file.* Choose another"):
+        loop.train_and_evaluate(config, tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="--workdir=.*file"):
+        loop.train_and_evaluate(config, tmp_path / "file")
+
+
+def test_a_folder_that_not_all_processes_see(tmp_path):
+    with pytest.raises(ConfigError, match="--workdir=.* does not hold what process 0"):
+        check_shared(tmp_path, seconds=0)
+    (tmp_path / "config.json").touch()
+    check_shared(tmp_path, seconds=0)
+
+
+def test_a_config_from_before_a_field_was_there_still_fits(tmp_path):
+    config = base_config()
+    (tmp_path / "config.json").write_text('{"seed": 0, "batch_size": 128}')
+    check_config(config, tmp_path)
+    config.mesh.data = 8
+    config.mesh.fsdp = 4  # may change
+    check_config(config, tmp_path)
+    config.microbatches = 2
+    with pytest.raises(ConfigError, match=r"microbatches=2 \(was 1\)"):
+        check_config(config, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="config.json cannot be read"):
+        check_config(config, tmp_path)
+
+
+@pytest.mark.long
+def test_killed_at_any_moment(tmp_path, capsys):
+    """Kill -9 of one of two processes, ten times and more, most within a write."""
+    args = (
+        "--config.num_epochs=60",  # 144 steps
+        "--config.checkpoint_every_epochs=0.4",  # every step
+        "--config.eval_every_epochs=30",
+    )
+    whole = tmp_path / "whole"
+    for process in start_two(whole, *args, devices=1):
+        tiny.finish(process)
+    workdir = tmp_path / "killed"
+    chance = random.Random(0)
+    kills, within_write, reached = 0, 0, 0
+    while kills < 12:
+        processes = start_two(workdir, *args, devices=1)
+        checkpoints = workdir / "checkpoints"
+        # Not before it has gone on, so that the run comes to an end.
+        last = reached
+        wait_for(lambda last=last: steps_saved(workdir)[-1:] > [last], processes)
+        time.sleep(chance.uniform(0, 0.6))
+        processes[chance.randrange(2)].send_signal(signal.SIGKILL)
+        # The other would end too, in half a minute; a cluster does not wait.
+        for process in processes:
+            process.kill()
+        tiny.finish(*processes, code=None)
+        kills += 1
+        names = [path.name for path in checkpoints.iterdir()]
+        within_write += any("tmp" in name for name in names)
+        reached = steps_saved(workdir)[-1]
+        if reached == 144:
+            break
+    outputs = tiny.finish(*start_two(workdir, *args, devices=1))
+    assert f"resumed from the checkpoint of step {reached}" in outputs[0]
+    with capsys.disabled():
+        print(f"\n{kills} kills, {within_write} within a write, last at {reached}")
+    assert kills >= 10 and within_write > 0
+    assert rows(workdir) == rows(whole)
+    assert_same_checkpoint(workdir, whole)
+
+
+def assert_same_checkpoint(a, b):
+    """The last checkpoints hold the same bits."""
+    (x, y) = (steps_saved(workdir)[-1] for workdir in (a, b))
+    assert x == y
+    states = []
+    for workdir in (a, b):
+        config = load_config(tiny.CONFIG)
+        apply_overrides(config, tiny.OVERRIDES)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "create_model", tiny.create_tiny_model)
+            saved = (workdir / "config.json").read_text()
+            fields = re.findall(r'"(num_epochs|\w+_every_epochs)": ([\d.]+)', saved)
+            apply_overrides(config, [f"{name}={value}" for name, value in fields])
+            states.append(loop.train_and_evaluate(config, workdir).state)
+    for p, q in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(np.asarray(p), np.asarray(q))
+
+
+if os.name != "posix":
+    pytest.skip("signals and file limits are POSIX's", allow_module_level=True)

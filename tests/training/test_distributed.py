@@ -1,0 +1,153 @@
+"""Several devices and several processes: one run, the same numbers."""
+
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import tiny
+
+from nlcg_optax.training import metrics
+
+ONE_IN_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def start_two(workdir, *args, devices=2, **options):
+    port = free_port()
+    return [
+        tiny.start(workdir, *args, devices=devices, process=(port, 2, i), **options)
+        for i in range(2)
+    ]
+
+
+def rows(workdir):
+    return metrics.read_metrics(workdir / "metrics.jsonl")
+
+
+def assert_same_run(workdir, expected, rtol=1e-4):
+    found, wanted = rows(workdir), rows(expected)
+    keys = [(row["step"], row["split"]) for row in wanted]
+    assert [(row["step"], row["split"]) for row in found] == keys
+    for x, y in zip(found, wanted, strict=True):
+        assert x.keys() == y.keys()
+        for key in x.keys() - {"split"}:
+            np.testing.assert_allclose(x[key], y[key], rtol=rtol, atol=1e-6)
+
+
+def wait_for(condition, processes, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert all(p.poll() is None for p in processes), tiny.finish(*processes)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def four_devices(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("four")
+    tiny.finish(tiny.start(workdir, devices=4))
+    return workdir
+
+
+def test_two_processes_are_one_with_as_many_devices(four_devices, tmp_path):
+    first, second = tiny.finish(*start_two(tmp_path))
+    assert_same_run(tmp_path, four_devices, rtol=1e-5)
+    assert "4 cpu device(s) (data 4) of 2 processes" in first
+    assert "done: curves in" in first
+    # The second prints nothing of its own (Gloo tells what it is connected to).
+    assert not [line for line in second.splitlines() if "[Gloo]" not in line]
+
+
+def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
+    """8 devices, then 4 with the state split over 2 of them, then 1."""
+    for epochs, devices, args in ((2, 8, ()), (4, 4, ONE_IN_TWO), (5, 1, ())):
+        # Each part ends where a shorter run would have: the schedule is constant.
+        args = (*args, f"--config.num_epochs={epochs}")
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        (output,) = tiny.finish(
+            tiny.start(
+                tmp_path, *args, "--config.schedule.name=constant", devices=devices
+            )
+        )
+        assert f"{devices} cpu device(s)" in output
+        assert ("resumed from" in output) == (devices < 8)
+    whole = tmp_path / "whole"
+    tiny.finish(tiny.start(whole, "--config.schedule.name=constant"))
+    assert len(rows(tmp_path)) > 12
+
+    def losses(workdir):
+        return [row["loss"] for row in rows(workdir) if row["split"] == "train"]
+
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 0), ("SIGINT", 130)])
+def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, number, code):
+    processes = start_two(tmp_path, "--config.num_epochs=100000", devices=1)
+    path = tmp_path / "metrics.jsonl"
+    wait_for(lambda: path.exists() and '"test"' in path.read_text(), processes)
+    processes[1].send_signal(signal.Signals[number])
+    first, second = tiny.finish(*processes, code=None)
+    assert [p.returncode for p in processes] == [0, code], (first, second)
+    assert "SIGTERM: stopped after step" in first
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir()]
+    assert f"stopped after step {max(steps):,} of" in first
+
+
+def make_images(folder, broken=None):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 3)):
+        for label, low in (("dark", 0), ("light", 128)):
+            path = folder / split / label
+            path.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(low, low + 128, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / f"{i}.png")
+    if broken:
+        path = folder / broken
+        path.write_bytes(path.read_bytes()[:60])
+    return (
+        "--config.dataset.name=folder",
+        f"--config.dataset.data_dir={folder}",
+        "--config.dataset.in_memory=no",
+        "--config.dataset.max_train_examples=40",
+        "--config.dataset.normalization=imagenet",
+        "--config.batch_size=7",  # not divisible by the devices, nor by the epoch
+    )
+
+
+def test_two_processes_stream_each_its_share(tmp_path):
+    args = make_images(tmp_path / "images")
+    tiny.finish(*start_two(tmp_path / "two", *args))
+    tiny.finish(tiny.start(tmp_path / "one", *args))
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_broken_image_in_one_process_ends_all(tmp_path):
+    args = make_images(tmp_path / "images", broken="train/dark/7.png")
+    processes = start_two(tmp_path / "run", *args)
+    outputs = tiny.finish(*processes, code=None)
+    codes = [process.returncode for process in processes]
+    assert 0 not in codes and 2 in codes, outputs
+    assert "train/dark/7.png: image file is truncated" in outputs[codes.index(2)]
+
+
+def test_a_differing_config_is_refused_by_all(tmp_path):
+    port = free_port()
+    processes = [
+        tiny.start(tmp_path, f"--config.seed={i}", process=(port, 2, i))
+        for i in range(2)
+    ]
+    outputs = tiny.finish(*processes, code=None)
+    assert all(process.returncode for process in processes)
+    assert any("Process 1 was started with another config" in o for o in outputs)
+    assert not (tmp_path / "config.json").exists()

@@ -1,0 +1,108 @@
+"""A run small enough for tests: a tiny model on a few digits.
+
+As a program it is `examples/train.py` with that model:
+`python tiny.py --workdir=FOLDER [--config.FIELD=VALUE ...]`.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import flax.linen as nn
+
+from nlcg_optax.training import cli, models
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs" / "digits_resnet8.py"
+
+OVERRIDES = (
+    "dataset.max_train_examples=96",
+    "batch_size=40",  # no divisor of 96: batches straddle epochs
+    "num_epochs=5",  # 12 steps
+    "eval_batch_size=100",  # no divisor of 360
+    "eval_every_epochs=2.5",
+    "checkpoint_every_epochs=1.7",
+    "average_decay=0.9",
+    "mesh.min_size_to_split=8",
+)
+
+
+class Tiny(nn.Module):
+    """In place of the ResNet where the loop is tested: it compiles at once."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        mask = None if mask is None else mask[:, None, None, None]
+        norm = nn.BatchNorm(use_running_average=not train, momentum=0.5)
+        x = nn.relu(norm(x, mask=mask))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
+create_model = models.create_model
+
+
+def create_tiny_model(name, num_classes, **options):
+    create_model(name, num_classes, **options)  # its errors
+    return Tiny(num_classes)
+
+
+def start(workdir, *args, devices=1, process=None, limit=None, **options):
+    """Starts this program on so many CPU devices.
+
+    Args:
+      process: (port, number of processes, this one's number), or None for one alone.
+      limit: largest file that it can write, in bytes.
+    """
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, __file__, f"--workdir={workdir}", *args]
+    if process is not None:
+        port, count, number = process
+        command += [f"--coordinator=localhost:{port}"]
+        command += [f"--num_processes={count}", f"--process_id={number}"]
+
+    def limit_files():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=limit_files if limit else None,
+        **options,
+    )
+
+
+def finish(*processes, code=0, timeout=200):
+    """Waits for processes to end with that exit code; returns what they printed."""
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [
+            process.communicate(timeout=deadline - time.monotonic())[0]
+            for process in processes
+        ]
+    finally:
+        for process in processes:
+            process.kill()
+    if code is not None:
+        assert {process.returncode for process in processes} == {code}, outputs
+    return outputs
+
+
+def main():
+    models.create_model = create_tiny_model
+    overrides = [f"--config.{override}" for override in OVERRIDES]
+    return cli.main([f"--config={CONFIG}", *overrides, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
