@@ -116,16 +116,17 @@ def scale_by_hager_zhang_linesearch(
     average of :math:`|f|`: further away they would accept any point that is level.
 
     The search expands until a minimum is bracketed, then takes secant² steps, each
-    pair followed by a bisection if it did not shrink the interval enough. Deviation
+    pair followed by a bisection if it did not shrink the interval enough. Deviations
     from the papers: while the values at the ends of the interval can be told apart, the
-    minimum of the cubic through them (and the slopes) replaces the pair of secants. A
-    point where the value or the slope is not finite is backed off from. Each point
+    minimum of the cubic through them (and the slopes) replaces the pair of secants; and
+    where none of three points was low enough, the step is divided by ten instead of
+    two, as it is from a point where the value or the slope is not finite. Each point
     costs one evaluation of the value and the gradient together, and there is one call
     of the objective in the compiled program.
 
     :math:`\epsilon_k` is ``epsilon`` times the running average of :math:`|f|`, and at
-    least four units in the last place of it: in float32 the approximate conditions
-    would otherwise fail on rounding alone.
+    least four units in the last place of :math:`\phi(0)`: in float32 the approximate
+    conditions would otherwise fail on rounding alone.
 
     Args:
       max_linesearch_steps: points evaluated at most in one search. When they are used
@@ -158,6 +159,7 @@ def scale_by_hager_zhang_linesearch(
 
     Rosenbrock's valley with Hager & Zhang's direction:
 
+    >>> import jax
     >>> import jax.numpy as jnp
     >>> import math
     >>> import optax
@@ -174,12 +176,15 @@ def scale_by_hager_zhang_linesearch(
     >>> x = jnp.array([-1.2, 1.0])
     >>> state = tx.init(x)
     >>> value_and_grad = optax.value_and_grad_from_state(value_fn)
-    >>> for _ in range(60):
+    >>> @jax.jit
+    ... def step(x, state):
     ...     value, grad = value_and_grad(x, state=state)
     ...     updates, state = tx.update(
     ...         grad, state, x, value=value, grad=grad, value_fn=value_fn
     ...     )
-    ...     x = x + updates
+    ...     return x + updates, state
+    >>> for _ in range(60):
+    ...     x, state = step(x, state)
     >>> print(x.round(3))
     [1. 1.]
     """
@@ -369,7 +374,11 @@ def _advance(
     middle = low.step + 0.5 * (high.step - low.step)
     first = jnp.where(by_value, _cubic(low, high), _secant(low, high))
     usable = (first > low.step) & (first < high.step)
-    back_off = low.step + jnp.where(finite, 0.5, 0.1) * (high.step - low.step)
+    # Three points and none low enough: the first step was out of scale. Halving alone
+    # would use up the search within a millionth of it.
+    unscaled = (low.step == 0) & (search.count >= 2)
+    share = jnp.where(finite & ~unscaled, 0.5, 0.1)
+    back_off = low.step + share * (high.step - low.step)
     cases = (
         (expand, _EXPANSION * point.step, _EXPAND),
         (bisect, jnp.where(too_high, back_off, middle), _BISECT),

@@ -24,7 +24,7 @@ _MESSAGES = (
     "converged: the gradient is small enough (gtol)",
     "converged: the value decreases by too little (ftol)",
     "stopped: max_iter iterations are used up",
-    "stopped: no lower point is found along steepest descent at this precision",
+    "stopped: no lower point is found along steepest descent",
     "stopped: the value or the gradient is not finite at the starting point",
     "stopped: along steepest descent most points tried gave a value or a gradient that "
     "is not finite, and none a lower value",
@@ -167,23 +167,25 @@ def minimize(
         -\tfrac{1}{2} \alpha\, g^\top d \le 0.1\, \mathrm{gtol} \cdot
             \max(\lvert f \rvert, f_0 - f),
 
-    the second being the decrease that the next step promises. Where no lower point is
-    found, or neither the value nor the gradient has fallen for 10 iterations, the
-    direction is started afresh from the gradient, once; if that does not help either
-    the search stops and says so. Nothing raises inside: points where the value or the
-    gradient is not finite are backed off from.
+    the second being the decrease that the next step promises if it is as long as the
+    last one; a starting point need only meet the first. Where no lower point is found,
+    or neither the value nor the gradient has fallen for 10 iterations, the direction is
+    started afresh from the gradient, once; if that does not help either the search
+    stops and says so. Nothing raises inside: points where the value or the gradient is
+    not finite are backed off from.
 
     The default preconditioner is limited-memory BFGS. Its newest pair makes the
     direction satisfy Perry's condition :math:`d_t^\top y_{t-1} = -g_t^\top s_{t-1}`, so
     that with an exact search it is conjugate already; Dai & Kou's β in that metric is
     identically 0, and ``beta_rule="auto"`` then leaves the second term out.
     With ``preconditioner=None`` this is nonlinear conjugate gradient in the narrow
-    sense, with five vectors of state instead of 25.
+    sense, with seven vectors of state instead of 26.
 
-    The result is differentiable, forwards and backwards, with respect to `args` and to
-    whatever `fun` closes over, by the implicit function theorem: the Hessian at the
-    solution, which must be positive definite, is solved with by linear conjugate
-    gradient. Its derivative with respect to the starting point is 0.
+    The parameters, the value and what `has_aux` returns are differentiable, forwards
+    and backwards, with respect to `args` and to whatever `fun` closes over, by the
+    implicit function theorem: the Hessian at the solution, which must be positive
+    definite, is solved with by linear conjugate gradient. Their derivative with respect
+    to the starting point is 0.
 
     Args:
       fun: the objective, called as ``fun(params, *args)``; returns a real scalar, or,
@@ -209,7 +211,8 @@ def minimize(
         ``optax.scale_by_zoom_linesearch(20)``. One that keeps no value or gradient
         costs a further evaluation in each iteration.
       memory_size: pairs of vectors that ``"lbfgs"`` keeps.
-      restart_every: β = 0 every so many iterations; None for never.
+      restart_every: β = 0 every so many iterations; None for never. Nothing to do where
+        β is 0 in all of them.
       callback: called on the host after each iteration with an
         :class:`IterationInfo`; under `vmap` once for each problem still running.
       progress: prints a line after each iteration.
@@ -219,6 +222,7 @@ def minimize(
       line searches than ours are counted as they report them.
 
     Raises:
+      TypeError: for parameters that are not floating-point numbers.
       ValueError: for an unknown name or an argument out of range.
 
     >>> import jax
@@ -242,7 +246,9 @@ def minimize(
     _check.number("memory_size", memory_size, minimum=1, integer=True)
     if gtol is not None:
         _check.number("gtol", gtol, minimum=0)
-    if isinstance(preconditioner, str):
+    if restart_every is not None:
+        _check.number("restart_every", restart_every, minimum=1, integer=True)
+    if not isinstance(preconditioner, optax.GradientTransformation | None):
         _check.one_of(
             "preconditioner",
             preconditioner,
@@ -261,8 +267,8 @@ def minimize(
             " or a gradient transformation",
         )
     options = _Options(
-        max_iter=max_iter,
-        ftol=ftol,
+        max_iter=int(max_iter),
+        ftol=float(ftol),
         has_aux=has_aux,
         beta_rule=beta_rule,
         preconditioner=preconditioner,
@@ -273,6 +279,13 @@ def minimize(
         progress=progress,
     )
     params = jax.tree.map(jnp.asarray, params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: expected "
+                "real or complex floating-point numbers. Pass what is not to be "
+                "optimized through `args`."
+            )
     dtype = _tree.scalar_dtype(params)
     if gtol is None:
         gtol = 1e-5 if dtype == jnp.float32 else 1e-8
@@ -330,9 +343,16 @@ def _solution_jvp(fun, options, primals, tangents):
         hessian_product, grad_dot, solve, symmetric=True
     )
     x_dot = jax.tree.map(jnp.negative, _from_real(x_dot, x))
+    aux_dot = None
+    if options.has_aux:
+        _, aux_dot = jax.jvp(
+            lambda x, args, closed_over: fun(x, *args, *closed_over)[1],
+            (x, args, closed_over),
+            (x_dot, args_dot, closed_over_dot),
+        )
     still = jax.tree.map(_zero_tangent, result)
     return result, still._replace(
-        params=x_dot, value=value_dot.astype(result.value.dtype)
+        params=x_dot, value=value_dot.astype(result.value.dtype), aux=aux_dot
     )
 
 
@@ -365,8 +385,7 @@ def _solve(objective, options, params, gtol):
     dtype = _tree.scalar_dtype(params)
 
     def value_fn(x):
-        value = objective(x)[0] if options.has_aux else objective(x)
-        return value
+        return objective(x)[0] if options.has_aux else objective(x)
 
     def norm(grad):
         return _tree.max_abs(grad, dtype=dtype)
@@ -447,6 +466,7 @@ def _solve(objective, options, params, gtol):
         line_search_state = start_afresh(restart, line_search, line_search_state)
 
         iterations = state.iterations + 1
+        # A search that keeps no step promises nothing: the gradient alone decides.
         step = optax.tree.get(line_search_state, "learning_rate", 0)
         predicted = -0.5 * step * slope(grad, updates)
         decided = predicted <= _PREDICTED * gtol * jnp.maximum(
@@ -458,17 +478,16 @@ def _solve(objective, options, params, gtol):
         scale = jnp.maximum(jnp.maximum(jnp.abs(state.value), jnp.abs(new_value)), 1)
         level = (options.ftol > 0) & ~failed & (decrease <= options.ftol * scale)
         hopeless = 2 * nonfinite > evaluations
-        status = jnp.select(
-            [
-                small & (decided | stuck),
-                level,
-                stuck & hopeless,
-                stuck,
-                iterations >= options.max_iter,
-            ],
-            [_GTOL, _FTOL, _NONFINITE, _STUCK, _MAX_ITER],
-            _RUNNING,
-        ).astype(jnp.int32)
+        used_up = iterations >= options.max_iter
+        status = jnp.asarray(_RUNNING, jnp.int32)
+        for condition, reason in (  # the last that holds is given
+            (used_up, _MAX_ITER),
+            (stuck, _STUCK),
+            (stuck & hopeless, _NONFINITE),
+            (level, _FTOL),
+            (small & (decided | stuck | used_up), _GTOL),
+        ):
+            status = jnp.where(condition, reason, status)
         new_state = _State(
             params=x,
             value=value,
@@ -547,7 +566,9 @@ def _make_direction(options: _Options) -> optax.GradientTransformationExtraArgs:
         else:
             preconditioner = _preconditioner.scale_by_diagonal_bfgs(0)
     if options.beta_rule is None:
-        return optax.with_extra_args_support(preconditioner or optax.identity())
+        if preconditioner is None:
+            preconditioner = optax.identity()
+        return optax.with_extra_args_support(preconditioner)
     return _direction.scale_by_conjugate_direction(
         options.beta_rule,
         preconditioner,

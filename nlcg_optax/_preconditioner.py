@@ -304,7 +304,9 @@ def scale_by_limited_memory_bfgs(
         slot = state.pairs % memory_size
 
         def store(memory, x):
-            return memory.at[slot].set(jnp.where(usable, x, memory[slot]))
+            memory = jnp.asarray(memory)  # a restored state may be NumPy's
+            kept = memory[slot]
+            return memory.at[slot].set(jnp.where(usable, x.astype(kept.dtype), kept))
 
         params_differences = jax.tree.map(store, state.params_differences, s)
         grad_differences = jax.tree.map(store, state.grad_differences, y)

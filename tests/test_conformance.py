@@ -23,12 +23,14 @@ from nlcg_optax import (
     scale_by_conjugate_direction,
     scale_by_diagonal_bfgs,
     scale_by_lars,
+    scale_by_limited_memory_bfgs,
     scale_by_loss_feedback,
 )
 
 # Factory and options of every transformation, in its main configurations.
 FACTORIES = {
     "diagonal_bfgs": (scale_by_diagonal_bfgs, {}),
+    "limited_memory_bfgs": (scale_by_limited_memory_bfgs, {"memory_size": 2}),
     "conjugate_direction-hager_zhang": (
         scale_by_conjugate_direction,
         {"beta_rule": "hager_zhang", "preconditioner": scale_by_diagonal_bfgs()},
@@ -65,6 +67,7 @@ every_transformation = pytest.mark.parametrize("name", FACTORIES)
 # For tests that compile, or try many things.
 PUBLIC = (
     "diagonal_bfgs",
+    "limited_memory_bfgs",
     "conjugate_direction-hager_zhang",
     "loss_feedback-online",
     "lars",
@@ -196,10 +199,14 @@ def test_tree_map_params(name):
     assert_close(optax.tree.map_params(tx, lambda v: v, state), state)
     # Whatever is shaped like the parameters is found, and nothing else.
     marked = optax.tree.map_params(tx, lambda v: jnp.full_like(v, 7), state)
-    for before, after in zip(
-        jax.tree.leaves(state), jax.tree.leaves(marked), strict=True
+    for (path, before), after in zip(
+        jax.tree_util.tree_leaves_with_path(state),
+        jax.tree.leaves(marked),
+        strict=True,
     ):
-        expected = before if before.ndim == 0 else jnp.full_like(before, 7)
+        # The memory's weights are scalars, one for each pair.
+        scalar = before.ndim == 0 or jax.tree_util.keystr(path).endswith(".weights")
+        expected = before if scalar else jnp.full_like(before, 7)
         np.testing.assert_array_equal(after, expected)
 
 
@@ -551,15 +558,18 @@ def test_grads_may_have_another_precision_than_parameters():
         (jnp.float32, jnp.bfloat16),
         (jnp.bfloat16, jnp.float32),
     ):
-        tx = nlcg(0.1, beta_rule="hager_zhang")
-        params = jnp.ones(3, params_dtype)
-        state = tx.init(params)
-        for _ in range(3):
-            grads = params.astype(grads_dtype)
-            updates, new_state = tx.update(grads, state, params, value=1.0)
-            assert updates.dtype == grads_dtype
-            assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
-            params, state = params + updates.astype(params_dtype), new_state
+        for sign, tx in (
+            (1, nlcg(0.1, beta_rule="hager_zhang")),
+            (-1, optax.with_extra_args_support(scale_by_limited_memory_bfgs(2))),
+        ):
+            params = jnp.ones(3, params_dtype)
+            state = tx.init(params)
+            for _ in range(3):
+                grads = params.astype(grads_dtype)
+                updates, new_state = tx.update(grads, state, params, value=1.0)
+                assert updates.dtype == grads_dtype
+                assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
+                params, state = params + sign * updates.astype(params_dtype), new_state
 
 
 # --- Sums in float32 or wider -------------------------------------------------------
@@ -649,7 +659,12 @@ def test_public_states_are_documented():
     for kind in (
         nlcg_optax.ConjugateDirectionState,
         nlcg_optax.DiagonalBfgsState,
+        nlcg_optax.HagerZhangLinesearchInfo,
+        nlcg_optax.HagerZhangLinesearchState,
+        nlcg_optax.IterationInfo,
+        nlcg_optax.LimitedMemoryBfgsState,
         nlcg_optax.LossFeedbackState,
+        nlcg_optax.MinimizeResult,
     ):
         for field in kind._fields:
             assert f"      {field}: " in kind.__doc__ or f"  {field}: " in kind.__doc__

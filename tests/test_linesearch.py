@@ -1,5 +1,10 @@
 import functools
 import math
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +106,19 @@ def test_the_accepted_point_costs_no_second_evaluation():
     assert len(calls) == expected == len(set(calls))
 
 
+def test_backs_off_quickly_from_a_step_that_is_much_too_long(x64):
+    """Twenty halvings would stop at a millionth of it."""
+
+    def value_fn(x):  # a valley in a plain that falls, ever so slowly
+        return jnp.where(jnp.abs(x) < 2, x**2, 100 - 1e-12 * x)
+
+    tx = SEARCH(initial_step="one")
+    start = -jnp.ones(())
+    update, state = search_once(value_fn, start, jnp.asarray(1e12), tx)
+    assert state.info.success and state.info.num_linesearch_steps < 20
+    np.testing.assert_allclose(start + update, 0, atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_backs_off_from_where_it_is_not_finite(bad):
     def value_fn(x):
@@ -155,6 +173,51 @@ def test_complex_leaves_and_extra_arguments():
     update, state = search_once(value_fn, z, u, tx, centre=centre)
     np.testing.assert_allclose(z + update, centre, atol=1e-5)
     assert update.dtype == jnp.complex64 and state.value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_state_keeps_its_dtypes_and_travels(dtype):
+    def value_fn(params):
+        leaves = jax.tree.leaves(params)
+        total = sum(jnp.sum(jnp.abs(x.astype(wide) - 1) ** 2) for x in leaves)
+        return total + jnp.zeros([], jnp.float32)
+
+    wide = jnp.complex64 if dtype == jnp.complex64 else jnp.float32
+    params = {"a": jnp.full(3, 5, dtype), "none": None, "b": (jnp.zeros((0,), dtype),)}
+    tx = SEARCH(initial_step="one")
+    state = tx.init(params)
+    for _ in range(2):
+        grad = jax.grad(value_fn)(params)
+        u = jax.tree.map(lambda g: -g, grad)
+        update, new_state = search_once(value_fn, params, u, tx, state)
+        for before, after in ((params, update), (state, new_state)):
+            assert jax.tree.structure(before) == jax.tree.structure(after)
+            for x, y in zip(
+                jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+            ):
+                assert (x.shape, x.dtype) == (y.shape, y.dtype) and not y.weak_type
+        params = optax.apply_updates(params, update)
+        state = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, new_state)))
+    np.testing.assert_allclose(np.asarray(params["a"], complex), 1, atol=0.1)
+
+
+def test_sharded_leaves_give_the_numbers_of_one_device():
+    """Under `jit`, and under `shard_map` with the axis named."""
+    worker = pathlib.Path(__file__).with_name("linesearch_worker.py")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", worker],
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_vmap_searches_each_line_by_itself():

@@ -180,6 +180,79 @@ def test_status_in_words(x64):
     np.testing.assert_array_equal(result.params, jnp.ones(2))
 
 
+def test_a_small_gradient_is_not_enough_where_much_is_promised(x64):
+    """1/x: the gradient meets the tolerance at 316, long before the value does."""
+    result = minimize(lambda x: 1 / x, jnp.asarray(1.0), gtol=1e-5)
+    assert result.success and result.value < 1e-4
+    # Nothing is promised by a search that names no step; then the gradient decides.
+    search = optax.stateless(lambda updates, params: params)  # doubles them
+    options = {"preconditioner": None, "beta_rule": None, "line_search": search}
+    result = minimize(lambda x: 1 / x, jnp.asarray(1.0), gtol=1e-5, **options)
+    assert result.success and result.value == 1 / 512
+    # Nor is more asked for than there are iterations.
+    for steps, success in ((15, False), (25, True)):
+        result = minimize(lambda x: 1 / x, jnp.asarray(1.0), gtol=1e-5, max_iter=steps)
+        assert result.success == success and result.iterations == steps
+        assert (result.grad_norm <= 1e-5) == success
+
+
+def test_gives_up_after_ten_iterations_without_progress():
+    """A search that mirrors the parameters lowers neither value nor gradient."""
+
+    def mirror(updates, params):
+        return jax.tree.map(lambda x: -2 * x, params)
+
+    def solve(start, search):
+        options = {"preconditioner": None, "line_search": search}
+        return minimize(lambda x: jnp.sum(x**2), start, **options)
+
+    result = solve(jnp.ones(3), optax.stateless(mirror))
+    assert result.iterations == 10 and result.restarts == 0
+    assert "no lower point" in result.message and result.value == 3
+
+    def first_a_real_step(updates, params):
+        return jax.tree.map(
+            lambda u, x: jnp.where(jnp.all(x == 1), 0.25 * u, -2 * x), updates, params
+        )
+
+    # The direction is then a conjugate one, and is first started afresh.
+    result = solve(jnp.ones(3), optax.stateless(first_a_real_step))
+    assert result.iterations == 21 and result.restarts == 1 and result.value == 0.75
+
+
+def test_restarts_follow_their_number():
+    directions = []
+
+    def record(updates, params):
+        jax.debug.callback(lambda u: directions.append(np.asarray(u)), updates)
+        return jax.tree.map(lambda u: 0.01 * u, updates)
+
+    hessian = jnp.array([1.0, 5.0, 20.0])
+    minimize(
+        lambda x: 0.5 * jnp.sum(hessian * x**2),
+        jnp.ones(3),
+        preconditioner=None,
+        beta_rule="fletcher_reeves",
+        line_search=optax.stateless(record),
+        restart_every=3,
+        max_iter=7,
+    )
+    jax.effects_barrier()
+    x, steepest = np.ones(3), []
+    for direction in directions:
+        steepest.append(np.allclose(direction, -hessian * x, rtol=1e-5))
+        x = x + 0.01 * direction
+    assert steepest == [True, False, False, True, False, False, True]
+
+
+def test_python_numbers_and_other_trees():
+    result = minimize(lambda p: (p[0] - 2.0) ** 2 + (p[1][0] + 1) ** 2, [0.5, (1.0,)])
+    np.testing.assert_allclose(jax.tree.leaves(result.params), [2, -1], atol=1e-5)
+    assert minimize(lambda p: jnp.ones([]), {}).success
+    with pytest.raises(TypeError, match="params.'n'. has dtype int32.*args"):
+        minimize(lambda p: jnp.sum(p["n"] ** 2), {"n": jnp.arange(3)})
+
+
 def test_composes_with_the_line_searches_of_optax():
     start = jnp.array([-1.2, 1.0], jnp.float32)
     searches = {
@@ -277,6 +350,35 @@ def test_implicit_derivative_of_complex_parameters_and_batches(x64):
     np.testing.assert_allclose(grads, [[2.0, 4.0], [2.0, 1.0]], rtol=1e-6)
 
 
+def test_implicit_derivative_of_aux_beside_arguments_without_one(x64):
+    key = jax.random.key(0)
+
+    def fun(x, index, key, c):  # its minimum is at c z
+        z = jax.random.normal(key, (3,))[index]
+        return jnp.sum((x - c * z) ** 2), {"scaled": c * x, "index": index}
+
+    def scaled(c):
+        index = jnp.array([2, 0])
+        return minimize(fun, jnp.zeros(2), index, key, c, has_aux=True).aux["scaled"]
+
+    z = jax.random.normal(key, (3,))[jnp.array([2, 0])]
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_allclose(jacobian(scaled)(2.0), 2 * 2.0 * z, rtol=1e-6)
+
+
+def test_second_derivative_of_the_solution(x64):
+    def solution(t):
+        def fun(x, t):
+            return jnp.cosh(x - t) + 0.1 * x**4
+
+        return minimize(fun, jnp.asarray(0.0), t, gtol=1e-12).params
+
+    h = 1e-3
+    values = [solution(1 + k * h) for k in (-1.0, 0.0, 1.0)]
+    numeric = (values[0] - 2 * values[1] + values[2]) / h**2
+    np.testing.assert_allclose(jax.grad(jax.grad(solution))(1.0), numeric, rtol=1e-4)
+
+
 def test_derivative_by_the_starting_point_is_zero():
     def run(start):
         return minimize(rosenbrock, start).params[0]
@@ -317,12 +419,41 @@ def test_callback_and_progress(capsys):
     assert capsys.readouterr().out.count("iteration") == 5
 
 
+def test_callback_of_a_batch_hears_of_the_running_problems():
+    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]], jnp.float32)
+    heard = []
+
+    def callback(info):
+        heard.append(float(info.value))
+
+    result = jax.vmap(lambda x: minimize(rosenbrock, x, callback=callback))(starts)
+    jax.effects_barrier()
+    assert result.iterations[1] == 0  # it starts at the minimum
+    assert len(heard) == result.iterations.sum()
+
+
 def test_a_second_call_does_not_compile_again():
     start = jnp.array([0.5, 2.0], jnp.float32)
     minimize(rosenbrock, start)
     with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "value_and_grad", None)  # tracing again would call it
         minimize(rosenbrock, start + 1)
+
+
+@pytest.mark.parametrize(("preconditioner", "vectors"), [("lbfgs", 26), (None, 7)])
+def test_vectors_of_state_are_as_many_as_documented(
+    monkeypatch, preconditioner, vectors
+):
+    states = []
+
+    def spy(condition, body, state):
+        states.append(state)
+        return loop(condition, body, state)
+
+    loop = jax.lax.while_loop
+    monkeypatch.setattr(jax.lax, "while_loop", spy)
+    minimize(lambda x: jnp.sum(x**2), jnp.ones(1000), preconditioner=preconditioner)
+    assert sum(x.size for x in jax.tree.leaves(states[0])) // 1000 == vectors
 
 
 def test_arguments_are_checked():
@@ -334,6 +465,9 @@ def test_arguments_are_checked():
         {"gtol": -1.0},
         {"ftol": -1.0},
         {"memory_size": 0},
+        {"restart_every": 0},
+        {"preconditioner": 3, "beta_rule": None},
+        {"line_search": None},
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             minimize(rosenbrock, jnp.zeros(2), **options)

@@ -26,12 +26,20 @@ def read(path):
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def work(names, solver_names, timing):
+def configure():
+    """Settings of the processor, to be made before JAX is imported."""
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ.setdefault("XLA_FLAGS", flags)
+    # The objective that counts is called back while another program runs, which needs
+    # a second thread where the process is bound to one core.
+    os.environ.setdefault("NPROC", "2")
+
+
+def work(flags):
     """In the worker: prints a JSON line before and after each cell."""
-    os.environ.setdefault(
-        "XLA_FLAGS",
-        "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1",
-    )
+    if flags.timing:
+        os.environ.setdefault("NPROC", "1")
+    configure()
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -39,23 +47,25 @@ def work(names, solver_names, timing):
     import problems
     import solvers
 
-    for name in names:
+    solvers.MAX_ITER = flags.max_points
+    for name in flags.work.split(","):
         oracle = None
-        for solver in solver_names:
+        for solver in flags.solvers.split(","):
             print(json.dumps({"start": [name, solver]}), flush=True)
             if oracle is None:
-                oracle = problems.Oracle(problems.by_name(name), MAX_POINTS)
+                problem = problems.by_name(name)
+                oracle = problems.Oracle(problem, flags.max_points, flags.limit)
             cell = {"problem": name, "n": oracle.n, "solver": solver}
-            if timing:
+            if flags.timing:
                 cell |= solvers.time_one(solver, oracle, GRADIENT_TOLERANCE)
             else:
                 cell |= solvers.count_one(solver, oracle, GRADIENT_TOLERANCE)
             print(json.dumps(cell), flush=True)
 
 
-def drive(names, solver_names, out, timing, limit):
+def drive(names, solver_names, flags):
     """Feeds the worker, one problem after the other, and kills it when it hangs."""
-    out = pathlib.Path(out)
+    out = pathlib.Path(flags.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {(cell["problem"], cell["solver"]) for cell in read(out)}
     todo = [(p, s) for p in names for s in solver_names if (p, s) not in done]
@@ -69,15 +79,19 @@ def drive(names, solver_names, out, timing, limit):
             if [s for q, s in todo if q == p] == missing
         ]
         command = [sys.executable, __file__, "--work", ",".join(batch)]
-        command += ["--solvers", ",".join(missing)] + ["--timing"] * timing
+        command += ["--solvers", ",".join(missing)] + ["--timing"] * flags.timing
+        command += ["--limit", str(flags.limit)]
+        command += ["--max-points", str(flags.max_points)]
         worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         selector = selectors.DefaultSelector()
         selector.register(worker.stdout, selectors.EVENT_READ)
         current, error = None, "the worker died"
         with out.open("a") as sink:
             while True:
-                if not selector.select(limit):
-                    error = f"over {limit} s"
+                # The counting stops by itself, and its compilation is not counted.
+                patience = flags.limit if flags.timing else 10 * flags.limit
+                if not selector.select(patience):
+                    error = f"over {patience:g} s"
                     break
                 line = worker.stdout.readline()
                 if not line:
@@ -114,14 +128,17 @@ def main():
     parser.add_argument("--problems", default="")
     parser.add_argument("--every", type=int, default=1, help="each so many problems")
     parser.add_argument("--smallest", type=int, default=SMALLEST)
-    parser.add_argument("--out", default=str(HERE / "results" / "points.jsonl"))
+    parser.add_argument("--out", default="", help="points.jsonl or timing.jsonl")
     parser.add_argument("--timing", action="store_true", help="seconds, not points")
-    parser.add_argument("--limit", type=float, default=120, help="seconds a cell")
+    parser.add_argument("--limit", type=float, default=60, help="seconds a cell")
+    parser.add_argument("--max-points", type=int, default=MAX_POINTS)
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.work:
-        work(flags.work.split(","), flags.solvers.split(","), flags.timing)
+        work(flags)
         return
+    name = "timing.jsonl" if flags.timing else "points.jsonl"
+    flags.out = flags.out or str(HERE / "results" / name)
     import problems
 
     names = (
@@ -129,10 +146,10 @@ def main():
         if flags.problems
         else [name for name, n in problems.names(LARGEST) if n >= flags.smallest]
     )
-    default = "ours,ours-plain,scipy-cg,jaxopt-zoom,jaxopt-hz,optimistix,optax-lbfgs,"
+    default = "ours,ours-cg,scipy-cg,jaxopt-zoom,jaxopt-hz,optimistix,optax-lbfgs,"
     default += "scipy-lbfgs"
     solver_names = (flags.solvers or default).split(",")
-    drive(names[:: flags.every], solver_names, flags.out, flags.timing, flags.limit)
+    drive(names[:: flags.every], solver_names, flags)
 
 
 if __name__ == "__main__":

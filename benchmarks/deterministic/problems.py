@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 import pathlib
+import time
 
 import numpy as np
 
@@ -42,21 +44,27 @@ class BudgetError(Exception):
     """The points of a cell are used up."""
 
 
+class SecondsError(Exception):
+    """The seconds of a cell are used up."""
+
+
 class Oracle:
     """A problem's value and gradient on the host, and every point asked for.
 
     A point is counted once, however often its value and its gradient are asked for, in
-    whatever order.
+    whatever order. A solver that asks for the same ones again and again is stopped
+    after `max_seconds` of the processor's time, which its first question starts.
     """
 
-    def __init__(self, problem, max_points):
+    def __init__(self, problem, max_points, max_seconds=math.inf):
         import jax
         from jax.flatten_util import ravel_pytree
 
         start, unravel = ravel_pytree(problem.y0)
-        self.start = np.asarray(start, np.float64)
+        self.start = np.asarray(start)
         self.n = self.start.size
         self.max_points = max_points
+        self.max_seconds = max_seconds
         self.objective = lambda y: problem.objective(unravel(y), problem.args)
         # One executable serves the counting of every solver.
         self._compiled = jax.jit(jax.value_and_grad(self.objective))
@@ -70,9 +78,14 @@ class Oracle:
         self.values = 0
         self.gradients = 0
         self.trace = []
+        self.began = None
 
     def _at(self, x):
-        x = np.asarray(x, np.float64)
+        if self.began is None:
+            self.began = time.process_time()
+        elif time.process_time() - self.began > self.max_seconds:
+            raise SecondsError
+        x = np.asarray(x, self.start.dtype)
         key = x.tobytes()
         if key not in self.seen:
             if len(self.seen) >= self.max_points:

@@ -1,5 +1,6 @@
 """Every solver behind one function: from an oracle to the point it returns."""
 
+import ast
 import functools
 import math
 import time
@@ -25,7 +26,7 @@ def _on_host(function, shape, *args):
 def counted(x):
     """The current oracle's objective, evaluated (and counted) on the host."""
     shape = jax.ShapeDtypeStruct((), x.dtype)
-    return _on_host(lambda x: np.asarray(_current.value(x)), shape, x)
+    return _on_host(lambda x: np.asarray(_current.value(x), x.dtype), shape, x)
 
 
 @counted.defjvp
@@ -96,7 +97,7 @@ def optax_lbfgs(function, x0, tolerance):
 # Each takes a function, the starting point and the tolerance of the gradient.
 JAX_SOLVERS = {
     "ours": ours,  # the plain defaults
-    "ours-plain": functools.partial(ours, preconditioner=None),
+    "ours-cg": functools.partial(ours, preconditioner=None),
     "jaxopt-zoom": functools.partial(jaxopt_cg, "zoom"),
     "jaxopt-hz": functools.partial(jaxopt_cg, "hager-zhang"),
     "optimistix": optimistix_cg,
@@ -112,29 +113,22 @@ SCIPY_SOLVERS = {
     ),
 }
 
-# With the tolerance that `minimize` has by default, a hundred times smaller.
-TIGHT = 1e-2
-JAX_SOLVERS["optax-lbfgs-tight"] = optax_lbfgs
-SCIPY_SOLVERS |= {f"{name}-tight": it for name, it in SCIPY_SOLVERS.items()}
+TIGHT = 1e-2  # for a name that ends with "-tight": the tolerance `minimize` has
 
 _compiled = {}
 
 
 def _variant(name):
-    """Solvers for tuning: ``ours:key=value:...``."""
+    """A solver of ours with options, such as ``ours:gtol=1e-6:memory_size=3``."""
+    base, *items = name.split(":")
     options = {}
-    for item in name.split(":")[1:]:
+    for item in items:
         key, value = item.split("=")
-        options[key] = {"None": None, "True": True, "False": False}.get(value, value)
-        if isinstance(options[key], str):
-            for kind in (int, float):
-                try:
-                    options[key] = kind(value)
-                    break
-                except ValueError:
-                    pass
-
-    return functools.partial(ours, **options)
+        try:
+            options[key] = ast.literal_eval(value)
+        except ValueError:
+            options[key] = value
+    return functools.partial(JAX_SOLVERS[base], **options)
 
 
 def count_one(name, oracle, gradient_tolerance):
@@ -144,14 +138,15 @@ def count_one(name, oracle, gradient_tolerance):
     oracle.reset()
     # The starting value is known to nobody: reset forgets it.
     small = gradient_tolerance * oracle.tolerance_scale
-    tolerance = small * (TIGHT if name.endswith("-tight") else 1)
+    base = name.removesuffix("-tight")
+    tolerance = small if base == name else TIGHT * small
     began = time.perf_counter()
     error, x = None, None
     try:
-        if name in SCIPY_SOLVERS:
+        if base in SCIPY_SOLVERS:
             import scipy.optimize
 
-            method, options = SCIPY_SOLVERS[name]
+            method, options = SCIPY_SOLVERS[base]
             x = scipy.optimize.minimize(
                 oracle.value_and_grad,
                 oracle.start,
@@ -160,14 +155,16 @@ def count_one(name, oracle, gradient_tolerance):
                 options=options | {"gtol": tolerance},
             ).x
         else:
-            if name not in _compiled:
-                solver = JAX_SOLVERS.get(name) or _variant(name)
-                _compiled[name] = jax.jit(functools.partial(solver, counted))
-            x = np.asarray(_compiled[name](jnp.asarray(oracle.start), tolerance))
+            if base not in _compiled:
+                solver = JAX_SOLVERS.get(base) or _variant(base)
+                _compiled[base] = jax.jit(functools.partial(solver, counted))
+            x = np.asarray(_compiled[base](jnp.asarray(oracle.start), tolerance))
     except Exception as e:
         error = f"{type(e).__name__}: {str(e)[:100]}"
         if "BudgetError" in str(e) or isinstance(e, problems.BudgetError):
-            error = "5,000 points"
+            error = f"{oracle.max_points:,} points"
+        elif "SecondsError" in str(e) or isinstance(e, problems.SecondsError):
+            error = f"over {oracle.max_seconds:g} s"
     cell = {
         "points": len(oracle.seen),
         "nf": oracle.values,
@@ -189,24 +186,25 @@ def count_one(name, oracle, gradient_tolerance):
     return cell
 
 
-def time_one(name, oracle, gradient_tolerance, repeats=3):
-    """Seconds of a solver with the whole program compiled, the best of several runs."""
+def time_one(name, oracle, gradient_tolerance, repeats=25, budget=5.0):
+    """Seconds of a solver with the whole program compiled, the median of many runs."""
     tolerance = gradient_tolerance * oracle.tolerance_scale
-    run = jax.jit(functools.partial(JAX_SOLVERS[name], oracle.objective))
+    solver = JAX_SOLVERS.get(name) or _variant(name)
+    run = jax.jit(functools.partial(solver, oracle.objective))
     x0 = jnp.asarray(oracle.start)
     began = time.perf_counter()
     x = jax.block_until_ready(run(x0, tolerance))
     first = time.perf_counter() - began
     seconds = []
-    for _ in range(repeats):
+    while len(seconds) < repeats and sum(seconds) < budget:
         began = time.perf_counter()
         x = jax.block_until_ready(run(x0, tolerance))
         seconds.append(time.perf_counter() - began)
-        if sum(seconds) > 20:
-            break
     f, g = oracle._compiled(x)
     return {
-        "seconds": min(seconds),
+        "seconds": float(np.median(seconds)),
+        "fastest": min(seconds),
+        "runs": len(seconds),
         "first_seconds": first,
         "f": float(f),
         "g": float(np.max(np.abs(g))),
