@@ -10,7 +10,7 @@ import tiny
 
 from nlcg_optax.training import metrics
 
-ONE_IN_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+SPLIT_IN_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 
 
 def free_port():
@@ -67,7 +67,7 @@ def test_two_processes_are_one_with_as_many_devices(four_devices, tmp_path):
 
 def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
     """8 devices, then 4 with the state split over 2 of them, then 1."""
-    for epochs, devices, args in ((2, 8, ()), (4, 4, ONE_IN_TWO), (5, 1, ())):
+    for epochs, devices, args in ((2, 8, ()), (4, 4, SPLIT_IN_TWO), (5, 1, ())):
         # Each part ends where a shorter run would have: the schedule is constant.
         args = (*args, f"--config.num_epochs={epochs}")
         (tmp_path / "config.json").unlink(missing_ok=True)
