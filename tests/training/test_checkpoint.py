@@ -1,6 +1,5 @@
 """Crashes, full disks and damaged checkpoints: no progress is lost, none is made up."""
 
-import os
 import random
 import re
 import shutil
@@ -192,7 +191,3 @@ def assert_same_checkpoint(a, b):
             states.append(loop.train_and_evaluate(config, workdir).state)
     for p, q in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(np.asarray(p), np.asarray(q))
-
-
-if os.name != "posix":
-    pytest.skip("signals and file limits are POSIX's", allow_module_level=True)

@@ -6,6 +6,7 @@ As a program it is `examples/train.py` with that model:
 
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ OVERRIDES = (
     "average_decay=0.9",
     "mesh.min_size_to_split=8",
 )
+
+
+_LIMIT = "TINY_FILE_SIZE_LIMIT"
 
 
 class Tiny(nn.Module):
@@ -60,24 +64,19 @@ def start(workdir, *args, devices=1, process=None, limit=None, **options):
     flags = f"--xla_force_host_platform_device_count={devices}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    if limit is not None:
+        env[_LIMIT] = str(limit)
     command = [sys.executable, __file__, f"--workdir={workdir}", *args]
     if process is not None:
         port, count, number = process
         command += [f"--coordinator=localhost:{port}"]
         command += [f"--num_processes={count}", f"--process_id={number}"]
-
-    def limit_files():
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
     return subprocess.Popen(
         command,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=limit_files if limit else None,
         **options,
     )
 
@@ -99,6 +98,9 @@ def finish(*processes, code=0, timeout=200):
 
 
 def main():
+    if _LIMIT in os.environ:
+        limit = int(os.environ[_LIMIT])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     models.create_model = create_tiny_model
     overrides = [f"--config.{override}" for override in OVERRIDES]
     return cli.main([f"--config={CONFIG}", *overrides, *sys.argv[1:]])
