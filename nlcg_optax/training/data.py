@@ -755,7 +755,7 @@ def stream(
     places: np.ndarray | None = None,
     image_size: int | None = None,
     train: bool = True,
-    num_threads: int = 16,
+    num_threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Reads a split in batches of ``image`` (uint8 [B, H, W, C]) and ``label`` (int32).
 
@@ -782,7 +782,8 @@ def stream(
         own places.
       image_size: height and width of the images. Needed where sizes differ.
       train: for training or for evaluation.
-      num_threads: threads that read ahead, about two batches.
+      num_threads: threads that read ahead, about two batches; by default one for each
+        core, up to 16. More compete with each other, unless the disk is slow.
 
     Returns:
       The iterator. Its arrays have as many rows as there are places.
@@ -808,6 +809,8 @@ def stream(
         transform=image_size and (_random_resized_crop if train else _central_crop),
         image_size=image_size,
     )
+    if num_threads is None:
+        num_threads = min(os.cpu_count() or 1, 16)
     return _stream(visits, start_step, max(1, num_threads))
 
 
