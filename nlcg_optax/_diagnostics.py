@@ -10,6 +10,7 @@ from nlcg_optax import _direction, _preconditioner, _step_size
 # Name of the diagnostic -> field of the state that holds it.
 _FIELDS: dict[type, dict[str, str]] = {
     _preconditioner.DiagonalBfgsState: {"skipped_curvature": "skipped"},
+    _preconditioner.LimitedMemoryBfgsState: {"skipped_curvature": "skipped"},
     _direction.ConjugateDirectionState: {
         "beta": "beta",
         "cosine": "cosine",
@@ -40,7 +41,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``restarts``: restarts of the direction so far.
       - ``base_step``: the factor of the learning rate.
       - ``nonfinite_losses``: losses so far that were not finite.
-      - ``skipped_curvature``: curvature updates of the diagonal skipped so far.
+      - ``skipped_curvature``: curvature updates of the preconditioner skipped so far.
 
       If a piece occurs several times (say under ``optax.partition``), the path of its
       state precedes the name: ``"['decoder'].inner_state[0]/beta"``.

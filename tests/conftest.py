@@ -1,4 +1,7 @@
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -29,3 +32,30 @@ def strict_promotion(request):
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def run_on_devices():
+    """Runs a program on so many CPU devices, warnings being errors.
+
+    Devices are counted when JAX starts, so this needs a process of its own.
+    """
+
+    def run(program, count, flags=""):
+        flags = f"--xla_force_host_platform_device_count={count} {flags}"
+        done = subprocess.run(
+            [sys.executable, "-W", "error", program],
+            env={
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run

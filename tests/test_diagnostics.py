@@ -46,6 +46,12 @@ def test_what_is_reported():
     assert 0 < report["cosine"] < 1
 
 
+def test_limited_memory_bfgs_reports_alone():
+    report = diagnostics(feed(nlcg_optax.scale_by_limited_memory_bfgs()))
+    assert set(report) == {"skipped_curvature"}
+    assert report["skipped_curvature"] > 0
+
+
 WRAPPERS = {
     "chain": lambda tx: optax.chain(optax.clip(10.0), tx, optax.scale(0.5)),
     "named chain": lambda tx: optax.named_chain(("a", optax.clip(10.0)), ("b", tx)),

@@ -6,11 +6,8 @@ devices, whose findings the tests below judge.
 """
 
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -18,31 +15,12 @@ HERE = pathlib.Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 
 
-def run(program, devices, flags=""):
-    # Devices are counted when JAX starts, so this needs a process of its own.
-    flags = f"--xla_force_host_platform_device_count={devices} {flags}"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", program],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def found():
+def found(run_on_devices):
     # Without LLVM's optimizations, which leave collectives alone, it compiles faster.
-    return json.loads(
-        run(HERE / "front_doors_worker.py", 8, "--xla_backend_optimization_level=0")
-    )
+    worker = HERE / "front_doors_worker.py"
+    done = run_on_devices(worker, 8, "--xla_backend_optimization_level=0")
+    return json.loads(done.stdout)
 
 
 def worst(differences):
@@ -147,18 +125,24 @@ def test_sharded_nlcg_adds_two_sums_to_sgd(found, door, added):
     assert all(x <= y for x, y in zip(more, added, strict=True)), more
 
 
-def printed(example, devices):
-    out = run(EXAMPLES / f"{example}.py", devices)
-    lines = re.findall(r"^(.*): step (\d+), loss ([\d.]+)$", out, re.MULTILINE)
-    assert len(lines) == len(out.splitlines())
-    return {
-        name: [(int(step), float(loss)) for other, step, loss in lines if other == name]
-        for name, _, _ in lines
-    }
+@pytest.fixture(scope="module")
+def printed(run_on_devices):
+    """A function that runs an example: the steps and losses it prints, by name."""
+
+    def run(example, devices):
+        out = run_on_devices(EXAMPLES / f"{example}.py", devices).stdout
+        lines = re.findall(r"^(.*): step (\d+), loss ([\d.]+)$", out, re.MULTILINE)
+        assert len(lines) == len(out.splitlines())
+        losses = {}
+        for name, step, loss in lines:
+            losses.setdefault(name, []).append((int(step), float(loss)))
+        return losses
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def one_device():
+def one_device(printed):
     (losses,) = printed("mesh_jit", 1).values()
     assert losses[-1][0] == 40
     assert losses[-1][1] < 0.2 < losses[0][1]
@@ -173,7 +157,7 @@ def one_device():
         ("mesh_pmap", ["pmap"]),
     ],
 )
-def test_examples_print_the_losses_of_one_device(one_device, example, runs):
+def test_examples_print_the_losses_of_one_device(printed, one_device, example, runs):
     losses = printed(example, 4)
     assert list(losses) == runs
     for found in losses.values():

@@ -1,10 +1,7 @@
 import functools
 import math
-import os
 import pathlib
 import pickle
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -201,22 +198,10 @@ def test_state_keeps_its_dtypes_and_travels(dtype):
     np.testing.assert_allclose(np.asarray(params["a"], complex), 1, atol=0.1)
 
 
-def test_sharded_leaves_give_the_numbers_of_one_device():
+def test_sharded_leaves_give_the_numbers_of_one_device(run_on_devices):
     """Under `jit`, and under `shard_map` with the axis named."""
     worker = pathlib.Path(__file__).with_name("linesearch_worker.py")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", worker],
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_on_devices(worker, 2)
     assert len(done.stdout.splitlines()) == 2
 
 
