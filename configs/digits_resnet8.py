@@ -2,7 +2,7 @@
 
 python examples/train.py --config=configs/digits_resnet8.py --workdir=runs/digits
 
-Result (jax 0.10.2, 2 CPU cores): test accuracy 0.9833, 0.9917, 0.9833 (seeds 0 to 2),
+Result (jax 0.10.2, one CPU core): test accuracy 0.9833, 0.9917, 0.9833 (seeds 0 to 2),
 mean 0.9861; momentum, tuned on the same rates, 0.9880 (benchmarks/digits/results.md).
 """
 
