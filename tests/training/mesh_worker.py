@@ -79,7 +79,7 @@ def train(*args, **options):
         split = [x for x in jax.tree.leaves(state) if not x.is_fully_replicated]
         whole = sum(x.nbytes for x in jax.tree.leaves(state))
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-        # Parameters, and as many arrays of the optimizer as of one device's.
+        # Of the parameters, and of at least two arrays of the optimizer like them.
         assert len(split) >= 3 * 6, len(split)
         assert here < 1.3 * whole / config.mesh.fsdp, (here, whole)
     evaluate = loop.make_evaluation(config, DATASET, model, mesh)

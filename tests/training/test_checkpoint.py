@@ -1,9 +1,7 @@
 """Crashes, full disks and damaged checkpoints: no progress is lost, none is made up."""
 
 import random
-import re
 import shutil
-import signal
 import time
 
 import jax
@@ -25,8 +23,6 @@ from nlcg_optax.training.config import (
     base_config,
     load_config,
 )
-
-MB = 2**20
 
 
 def steps_saved(workdir):
@@ -135,7 +131,7 @@ def test_a_config_from_before_a_field_was_there_still_fits(tmp_path):
 
 
 @pytest.mark.long
-def test_killed_at_any_moment(tmp_path, capsys):
+def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
     """Kill -9 of one of two processes, ten times and more, most within a write."""
     args = (
         "--config.num_epochs=60",  # 144 steps
@@ -143,8 +139,7 @@ def test_killed_at_any_moment(tmp_path, capsys):
         "--config.eval_every_epochs=30",
     )
     whole = tmp_path / "whole"
-    for process in start_two(whole, *args, devices=1):
-        tiny.finish(process)
+    tiny.finish(*start_two(whole, *args, devices=1))
     workdir = tmp_path / "killed"
     chance = random.Random(0)
     kills, within_write, reached = 0, 0, 0
@@ -155,8 +150,9 @@ def test_killed_at_any_moment(tmp_path, capsys):
         last = reached
         wait_for(lambda last=last: steps_saved(workdir)[-1:] > [last], processes)
         time.sleep(chance.uniform(0, 0.6))
-        processes[chance.randrange(2)].send_signal(signal.SIGKILL)
-        # The other would end too, in half a minute; a cluster does not wait.
+        processes[chance.randrange(2)].kill()
+        # The other would end too, in half a minute; a cluster does not wait so long.
+        time.sleep(chance.uniform(0, 0.3))
         for process in processes:
             process.kill()
         tiny.finish(*processes, code=None)
@@ -172,22 +168,12 @@ def test_killed_at_any_moment(tmp_path, capsys):
         print(f"\n{kills} kills, {within_write} within a write, last at {reached}")
     assert kills >= 10 and within_write > 0
     assert rows(workdir) == rows(whole)
-    assert_same_checkpoint(workdir, whole)
-
-
-def assert_same_checkpoint(a, b):
-    """The last checkpoints hold the same bits."""
-    (x, y) = (steps_saved(workdir)[-1] for workdir in (a, b))
-    assert x == y
-    states = []
-    for workdir in (a, b):
-        config = load_config(tiny.CONFIG)
-        apply_overrides(config, tiny.OVERRIDES)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models, "create_model", tiny.create_tiny_model)
-            saved = (workdir / "config.json").read_text()
-            fields = re.findall(r'"(num_epochs|\w+_every_epochs)": ([\d.]+)', saved)
-            apply_overrides(config, [f"{name}={value}" for name, value in fields])
-            states.append(loop.train_and_evaluate(config, workdir).state)
+    # The last checkpoints hold the same bits: a complete run only restores its own.
+    assert steps_saved(workdir)[-1] == steps_saved(whole)[-1] == 144
+    config = load_config(tiny.CONFIG)
+    overrides = [arg.removeprefix("--config.") for arg in args]
+    apply_overrides(config, [*tiny.OVERRIDES, *overrides])
+    monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
+    states = [loop.train_and_evaluate(config, path).state for path in (workdir, whole)]
     for p, q in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(np.asarray(p), np.asarray(q))

@@ -19,10 +19,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start_two(workdir, *args, devices=2, **options):
+def start_two(workdir, *args, devices=2):
     port = free_port()
     return [
-        tiny.start(workdir, *args, devices=devices, process=(port, 2, i), **options)
+        tiny.start(workdir, *args, devices=devices, process=(port, 2, i))
         for i in range(2)
     ]
 

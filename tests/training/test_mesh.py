@@ -37,13 +37,7 @@ def test_the_layout_of_an_uneven_batch():
 
 
 def test_large_leaves_are_split_along_their_longest_dimension():
-    config = base_config()
-    config.mesh.fsdp = 4
-    try:
-        devices = [jax.devices()[0]] * 4
-        mesh = create_mesh(config, devices)
-    except ValueError:  # newer versions of JAX want distinct devices
-        mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
+    mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
     shapes = {
         "kernel": (3, 3, 16, 32),
         "last_of_equals": (8, 8),

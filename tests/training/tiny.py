@@ -28,8 +28,6 @@ OVERRIDES = (
     "average_decay=0.9",
     "mesh.min_size_to_split=8",
 )
-
-
 _LIMIT = "TINY_FILE_SIZE_LIMIT"
 
 
@@ -54,7 +52,7 @@ def create_tiny_model(name, num_classes, **options):
     return Tiny(num_classes)
 
 
-def start(workdir, *args, devices=1, process=None, limit=None, **options):
+def start(workdir, *args, devices=1, process=None, limit=None):
     """Starts this program on so many CPU devices.
 
     Args:
@@ -77,7 +75,6 @@ def start(workdir, *args, devices=1, process=None, limit=None, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        **options,
     )
 
 
