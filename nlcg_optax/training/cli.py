@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(
                 f"unknown argument {text!r}: set fields by --config.FIELD=VALUE"
             )
-    if args.coordinator is None and (args.num_processes or args.process_id) is not None:
+    numbers = (args.num_processes, args.process_id)
+    if args.coordinator is None and numbers != (None, None):
         parser.error("--num_processes and --process_id need --coordinator=HOST:PORT")
 
     # Late, so that --help and mistakes answer at once.
@@ -68,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if args.coordinator is not None:
-            distributed.initialize(
-                args.coordinator, args.num_processes, args.process_id
-            )
+            distributed.initialize(args.coordinator, *numbers)
         code = _train(args.config, overrides, args.workdir)
     except ConfigError as error:
         return _report(error, 2)
@@ -106,7 +105,8 @@ def _train(path: str, overrides: Sequence[str], workdir: str) -> int:
 def _several_processes() -> bool:
     import jax
 
-    return jax.process_count() > 1
+    # Not by their number: to count them JAX would start its devices.
+    return jax.distributed.is_initialized()
 
 
 def _report(error: Exception, code: int) -> int:

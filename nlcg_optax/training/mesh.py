@@ -157,9 +157,9 @@ class BatchLayout:
                 local[:, : real.shape[1]] = real
 
             def part(index: Any) -> np.ndarray:
-                rows = np.arange(self.rows)[index[1]]
-                first = int(np.searchsorted(self.local_rows, rows[0]))
-                return local[:, first : first + len(rows)]
+                start, stop, _ = index[1].indices(self.rows)
+                first = int(np.searchsorted(self.local_rows, start))
+                return local[:, first : first + stop - start]
 
             shape = (self.microbatches, self.rows, *x.shape[1:])
             return _assemble(shape, self.sharding, part)
