@@ -70,7 +70,7 @@ def step_rate(data_dir: str, in_memory: str, batch_size: int) -> tuple[float, fl
     )
     mesh = create_mesh(config)
     dataset = loop.load_dataset(config)
-    model = loop.create_model(config, dataset)
+    model = loop.create_model(config, dataset.num_classes)
     schedule = optimizers.create_schedule(config, len(dataset.train) / batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     state = steps.create_state(model, tx, config, dataset.image_shape, mesh)

@@ -167,7 +167,7 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
     import jaxlib
     import optax
 
-    from nlcg_optax.training import models, optimizers, steps
+    from nlcg_optax.training import loop, models, optimizers, steps
     from nlcg_optax.training.config import apply_overrides, load_config
     from nlcg_optax.training.mesh import BatchLayout, create_mesh
 
@@ -175,23 +175,12 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
     config = load_config(args.config)
     apply_overrides(config, overrides)
     parts = config.microbatches
-    at_once = parts == 1 or config.batch_norm_statistics == "batch"
+    at_once = steps.at_once(config)
     mesh = create_mesh(config)
-    model = models.create_model(
-        config.model.name,
-        args.classes,
-        dtype=config.model.dtype,
-        remat=parts > 1 and config.batch_norm_statistics == "batch",
-    )
+    model = loop.create_model(config, args.classes)
     schedule = optimizers.create_schedule(config, IMAGES / config.batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
-    init = steps.make_init(model, tx, config, args.image_shape)
-    shapes = jax.eval_shape(init)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        steps.shardings(shapes, mesh, config),
-    )
+    state = steps.abstract_state(model, tx, config, args.image_shape, mesh)
     layout = BatchLayout(mesh, config.batch_size, parts)
 
     def rows(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
@@ -222,9 +211,7 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
         return jax.vjp(logits, params)[1]
 
     x = jax.ShapeDtypeStruct((images, *args.image_shape), jnp.float32)
-    kept = jax.tree.leaves(
-        jax.eval_shape(backward, shapes.params, shapes.batch_stats, x)
-    )
+    kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.batch_stats, x))
     kept_bytes = sum(
         leaf.size * leaf.dtype.itemsize
         for leaf in kept
@@ -232,8 +219,8 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
     )
 
     collectives = read_collectives(compiled.as_text(), mesh.size)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes.params))
-    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     loops = 1 if at_once else parts
     return {
         "overrides": overrides,

@@ -55,7 +55,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, like: Any) -> Any:
-        """Restores the newest checkpoint, shaped and placed like a given state.
+        """Restores the newest checkpoint, shaped and placed as `like`.
+
+        Args:
+          like: a state, or one of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
           CheckpointError: if it cannot be read, or does not fit.
@@ -71,7 +74,7 @@ class Checkpoints:
             older = f", from step {steps[-2]:,}" if steps[1:] else ", from the start"
             raise CheckpointError(
                 f"The checkpoint of step {steps[-1]:,}, {self.path / str(steps[-1])}, "
-                f"cannot be read: {_first_lines(error)}. It is damaged, or was written "
+                f"cannot be read: {_shortened(error)}. It is damaged, or was written "
                 "by another program. Nothing was changed. Move that folder away, and "
                 f"the same command goes on{older}."
             ) from error
@@ -118,7 +121,7 @@ class Checkpoints:
             whole = sorted(p.name for p in self.path.glob("*") if p.name.isdigit())
             kept = f"step {max(map(int, whole)):,}" if whole else "none yet"
             raise CheckpointError(
-                f"Cannot write a checkpoint to {self.path}: {_first_lines(error)}. Is "
+                f"Cannot write a checkpoint to {self.path}: {_shortened(error)}. Is "
                 f"the disk full, or the folder read-only? The last whole one: {kept}."
             ) from error
 
@@ -136,7 +139,7 @@ def _check_fits(state: Any, abstract: Any) -> None:
             )
 
 
-def _first_lines(error: BaseException) -> str:
+def _shortened(error: BaseException) -> str:
     """What an error says, cut to a readable length."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:500]}{'…' * (len(text) > 500)}"

@@ -83,16 +83,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
     steps_per_epoch, total_steps = _count_steps(config, len(dataset.train), mesh)
     schedule = optimizers.create_schedule(config, steps_per_epoch)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
-    model = create_model(config, dataset)
+    model = create_model(config, dataset.num_classes)
     check_config(config, workdir)
     distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
     check_shared(workdir)
 
-    state = steps.create_state(model, tx, config, dataset.image_shape, mesh)
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
     start = checkpoints.latest_step() or 0
+    described = (model, tx, config, dataset.image_shape, mesh)
     if start:
-        state = checkpoints.restore(state)
+        state = checkpoints.restore(steps.abstract_state(*described))
+    else:
+        state = steps.create_state(*described)
 
     next_batch, step_fn = make_input(config, dataset, model, tx, schedule, mesh, start)
     evaluate = make_evaluation(config, dataset, model, mesh)
@@ -284,17 +286,17 @@ def load_dataset(config: ConfigDict) -> data.Dataset:
     )
 
 
-def create_model(config: ConfigDict, dataset: data.Dataset) -> Any:
-    """The model that a config names, for a data set."""
+def create_model(config: ConfigDict, num_classes: int) -> Any:
+    """The model that a config names, for so many classes."""
     options = config.model
     try:
         return models.create_model(
             options.name,
-            dataset.num_classes,
+            num_classes,
             dtype=options.dtype,
             batch_norm_momentum=options.batch_norm_momentum,
             batch_norm_epsilon=options.batch_norm_epsilon,
-            remat=config.microbatches > 1 and config.batch_norm_statistics == "batch",
+            remat=config.microbatches > 1 and steps.at_once(config),
         )
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
