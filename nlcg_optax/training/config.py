@@ -70,7 +70,8 @@ def base_config() -> ConfigDict:
     config.optimizer.nlcg = _Group(
         dict(
             beta_rule="fletcher_reeves",
-            preconditioner="diagonal_bfgs",  # diagonal_bfgs, rms, adam, none
+            # diagonal_bfgs, orthogonalization, rms, adam, none
+            preconditioner="diagonal_bfgs",
             step_rule="step",  # step, online, none
             beta_bounds=(0.0, 1.0),
             restart_on_ascent=False,

@@ -58,6 +58,7 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
 def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
     options = config.nlcg.to_dict()
     preconditioners = {
+        "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
         "diagonal_bfgs": "diagonal_bfgs",
         "rms": optax.scale_by_rms(),
         # Without Adam's own momentum: the conjugate direction takes its place.
