@@ -176,7 +176,7 @@ def make_train_step(
       state and the metrics: scalars in float32.
     """
     normalize = normalizer(config)
-    seed = config.seed if seed is None else seed
+    draws: jax.typing.ArrayLike = config.seed if seed is None else seed
     tx = optax.with_extra_args_support(tx)
     crop_padding, flip = config.dataset.crop_padding, config.dataset.flip
     batch_size, parts = config.batch_size, config.microbatches
@@ -237,7 +237,7 @@ def make_train_step(
 
     def whole_batch(state: TrainState, batch: Batch):
         """Loss, accuracy, BatchNorm statistics and gradient of the whole batch."""
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(draws), state.step)
         row = jnp.arange(batch["label"].shape[1])
         places = jnp.where(
             row < examples, jnp.arange(parts)[:, None] * examples + row, -1
