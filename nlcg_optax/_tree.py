@@ -158,19 +158,21 @@ def reduce_products(
             sharded.append([_on_first(value, copied) for value in row])
     totals = [_total(rows) for rows in (whole, sharded) if rows]
     if sharded:
-        stacked = jnp.stack(totals[-1])
+        stacked = totals[-1]
         # A sum does not take what varies along some of its axes only.
         constant = tracked - varying_axes(stacked)
         stacked = vary(stacked, [axis for axis in axes if axis in constant])
-        totals[-1] = list(jax.lax.psum(stacked, axes))
-    return _total(totals)
+        totals[-1] = jax.lax.psum(stacked, axes)
+    return list(functools.reduce(operator.add, totals))
 
 
-def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
-    """Sums the columns."""
-    return [
-        functools.reduce(operator.add, column) for column in zip(*rows, strict=True)
-    ]
+def _total(rows: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    """Sums the columns.
+
+    As a reduction: XLA would put a chain of additions, one for each leaf, into every
+    kernel that uses the sum, and take a time to compile that grows as their square.
+    """
+    return jnp.sum(jnp.stack([jnp.stack(row) for row in rows]), axis=0)
 
 
 def _on_first(x: jax.Array, axes: Sequence[AxisName]) -> jax.Array:
@@ -215,6 +217,25 @@ def cast_like(tree: Any, like: Any) -> Any:
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """Selects one of two trees by a scalar condition."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def after(never: jax.Array, x: jax.Array, *earlier: jax.Array) -> jax.Array:
+    """`x` itself, in a way that XLA computes `earlier` before it.
+
+    A donated array is overwritten in place only where XLA can tell that all have read
+    it; otherwise it is copied first, which costs as much as a pass of the optimizer.
+    Where `x` replaces an array that only `earlier` reads, this tells it so. (Neither
+    a barrier nor a product with a constant does: both are gone by then.)
+
+    Args:
+      never: a scalar that is False, though XLA cannot know.
+      x: any array.
+      *earlier: arrays that broadcast to its shape.
+    """
+    for other in earlier:
+        other = other if jnp.iscomplexobj(x) else jnp.real(other)
+        x = jnp.where(never, other.astype(x.dtype), x)
+    return x
 
 
 def check_match(updates: Any, expected: Any, name: str) -> None:

@@ -75,6 +75,13 @@ OPTIMIZERS = {
     "lamb": Case(lambda _: optax.lamb(RATE), (3, 1, 6)),
     "lbfgs(10)": Case(lambda _: optax.lbfgs(RATE, 10, linesearch=None), None),
     "nlcg": ours(),
+    "nlcg, no cosine": ours(track_cosine=False),
+    "nlcg, no cosine, no step rule": ours(track_cosine=False, step_rule=None),
+    "nlcg, s from the direction": ours(track_cosine=False, displacement="direction"),
+    "nlcg, s from the direction, no step rule": ours(
+        track_cosine=False, displacement="direction", step_rule=None
+    ),
+    "nlcg, rms": ours(track_cosine=False, preconditioner=optax.scale_by_rms()),
 }
 
 
@@ -367,16 +374,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trees", default="resnet50,transformer,flat")
     parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
+    parser.add_argument("--optimizers", default=";".join(OPTIMIZERS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", default="results")
     args = parser.parse_args()
     rows = []
     for tree in args.trees.split(","):
         for dtype in args.dtypes.split(","):
-            rows += measure(tree, dtype, args.optimizers.split(","), args.rounds)
+            rows += measure(tree, dtype, args.optimizers.split(";"), args.rounds)
             gc.collect()
-            print("\n".join(table(rows[-len(args.optimizers.split(",")) :])), flush=True)
+            print("\n".join(table(rows[-len(args.optimizers.split(";")) :])), flush=True)
     facts = versions()
     with (HERE / f"{args.output}.jsonl").open("w") as file:
         for row in rows:
