@@ -228,7 +228,7 @@ def scale_by_conjugate_direction(
         restart &= ~first
         beta = jnp.where(first | restart, 0, beta)
         # Whatever is read of the history is read before the direction replaces it.
-        beta = _tree.after(state.count < 0, beta, *sums)
+        beta = _tree.compute_once(_tree.after(state.count < 0, beta, *sums))
 
         def direction(z, u):
             z, u = _tree.lift(z), _tree.lift(u)

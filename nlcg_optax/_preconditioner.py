@@ -162,7 +162,8 @@ def scale_by_diagonal_bfgs(
 
         def curvature(b, prev_z, g, *moves):
             s, y = differences(b, prev_z, g, *moves)
-            return _tree.real_inner(y, s), b * _tree.abs_sq(s)
+            # Not b · |s|²: XLA would store |s|² for the new diagonal.
+            return _tree.real_inner(y, s), _tree.real_inner(b.astype(s.dtype) * s, s)
 
         arguments = (state.diagonal, state.prev_preconditioned, updates, *moves)
         y_s, s_b_s = _tree.reduce_products(

@@ -186,6 +186,8 @@ def scale_by_loss_feedback(
             jnp.maximum(old_step * shrink, _MIN_STEP),
         )
 
+        omega, base_step = _tree.compute_once(omega), _tree.compute_once(base_step)
+
         def scale(u, prev_u):
             x, prev = _tree.lift(u), _tree.lift(prev_u)
             b, w, b_old = (

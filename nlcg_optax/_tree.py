@@ -158,21 +158,19 @@ def reduce_products(
             sharded.append([_on_first(value, copied) for value in row])
     totals = [_total(rows) for rows in (whole, sharded) if rows]
     if sharded:
-        stacked = totals[-1]
+        stacked = jnp.stack(totals[-1])
         # A sum does not take what varies along some of its axes only.
         constant = tracked - varying_axes(stacked)
         stacked = vary(stacked, [axis for axis in axes if axis in constant])
-        totals[-1] = jax.lax.psum(stacked, axes)
-    return list(functools.reduce(operator.add, totals))
+        totals[-1] = list(jax.lax.psum(stacked, axes))
+    return [compute_once(total) for total in _total(totals)]
 
 
-def _total(rows: Sequence[Sequence[jax.Array]]) -> jax.Array:
-    """Sums the columns.
-
-    As a reduction: XLA would put a chain of additions, one for each leaf, into every
-    kernel that uses the sum, and take a time to compile that grows as their square.
-    """
-    return jnp.sum(jnp.stack([jnp.stack(row) for row in rows]), axis=0)
+def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
+    """Sums the columns."""
+    return [
+        functools.reduce(operator.add, column) for column in zip(*rows, strict=True)
+    ]
 
 
 def _on_first(x: jax.Array, axes: Sequence[AxisName]) -> jax.Array:
@@ -217,6 +215,16 @@ def cast_like(tree: Any, like: Any) -> Any:
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """Selects one of two trees by a scalar condition."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
+
+
+def compute_once(scalar: jax.Array) -> jax.Array:
+    """`scalar` itself, computed in one kernel and not in every one that uses it.
+
+    XLA repeats what it takes for cheap in all the kernels that need it: the additions
+    of an inner product over all leaves in the kernel of every leaf, which took it a
+    time to compile that grew as their square. A division it does not repeat.
+    """
+    return scalar / jnp.where(jnp.isnan(scalar), 2, 1).astype(scalar.dtype)
 
 
 def after(never: jax.Array, x: jax.Array, *earlier: jax.Array) -> jax.Array:
