@@ -1,7 +1,7 @@
 """Stochastic preconditioned nonlinear conjugate gradient (NLCG) for Optax."""
 
 from nlcg_optax import beta
-from nlcg_optax._alias import nlcg
+from nlcg_optax._alias import DisplacementState, nlcg
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._direction import (
     ConjugateDirectionState,
@@ -20,6 +20,7 @@ from nlcg_optax._orthogonalization import (
 from nlcg_optax._parallel import pmean_value_and_grad
 from nlcg_optax._preconditioner import (
     DiagonalBfgsState,
+    Displacement,
     LimitedMemoryBfgsState,
     scale_by_diagonal_bfgs,
     scale_by_limited_memory_bfgs,
@@ -35,6 +36,8 @@ __version__ = "0.1.0"
 __all__ = [
     "ConjugateDirectionState",
     "DiagonalBfgsState",
+    "Displacement",
+    "DisplacementState",
     "HagerZhangLinesearchInfo",
     "HagerZhangLinesearchState",
     "IterationInfo",

@@ -1,7 +1,9 @@
 """The ready optimizer."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _beta, _check, _direction, _preconditioner, _step_size, _tree
@@ -19,6 +21,8 @@ def nlcg(
     period: int = 5,
     threshold: float = 1.0,
     epsilon: float = 1e-8,
+    displacement: str = "params",
+    track_cosine: bool = True,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -34,6 +38,10 @@ def nlcg(
 
     The defaults are the paper's configuration.
 
+    As parts of one optimizer they share the previous direction, of which the chain of
+    the three has two copies. (So after a loss that is not finite, part of the direction
+    taken then may be taken back, not of the one before.)
+
     Args:
       learning_rate: α, a number or a schedule.
       beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
@@ -48,7 +56,14 @@ def nlcg(
       period: steps between two comparisons of the ``"step"`` rule.
       threshold: rises of the loss that are tolerated.
       epsilon: ε of the direction and of the diagonal of BFGS.
-      state_dtype: dtype of the stored directions; None for each parameter's own.
+      displacement: where the diagonal of BFGS takes the displacement s from:
+        ``"params"``, of which it keeps a copy, or ``"direction"``, which saves the copy
+        and a third of the memory traffic. Then s is what this optimizer made of the
+        last direction: nothing must follow it that changes the update, and no curvature
+        is learned from a step that took part of the previous direction back.
+      track_cosine: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
+      state_dtype: dtype of the history (directions and gradients; B and the copy of the
+        parameters keep their own); None for each parameter's own.
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
         trees are sharded; None where they are whole, as they are under `jit`. In a
         `shard_map` that checks types (``check_vma=True``, its default) some leaves may
@@ -79,6 +94,7 @@ def nlcg(
     """
     if not callable(learning_rate):
         _check.number("learning_rate", learning_rate)
+    _check.one_of("displacement", displacement, ("params", "direction"))
     if isinstance(preconditioner, str):
         _check.one_of(
             "preconditioner",
@@ -87,7 +103,15 @@ def nlcg(
             ", a gradient transformation, or None",
         )
         preconditioner = _preconditioner.scale_by_diagonal_bfgs(
-            epsilon, axis_name=axis_name
+            epsilon,
+            displacement="params" if displacement == "params" else "given",
+            state_dtype=state_dtype,
+            axis_name=axis_name,
+        )
+    elif displacement != "params":
+        raise ValueError(
+            f"displacement={displacement!r} is not valid: only the preconditioner "
+            "'diagonal_bfgs' takes one."
         )
     direction = _direction.scale_by_conjugate_direction(
         beta_rule,
@@ -96,21 +120,103 @@ def nlcg(
         restart_on_ascent=restart_on_ascent,
         restart_every=restart_every,
         epsilon=epsilon,
+        track_cosine=track_cosine,
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
     scale = optax.scale_by_learning_rate(learning_rate)
-    if step_rule is None:
-        return optax.chain(direction, scale)
     if isinstance(step_rule, optax.GradientTransformation):
+        if displacement != "params":
+            raise ValueError(
+                f"displacement={displacement!r} is not valid with a transformation as "
+                "the step rule: what it makes of the direction is not known."
+            )
         return optax.chain(direction, scale, step_rule)
-    _check.one_of(
-        "step_rule",
-        step_rule,
-        ("step", "online"),
-        ", a gradient transformation, or None",
-    )
-    feedback = _step_size.scale_by_loss_feedback(
-        step_rule, period, threshold, state_dtype=state_dtype
-    )
-    return optax.chain(direction, feedback, scale)
+    if step_rule is None:
+        pieces = (scale,)
+    else:
+        _check.one_of(
+            "step_rule",
+            step_rule,
+            ("step", "online"),
+            ", a gradient transformation, or None",
+        )
+        feedback = _step_size.scale_by_loss_feedback(
+            step_rule, period, threshold, keep_prev_update=False
+        )
+        pieces = (feedback, scale)
+    return _share(direction, optax.chain(*pieces), displacement == "direction")
+
+
+class DisplacementState(NamedTuple):
+    """What :func:`nlcg` adds to the state to know the last displacement.
+
+    Attributes:
+      scale: the last displacement as a multiple of the last direction (with the sign of
+        the gradient); 0 where it was no multiple of it.
+    """
+
+    scale: jax.Array
+
+
+def _share(
+    direction: optax.GradientTransformationExtraArgs,
+    rest: optax.GradientTransformation,
+    displacement: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Chains the direction with what scales it, which is shown the previous direction.
+
+    Args:
+      direction: the conjugate direction.
+      rest: a chain of what follows; linear, with the same coefficients for all the leaves.
+      displacement: whether the preconditioner is to be told the last displacement.
+    """
+    rest = optax.with_extra_args_support(rest)
+
+    def init_fn(params: optax.Params) -> Any:
+        states = (direction.init(params), *rest.init(params))
+        if not displacement:
+            return states
+        zero = jnp.zeros([], _tree.scalar_dtype(params))
+        return (*states, DisplacementState(zero))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        direction_state, *rest_state = state
+        last = rest_state.pop() if displacement else None
+        prev_update = direction_state.prev_update
+        told = {}
+        if last is not None:
+            told["prev_displacement"] = _preconditioner.Displacement(
+                last.scale, prev_update
+            )
+        updates, direction_state = direction.update(
+            updates, direction_state, params, **told, **extra_args
+        )
+        if last is None:
+            updates, rest_state = rest.update(
+                updates,
+                tuple(rest_state),
+                params,
+                prev_update=prev_update,
+                **extra_args,
+            )
+            return updates, (direction_state, *rest_state)
+        # Two numbers go the way of the leaves, and come out as the coefficients of this
+        # direction and of the previous one.
+        one, zero = jnp.ones_like(last.scale), jnp.zeros_like(last.scale)
+        (updates, this, previous), rest_state = rest.update(
+            (updates, one, zero),
+            tuple(rest_state),
+            params,
+            prev_update=(prev_update, zero, one),
+            **extra_args,
+        )
+        known = DisplacementState(jnp.where(previous == 0, this, 0))
+        return updates, (direction_state, *rest_state, known)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -151,7 +151,8 @@ BETA_RULES: dict[str, BetaRule] = {
     )
 }
 
-# Rules that need no vector of the previous step, and those that need only z_{t-1}.
+# Rules that need no slope, no vector of the previous step, and only z_{t-1}.
+_WITHOUT_SLOPE = (fletcher_reeves, polak_ribiere)
 _WITHOUT_HISTORY = (fletcher_reeves, dai_yuan)
 _WITHOUT_PREV_GRAD = (
     *_WITHOUT_HISTORY,
@@ -163,9 +164,10 @@ _WITHOUT_PREV_GRAD = (
 
 
 class ResolvedRule(NamedTuple):
-    """A β rule and the history that its inner products need."""
+    """A β rule, and what its inner products need."""
 
     function: BetaRule
+    needs_slope: bool
     needs_prev_preconditioned: bool
     needs_prev_grad: bool
 
@@ -177,6 +179,7 @@ def resolve(beta_rule: str | BetaRule) -> ResolvedRule:
         beta_rule = BETA_RULES[beta_rule]
     return ResolvedRule(
         function=beta_rule,
+        needs_slope=beta_rule not in _WITHOUT_SLOPE,
         needs_prev_preconditioned=beta_rule not in _WITHOUT_HISTORY,
         needs_prev_grad=beta_rule not in _WITHOUT_PREV_GRAD,
     )

@@ -20,10 +20,12 @@ class ConjugateDirectionState(NamedTuple):
         not need it.
       prev_grad: the last gradient g; None for rules that do not need it.
       prev_g_z: gᵀz of the last step.
-      prev_g_d: gᵀd of the last step, its slope.
-      prev_d_d: dᵀMd of the last step, in the metric M of the preconditioner.
+      prev_g_d: gᵀd of the last step, its slope; NaN where nothing needs it.
+      prev_d_d: dᵀMd of the last step, in the metric M of the preconditioner; NaN where
+        nothing needs it.
       beta: β of the last step, after clipping and restarts.
-      cosine: cosine between d and −g in the last step; negative on an ascent step.
+      cosine: cosine between d and −g in the last step; negative on an ascent step, and
+        NaN where it is not tracked.
       restarts: restarts so far, int32 scalar.
     """
 
@@ -49,6 +51,7 @@ def scale_by_conjugate_direction(
     restart_every: int | None = None,
     restart_nonorthogonal: float | None = None,
     epsilon: float = 1e-8,
+    track_cosine: bool = True,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -85,6 +88,9 @@ def scale_by_conjugate_direction(
       epsilon: ε of the denominators. The paper's absolute value makes β depend (by a
         relative :math:`\epsilon / \rho_{t-1}`) on the scale of the loss; with 0 it does
         not, and a zero denominator gives β = 0.
+      track_cosine: whether the state tells the cosine between the direction and the
+        negative gradient. It takes up to five inner products that the first two rules
+        do without.
       state_dtype: dtype of the history (kept complex for complex leaves); None for each
         parameter's own.
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
@@ -124,6 +130,7 @@ def scale_by_conjugate_direction(
     needs_prev_preconditioned = (
         rule.needs_prev_preconditioned or restart_nonorthogonal is not None
     )
+    needs_slope = rule.needs_slope or restart_on_ascent or track_cosine
     _check.number("epsilon", epsilon, minimum=0)
     if preconditioner is None:
         preconditioner = optax.identity()
@@ -171,14 +178,18 @@ def scale_by_conjugate_direction(
 
         def integrands(g, z, u, prev_z, prev_g):
             z, u, prev_z, prev_g = (a.astype(g.dtype) for a in (z, u, prev_z, prev_g))
-            dots = [(g, z), (g, u), (g, g), (z, z), (z, u), (u, u)]
+            dots = [(g, z)]
+            if needs_slope:
+                dots.append((g, u))
+            if track_cosine:
+                dots += [(g, g), (z, z), (z, u), (u, u)]
             if needs_prev_preconditioned:
                 dots.append((g, z - prev_z))
             if rule.needs_prev_grad:
                 dots.append((g - prev_g, z - prev_z))
             return [_tree.real_inner(a, b) for a, b in dots]
 
-        g_z, g_u, g_g, z_z, z_u, u_u, *rest = _tree.reduce_products(
+        sums = _tree.reduce_products(
             integrands,
             grad,
             preconditioned,
@@ -190,13 +201,17 @@ def scale_by_conjugate_direction(
             axis_name=axis_name,
         )
         nan = jnp.asarray(jnp.nan, dtype)
+        rest = iter(sums)
+        g_z = next(rest)
+        g_u = next(rest) if needs_slope else nan
+        g_g, z_z, z_u, u_u = (next(rest) if track_cosine else nan for _ in range(4))
         products = _beta.InnerProducts(
             g_z=g_z,
             prev_g_z=state.prev_g_z,
             g_d=-g_u,
             prev_g_d=state.prev_g_d,
-            g_w=rest[0] if needs_prev_preconditioned else nan,
-            y_w=rest[-1] if rule.needs_prev_grad else nan,
+            g_w=next(rest) if needs_prev_preconditioned else nan,
+            y_w=next(rest) if rule.needs_prev_grad else nan,
             prev_d_d=state.prev_d_d,
         )
 
@@ -212,6 +227,8 @@ def scale_by_conjugate_direction(
             restart |= jnp.abs(g_z - products.g_w) >= restart_nonorthogonal * g_z
         restart &= ~first
         beta = jnp.where(first | restart, 0, beta)
+        # Whatever is read of the history is read before the direction replaces it.
+        beta = _tree.compute_once(_tree.after(state.count < 0, beta, *sums))
 
         def direction(z, u):
             z, u = _tree.lift(z), _tree.lift(u)

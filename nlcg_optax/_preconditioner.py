@@ -16,20 +16,38 @@ class DiagonalBfgsState(NamedTuple):
       count: steps taken, int32 scalar.
       diagonal: B, the diagonal of the Hessian's approximation; real leaves, float32 or
         wider.
-      prev_params: the parameters of the previous step.
-      prev_grad: the gradient of the previous step.
+      prev_params: the parameters of the previous step; None where the displacement is
+        given.
+      prev_preconditioned: the last output z, which with B also tells the last gradient.
       skipped: how often the curvature update was skipped, int32 scalar.
     """
 
     count: jax.typing.ArrayLike
     diagonal: optax.Params
-    prev_params: optax.Params
-    prev_grad: optax.Updates
+    prev_params: optax.Params | None
+    prev_preconditioned: optax.Updates
     skipped: jax.Array
 
 
+class Displacement(NamedTuple):
+    """What was added to the parameters by the last step, as a multiple of a tree.
+
+    Attributes:
+      scale: a real scalar; 0 where the displacement is not known, and nothing is to be
+        learned from it.
+      tree: a tree like the parameters.
+    """
+
+    scale: jax.typing.ArrayLike
+    tree: optax.Updates
+
+
 def scale_by_diagonal_bfgs(
-    epsilon: float = 1e-8, *, axis_name: _tree.AxisName | None = None
+    epsilon: float = 1e-8,
+    *,
+    displacement: str = "params",
+    state_dtype: Any | None = None,
+    axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions by the inverse of the diagonal of BFGS's Hessian approximation.
 
@@ -54,8 +72,18 @@ def scale_by_diagonal_bfgs(
     depend on the scale of the loss, and with :math:`\epsilon > 0` no curvature is
     learned from steps so short that :math:`y^\top s < \epsilon`.
 
+    The last gradient is not stored, but found again as :math:`z_{t-1} \circ (B +
+    \epsilon)` from the last output z, to the rounding of a product.
+
     Args:
       epsilon: ε, at least 0.
+      displacement: ``"params"`` takes s from the parameters, of which a copy is kept;
+        with ``"given"`` there is none, and `update` needs the keyword argument
+        ``prev_displacement``, a :class:`nlcg_optax.Displacement` that says what the
+        last step added.
+      state_dtype: dtype of the last output in the state (kept complex for complex
+        leaves); None for float32 or wider. B, and the copy of the parameters, always
+        keep their precision: both are differences of large numbers.
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
         trees are sharded; None where they are whole, as they are under `jit`. In a
         `shard_map` that checks types (``check_vma=True``, its default) some leaves may
@@ -66,8 +94,8 @@ def scale_by_diagonal_bfgs(
       inner products are taken in float32 or wider.
 
     Raises:
-      ValueError: when built, for a negative ε; in `update`, if `params` is missing or
-        the gradients do not match it.
+      ValueError: when built, for an argument out of range; in `update`, if `params` or
+        ``prev_displacement`` is missing or the gradients do not match it.
 
     >>> import jax.numpy as jnp
     >>> import nlcg_optax
@@ -84,6 +112,8 @@ def scale_by_diagonal_bfgs(
     [0.9661 1.0287 3.7449]
     """
     _check.number("epsilon", epsilon, minimum=0)
+    _check.one_of("displacement", displacement, ("params", "given"))
+    given = displacement == "given"
 
     def init_fn(params: optax.Params) -> DiagonalBfgsState:
         def ones(x: jax.Array) -> jax.Array:
@@ -92,8 +122,11 @@ def scale_by_diagonal_bfgs(
         return DiagonalBfgsState(
             count=jnp.zeros([], jnp.int32),
             diagonal=jax.tree.map(ones, params),
-            prev_params=_tree.zeros_like(params),
-            prev_grad=_tree.zeros_like(params),
+            prev_params=None if given else _tree.zeros_like(params),
+            prev_preconditioned=_tree.zeros_like(
+                jax.tree.map(_tree.lift, params) if state_dtype is None else params,
+                state_dtype,
+            ),
             skipped=jnp.zeros([], jnp.int32),
         )
 
@@ -101,68 +134,105 @@ def scale_by_diagonal_bfgs(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        prev_displacement: Displacement | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del extra_args
-        _tree.check_params(updates, params, "the diagonal of BFGS")
-        _tree.check_match(updates, state.prev_grad, "the optimizer's state")
+        _tree.check_match(updates, state.diagonal, "the optimizer's state")
+        if given:
+            moves = (_check_displacement(prev_displacement, updates).tree,)
+        else:
+            _tree.check_params(updates, params, "the diagonal of BFGS")
+            moves = (params, state.prev_params)
 
+        dtype = _tree.scalar_dtype(state.diagonal)
+        eps = _tree.real_scalar(epsilon, dtype)
         first = state.count == 0
+        never = state.count < 0
+        # The first output was the gradient itself.
+        prev_eps = jnp.where(state.count == 1, 0, eps)
 
-        def curvature(b, x, prev_x, g, prev_g):
-            s, y = x - prev_x, g - prev_g
-            return _tree.real_inner(y, s), b * _tree.abs_sq(s)
+        def differences(b, prev_z, g, *moves):
+            """The displacement, up to a scalar factor, and the gradient's change."""
+            b, prev_z, g, *moves = map(_tree.lift, (b, prev_z, g, *moves))
+            metric = b + _tree.scalar_like(prev_eps, b)
+            y = g - prev_z.astype(g.dtype) * metric.astype(g.dtype)
+            return (moves[0] if given else moves[0] - moves[1]), y
 
+        def curvature(b, prev_z, g, *moves):
+            s, y = differences(b, prev_z, g, *moves)
+            # Not b · |s|²: XLA would store |s|² for the new diagonal.
+            return _tree.real_inner(y, s), _tree.real_inner(b.astype(s.dtype) * s, s)
+
+        arguments = (state.diagonal, state.prev_preconditioned, updates, *moves)
         y_s, s_b_s = _tree.reduce_products(
-            curvature,
-            state.diagonal,
-            params,
-            state.prev_params,
-            updates,
-            state.prev_grad,
-            dtype=_tree.scalar_dtype(params),
-            axis_name=axis_name,
+            curvature, *arguments, dtype=dtype, axis_name=axis_name
         )
-        eps = _tree.real_scalar(epsilon, y_s.dtype)
+        if prev_displacement is not None and given:
+            scale = _tree.real_scalar(prev_displacement.scale, dtype)
+            y_s, s_b_s = scale * y_s, jnp.square(scale) * s_b_s
+        else:
+            scale = jnp.ones([], dtype)
         # Positive as well as at least ε: with ε = 0, zero curvature is no curvature.
         usable = ~first & (y_s >= eps) & (s_b_s >= eps) & (y_s > 0) & (s_b_s > 0)
         y_s, s_b_s = (jnp.where(usable, x, 1) for x in (y_s, s_b_s))
 
-        def new_diagonal(b, x, prev_x, g, prev_g):
-            s, y = (
-                _tree.lift(a) - _tree.lift(c) for a, c in ((x, prev_x), (g, prev_g))
-            )
-            e, ys, sbs = (_tree.scalar_like(v, b) for v in (eps, y_s, s_b_s))
+        def new_diagonal(b, prev_z, g, *moves):
+            s, y = differences(b, prev_z, g, *moves)
+            e, ys, sbs, c = (_tree.scalar_like(v, b) for v in (eps, y_s, s_b_s, scale))
+            b_s_sq = jnp.square(b) * _tree.abs_sq(s)
+            if given:
+                b_s_sq *= jnp.square(c)
             update = jnp.abs(
-                b
-                - (jnp.square(b) * _tree.abs_sq(s) + e) / (sbs + e)
-                + (_tree.abs_sq(y) + e) / (ys + e)
+                b - (b_s_sq + e) / (sbs + e) + (_tree.abs_sq(y) + e) / (ys + e)
             )
             return jnp.where(usable, update, b)
 
-        diagonal = jax.tree.map(
-            new_diagonal,
-            state.diagonal,
-            params,
-            state.prev_params,
-            updates,
-            state.prev_grad,
-        )
+        diagonal = jax.tree.map(new_diagonal, *arguments)
 
-        def precondition(g, b):
+        def precondition(g, b, *prev_params):
             lifted = _tree.lift(g)
             scaled = lifted / (b + _tree.scalar_like(eps, b)).astype(lifted.dtype)
-            return jnp.where(first, g, scaled.astype(g.dtype))
+            # After what was read has been put away: `params` are overwritten next.
+            return _tree.after(never, jnp.where(first, lifted, scaled), *prev_params)
 
-        return jax.tree.map(precondition, updates, diagonal), DiagonalBfgsState(
+        kept = ()
+        if not given:
+            # After the last use of those that are stored until now.
+            kept = (
+                jax.tree.map(
+                    lambda x, prev_x, b: _tree.after(never, x, b).astype(prev_x.dtype),
+                    params,
+                    state.prev_params,
+                    diagonal,
+                ),
+            )
+        preconditioned = jax.tree.map(precondition, updates, diagonal, *kept)
+        return _tree.cast_like(preconditioned, updates), DiagonalBfgsState(
             count=optax.safe_increment(state.count),
             diagonal=diagonal,
-            prev_params=_tree.cast_like(params, state.prev_params),
-            prev_grad=_tree.cast_like(updates, state.prev_grad),
+            prev_params=None if given else kept[0],
+            prev_preconditioned=_tree.cast_like(
+                preconditioned, state.prev_preconditioned
+            ),
             skipped=state.skipped + (~first & ~usable).astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_displacement(displacement: Any, updates: optax.Updates) -> Displacement:
+    """Returns the displacement, or says how to pass it."""
+    if not isinstance(displacement, Displacement):
+        raise ValueError(
+            f"prev_displacement={displacement!r} is not valid: with "
+            "displacement='given' the diagonal of BFGS needs an "
+            "nlcg_optax.Displacement. Call `update(grads, state, params, "
+            "prev_displacement=...)`, or use `nlcg`, which does."
+        )
+    _tree.check_match(updates, displacement.tree, "the displacement")
+    return displacement
 
 
 class LimitedMemoryBfgsState(NamedTuple):

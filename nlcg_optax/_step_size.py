@@ -27,7 +27,8 @@ class LossFeedbackState(NamedTuple):
       base_step: the factor b of the last step.
       loss_average: moving average m of the loss.
       prev_loss_average: the average at the last comparison.
-      prev_update: the last input, the direction with its sign turned.
+      prev_update: the last input, the direction with its sign turned; None where it is
+        given.
       nonfinite: losses seen that were not finite, int32 scalar.
     """
 
@@ -35,7 +36,7 @@ class LossFeedbackState(NamedTuple):
     base_step: jax.Array
     loss_average: jax.Array
     prev_loss_average: jax.Array
-    prev_update: optax.Updates
+    prev_update: optax.Updates | None
     nonfinite: jax.typing.ArrayLike
 
 
@@ -44,6 +45,7 @@ def scale_by_loss_feedback(
     period: int = 5,
     threshold: float = 1.0,
     *,
+    keep_prev_update: bool = True,
     state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales directions by a base step that follows the loss (arXiv:1812.02886).
@@ -82,6 +84,10 @@ def scale_by_loss_feedback(
       rule: ``"step"`` or ``"online"``.
       period: steps between two comparisons of the ``"step"`` rule, at least 1.
       threshold: τ, positive; larger values tolerate larger rises.
+      keep_prev_update: whether the state keeps the previous direction. If not, `update`
+        needs it as the keyword argument ``prev_update``, from whoever has it:
+        :func:`nlcg_optax.nlcg` passes that of the conjugate direction's state (the last
+        one, whatever its loss was).
       state_dtype: dtype of the stored direction (kept complex for complex leaves); None
         for each parameter's own.
 
@@ -91,8 +97,8 @@ def scale_by_loss_feedback(
 
     Raises:
       ValueError: when built, for an unknown rule or an argument out of range; in
-        `update`, if ``value`` is missing or no real scalar, or if the gradients do not
-        match the parameters.
+        `update`, if ``value`` is missing or no real scalar, if ``prev_update`` is missing
+        where it is not kept, or if the gradients do not match the parameters.
 
     >>> import jax.numpy as jnp
     >>> import nlcg_optax
@@ -116,7 +122,9 @@ def scale_by_loss_feedback(
             base_step=jnp.ones([], dtype),
             loss_average=jnp.zeros([], dtype),
             prev_loss_average=jnp.zeros([], dtype),
-            prev_update=_tree.zeros_like(params, state_dtype),
+            prev_update=_tree.zeros_like(params, state_dtype)
+            if keep_prev_update
+            else None,
             nonfinite=jnp.zeros([], jnp.int32),
         )
 
@@ -126,12 +134,23 @@ def scale_by_loss_feedback(
         params: optax.Params | None = None,
         *,
         value: jax.typing.ArrayLike | None = None,
+        prev_update: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
         dtype = state.base_step.dtype
         loss = _check_loss(value).astype(dtype)
-        _tree.check_match(updates, state.prev_update, "the optimizer's state")
+        if keep_prev_update:
+            prev_update = state.prev_update
+            _tree.check_match(updates, prev_update, "the optimizer's state")
+        elif prev_update is None:
+            raise ValueError(
+                "prev_update=None: with keep_prev_update=False the previous direction "
+                "is not in the state. Call `update(grads, state, params, value=loss, "
+                "prev_update=...)`."
+            )
+        else:
+            _tree.check_match(updates, prev_update, "the previous direction")
 
         finite = jnp.isfinite(loss)
         first = state.count == 0
@@ -167,6 +186,8 @@ def scale_by_loss_feedback(
             jnp.maximum(old_step * shrink, _MIN_STEP),
         )
 
+        omega, base_step = _tree.compute_once(omega), _tree.compute_once(base_step)
+
         def scale(u, prev_u):
             x, prev = _tree.lift(u), _tree.lift(prev_u)
             b, w, b_old = (
@@ -181,12 +202,14 @@ def scale_by_loss_feedback(
             base_step=base_step,
             loss_average=average,
             prev_loss_average=jnp.where(compared, average, state.prev_loss_average),
-            prev_update=_tree.cast_like(updates, state.prev_update),
+            prev_update=_tree.cast_like(updates, prev_update)
+            if keep_prev_update
+            else None,
             nonfinite=state.nonfinite,
         )
         unchanged = state._replace(nonfinite=optax.safe_increment(state.nonfinite))
         return (
-            jax.tree.map(scale, updates, state.prev_update),
+            jax.tree.map(scale, updates, prev_update),
             _tree.where(finite, new_state, unchanged),
         )
 

@@ -97,7 +97,7 @@ class Oracle:
     prev_z: np.ndarray | None = None
     prev_d: np.ndarray | None = None
     prev_d_m_d: float = 0.0
-    feedback_prev_d: np.ndarray | None = None  # d at the last finite loss
+    feedback_prev_d: np.ndarray | None = None  # the last d
     base_step: float = 1.0
     average: float = 0.0
     old_average: float = 0.0
@@ -150,6 +150,7 @@ class Oracle:
             return d
         if not math.isfinite(f):
             self.nonfinite += 1
+            self.feedback_prev_d = d
             return self.base_step * d
         step = self.step_rule == "step"
         first = self.seen == 0

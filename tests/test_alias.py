@@ -134,6 +134,8 @@ def test_defaults_are_the_papers():
         "period": 5,
         "threshold": 1.0,
         "epsilon": 1e-8,
+        "displacement": "params",
+        "track_cosine": True,
         "state_dtype": None,
         "axis_name": None,
     }

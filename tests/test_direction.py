@@ -278,11 +278,12 @@ def test_state_dtype(dtype, state_dtype):
         params = params + update
         assert update.dtype == dtype
         direction, feedback, _ = state
+        assert feedback.prev_update is None
         for kept in (
             direction.prev_update,
             direction.prev_preconditioned,
             direction.prev_grad,
-            feedback.prev_update,
+            direction.preconditioner_state.prev_preconditioned,
         ):
             assert kept.dtype == state_dtype
 
