@@ -1,7 +1,7 @@
 """Stochastic preconditioned nonlinear conjugate gradient (NLCG) for Optax."""
 
 from nlcg_optax import beta
-from nlcg_optax._alias import DisplacementState, nlcg
+from nlcg_optax._alias import DisplacementState, nlcg, nlcg_paper
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._direction import (
     ConjugateDirectionState,
@@ -49,6 +49,7 @@ __all__ = [
     "diagnostics",
     "minimize",
     "nlcg",
+    "nlcg_paper",
     "pmean_value_and_grad",
     "scale_by_conjugate_direction",
     "scale_by_diagonal_bfgs",
