@@ -85,8 +85,6 @@ def digits(data_dir: str | None = None) -> Workload:
     del data_dir
     config = base_config()
     config.model.name = "resnet8"
-    # As few as 60 steps: the running statistics must follow sooner than with 0.99.
-    config.model.batch_norm_momentum = 0.9
     config.dataset.crop_padding = 1
     config.dataset.flip = False
     config.num_epochs = 60.0
@@ -98,7 +96,6 @@ def cifar10_jpeg(data_dir: str | None = None) -> Workload:
     config = base_config()
     config.model.name = "resnet8"
     config.model.filters = 8
-    config.model.batch_norm_momentum = 0.9
     config.dataset.name = "folder"
     config.dataset.data_dir = data_dir
     config.dataset.image_size = 12
