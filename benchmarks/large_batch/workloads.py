@@ -35,7 +35,9 @@ OPTIMIZERS: dict[str, tuple[list[str], float]] = {
     "nesterov": (["optimizer.name=nesterov"], 0.1),
     "rmsprop": (["optimizer.name=rmsprop"], 0.1),  # the paper's: ε = 1
     "adamw": (["optimizer.name=adamw"], 4e-3),
-    "lars": (["optimizer.name=lars"], 6.4),  # before its trust coefficient of 0.001
+    # One rate serves BatchNorm's parameters, outside the trust ratio, too: with the
+    # usual coefficient of 0.001, one that suits the kernels is far too large for them.
+    "lars": (["optimizer.name=lars", "optimizer.lars.trust_coefficient=0.02"], 0.4),
     "lamb": (["optimizer.name=lamb"], 0.02),
     "muon": (["optimizer.name=muon"], 0.02),
 }
