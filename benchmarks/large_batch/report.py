@@ -184,14 +184,16 @@ def environments(rows: Rows) -> str:
 def style(name: str, index: int) -> dict[str, Any]:
     """NLCG in thick warm colours, the others thin; a colour and a marker for each."""
     if name.startswith("nlcg"):
-        warm = ("tab:red", "tab:orange", "darkred", "deeppink")
-        return dict(color=warm[index % 4], linewidth=2.5, zorder=3, marker="o")
+        warm = ("red", "orange", "darkred", "deeppink")
+        # Below the others, which it would hide.
+        return dict(color=warm[index % 4], linewidth=3, zorder=1.5, marker="o")
+    cool = ("blue", "green", "purple", "brown", "gray", "olive", "cyan", "pink")
     names = [n for n in OPTIMIZERS if not n.startswith("nlcg")]
-    place = names.index(name) if name in names else index
+    place = (names.index(name) if name in names else index) % 8
     return dict(
-        color=plt.get_cmap("viridis")(place / max(len(names) - 1, 1) * 0.9),
+        color=f"tab:{cool[place]}",
         linewidth=1.2,
-        marker="svD^P*X<>"[place % 9],
+        marker="svD^P*X<"[place],
         markersize=5,
     )
 

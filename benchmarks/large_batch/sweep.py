@@ -171,7 +171,11 @@ class Trainer:
         self.workload = workload
         self.mesh = create_mesh(workload.config, jax.devices()[:1])
         self.dataset = loop.load_dataset(workload.config)
-        self.model = loop.create_model(workload.config, self.dataset.num_classes)
+        num_classes = self.dataset.num_classes
+        self.model = loop.create_model(workload.config, num_classes)
+        forgetful = workload.config.copy_and_resolve_references()
+        forgetful.model.batch_norm_momentum = 0.0
+        self.forgetful_model = loop.create_model(forgetful, num_classes)
 
     @functools.cache  # noqa: B019
     def phase(self, name: str) -> Phase:
@@ -192,7 +196,24 @@ class Trainer:
             self.workload.config, dataset, self.model, self.mesh
         )
         images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
-        return Phase(images, labels, lambda state: evaluate(state)["test"])
+        normalize = steps.normalizer(self.workload.config)
+
+        @jax.jit
+        def calibrate(state: steps.TrainState, images: jax.Array) -> steps.TrainState:
+            """BatchNorm's statistics of the whole training set under these weights.
+
+            Running averages lag, the more the faster the weights move and the fewer
+            steps there are: that would be no property of the optimizer.
+            """
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            _, updated = self.forgetful_model.apply(
+                variables, normalize(images), train=True, mutable=["batch_stats"]
+            )
+            return state.replace(batch_stats=updated["batch_stats"])
+
+        return Phase(
+            images, labels, lambda state: evaluate(calibrate(state, images))["test"]
+        )
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def compiled(self, optimizer: str, batch_size: int, phase: str) -> tuple:

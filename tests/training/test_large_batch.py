@@ -7,7 +7,8 @@ import pathlib
 import pytest
 import tiny
 
-from nlcg_optax.training import models
+from nlcg_optax.training import loop, models
+from nlcg_optax.training.config import apply_overrides
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_batch"
 SCHEDULES = ("default", "other")
@@ -132,6 +133,32 @@ def test_sweep_and_report(modules, monkeypatch, tmp_path):
     assert f"| nlcg | {mean}" in markdown
     assert "## cifar10_jpeg_gpu\n\nNot measured" in markdown
     assert (tmp_path / "accuracy_digits.png").exists()
+
+
+def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
+    """The same numbers, though rate and seed are arguments of one program here."""
+    monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
+    workload = sweep.WORKLOADS["digits"](None)
+    workload.config.num_epochs = 3.0
+    (schedule, *_) = workload.schedules
+    cell = sweep.Cell("test", 0.4, schedule, seed=2)
+    row = sweep.Trainer(workload).run("nlcg", 700, cell)
+    config = workload.config
+    apply_overrides(
+        config,
+        [
+            *row["overrides"],
+            "seed=2",
+            "batch_size=700",
+            "optimizer.learning_rate=0.4",
+            "eval_every_epochs=3",
+            "checkpoint_every_epochs=3",
+        ],
+    )
+    result = loop.train_and_evaluate(config, tmp_path)
+    assert row["steps"] == result.step == 6
+    assert row["loss"] == pytest.approx(result.metrics["test"]["loss"], rel=1e-5)
+    assert row["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
 
 
 def test_steps_to_the_loss_of_the_best_peer(modules):
