@@ -110,6 +110,8 @@ def nlcg(
     ...     updates, state = tx.update(grads, state, w, value=loss)
     ...     w = w + updates
     >>> print(w.round(2))
+    [[ 1.  -2. ]
+     [ 0.5  3. ]]
     """
     if not callable(learning_rate):
         _check.number("learning_rate", learning_rate)
@@ -124,9 +126,10 @@ def nlcg(
     if preconditioner == "orthogonalization" and axis_name is not None:
         raise ValueError(
             f"axis_name={axis_name!r} says that leaves are sharded, but "
-            "orthogonalization needs whole matrices. Under `jit` with shardings name no "
-            "axis; in a `shard_map` over sharded leaves pass "
-            "preconditioner='diagonal_bfgs' (as `nlcg_paper` has it)."
+            "orthogonalization needs whole matrices. Under `jit` with shardings, or "
+            "where every device holds the whole leaves, name no axis; in a `shard_map` "
+            "over sharded leaves pass preconditioner='diagonal_bfgs' (as `nlcg_paper` "
+            "has it)."
         )
     if preconditioner == "diagonal_bfgs":
         preconditioner = _preconditioner.scale_by_diagonal_bfgs(

@@ -117,8 +117,8 @@ REPLICATED = {name: P() for name in SHAPES}
 DIVISIBLE = ("w", "c")
 
 OPTIMIZERS = {
-    "nlcg": lambda axis: nlcg_optax.nlcg(0.05, axis_name=axis),
-    "nlcg-hager_zhang-online": lambda axis: nlcg_optax.nlcg(
+    "nlcg": lambda axis: nlcg_optax.nlcg_paper(0.05, axis_name=axis),
+    "nlcg-hager_zhang-online": lambda axis: nlcg_optax.nlcg_paper(
         0.05,
         beta_rule="hager_zhang",  # it needs every inner product
         beta_bounds=(-2.0, 2.0),
@@ -128,7 +128,7 @@ OPTIMIZERS = {
     ),
     "lars": lambda axis: optax.chain(
         nlcg_optax.scale_by_lars(0.5, axis_name=axis),
-        nlcg_optax.nlcg(0.05, preconditioner=None, axis_name=axis),
+        nlcg_optax.nlcg_paper(0.05, preconditioner=None, axis_name=axis),
     ),
     "limited_memory_bfgs": lambda axis: optax.chain(
         nlcg_optax.scale_by_limited_memory_bfgs(3, axis_name=axis), optax.scale(-0.05)
@@ -395,7 +395,7 @@ def gathered_before(fun, has_aux):
 
 
 def nlcg(axis_name=None):
-    return nlcg_optax.nlcg(LEARNING_RATE, axis_name=axis_name)
+    return nlcg_optax.nlcg_paper(LEARNING_RATE, axis_name=axis_name)
 
 
 @functools.cache
@@ -535,22 +535,23 @@ def collectives(step, *arguments):
 
 COUNTED = {
     "sgd": lambda axis: optax.sgd(0.1),
-    "nlcg": lambda axis: nlcg_optax.nlcg(0.1, axis_name=axis),
-    "nlcg-hager_zhang": lambda axis: nlcg_optax.nlcg(
+    "nlcg": lambda axis: nlcg_optax.nlcg_paper(0.1, axis_name=axis),
+    "nlcg-hager_zhang": lambda axis: nlcg_optax.nlcg_paper(
         0.1, beta_rule="hager_zhang", beta_bounds=(-2.0, 2.0), axis_name=axis
     ),
-    "nlcg-online-restarts": lambda axis: nlcg_optax.nlcg(
+    "nlcg-online-restarts": lambda axis: nlcg_optax.nlcg_paper(
         0.1,
         step_rule="online",
         restart_on_ascent=True,
         restart_every=10,
         axis_name=axis,
     ),
-    "nlcg-rms": lambda axis: nlcg_optax.nlcg(
+    "nlcg-rms": lambda axis: nlcg_optax.nlcg_paper(
         0.1, preconditioner=optax.scale_by_rms(), axis_name=axis
     ),
     "lars-nlcg": lambda axis: optax.chain(
-        nlcg_optax.scale_by_lars(axis_name=axis), nlcg_optax.nlcg(0.1, axis_name=axis)
+        nlcg_optax.scale_by_lars(axis_name=axis),
+        nlcg_optax.nlcg_paper(0.1, axis_name=axis),
     ),
 }
 # Kernels sharded, biases replicated.

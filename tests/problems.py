@@ -64,7 +64,7 @@ def _compiled(options, x64):
 
     @jax.jit
     def run(rates, *inputs):
-        tx = nlcg_optax.nlcg(lambda count: rates[count], **dict(options))
+        tx = nlcg_optax.nlcg_paper(lambda count: rates[count], **dict(options))
 
         def step(state, row):
             x, g, f = row
@@ -79,7 +79,7 @@ def _compiled(options, x64):
 def replay(options, rates, params, gradients, losses, *, jit=True):
     """Feeds recorded inputs to `nlcg`; returns `describe` of every step."""
     if not jit:
-        tx = nlcg_optax.nlcg(lambda count: jnp.asarray(rates)[count], **options)
+        tx = nlcg_optax.nlcg_paper(lambda count: jnp.asarray(rates)[count], **options)
         state, rows = tx.init(jnp.asarray(params[0])), []
         for x, g, f in zip(params, gradients, losses, strict=True):
             update, state = tx.update(jnp.asarray(g), state, jnp.asarray(x), value=f)

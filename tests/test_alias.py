@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 from problems import quadratic
 
 import nlcg_optax
 from nlcg_optax import (
     nlcg,
+    nlcg_paper,
     scale_by_conjugate_direction,
     scale_by_diagonal_bfgs,
     scale_by_loss_feedback,
+    scale_by_orthogonalization,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -43,8 +46,8 @@ def minimize(tx, steps=20, scale=1.0):
 
 
 CHAINS = {
-    "default": (
-        lambda: nlcg(0.1),
+    "paper": (
+        lambda: nlcg_paper(0.1),
         lambda: optax.chain(
             scale_by_conjugate_direction(
                 "fletcher_reeves", scale_by_diagonal_bfgs(1e-8), beta_bounds=(0, 1)
@@ -53,8 +56,18 @@ CHAINS = {
             optax.scale(-0.1),
         ),
     ),
+    "nlcg": (
+        lambda: nlcg(0.1),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(
+                "fletcher_reeves", scale_by_orthogonalization(), beta_bounds=(0, 0.9)
+            ),
+            scale_by_loss_feedback("step", 5, 1.0),
+            optax.scale(-0.1),
+        ),
+    ),
     "options": (
-        lambda: nlcg(
+        lambda: nlcg_paper(
             0.1,
             beta_rule="hager_zhang",
             step_rule="online",
@@ -78,7 +91,7 @@ CHAINS = {
         ),
     ),
     "period": (
-        lambda: nlcg(0.3, period=2),
+        lambda: nlcg_paper(0.3, period=2),
         lambda: optax.chain(
             scale_by_conjugate_direction(preconditioner=scale_by_diagonal_bfgs()),
             scale_by_loss_feedback(period=2),
@@ -86,11 +99,11 @@ CHAINS = {
         ),
     ),
     "nothing": (
-        lambda: nlcg(0.1, preconditioner=None, step_rule=None),
+        lambda: nlcg_paper(0.1, preconditioner=None, step_rule=None),
         lambda: optax.chain(scale_by_conjugate_direction(), optax.scale(-0.1)),
     ),
     "transformations": (
-        lambda: nlcg(
+        lambda: nlcg_paper(
             0.1,
             preconditioner=optax.scale_by_rms(0.9),
             step_rule=scale_by_loss_feedback("online"),
@@ -102,7 +115,7 @@ CHAINS = {
         ),
     ),
     "schedule": (
-        lambda: nlcg(optax.linear_schedule(0.02, 0.3, 20)),
+        lambda: nlcg_paper(optax.linear_schedule(0.02, 0.3, 20)),
         lambda: optax.chain(
             scale_by_conjugate_direction(preconditioner=scale_by_diagonal_bfgs()),
             scale_by_loss_feedback(),
@@ -116,12 +129,14 @@ CHAINS = {
 def test_alias_is_the_chain(name):
     alias, chain = (minimize(make()) for make in CHAINS[name])
     np.testing.assert_allclose(alias, chain, rtol=1e-12)
-    if name != "default":  # every case is a case of its own
-        assert not np.allclose(alias, minimize(nlcg(0.1)))
+    if name != "paper":  # every case is a case of its own
+        assert not np.allclose(alias, minimize(nlcg_paper(0.1)))
 
 
-def test_defaults_are_the_papers():
-    parameters = inspect.signature(nlcg).parameters
+def test_defaults_of_the_paper():
+    ours = inspect.signature(nlcg).parameters
+    papers = inspect.signature(nlcg_paper).parameters
+    parameters = {name: papers.get(name, p) for name, p in ours.items()}
     defaults = {name: p.default for name, p in parameters.items()}
     assert defaults.pop("learning_rate") is inspect.Parameter.empty
     assert defaults == {
@@ -143,22 +158,60 @@ def test_defaults_are_the_papers():
     assert len(keyword) == len(parameters) - 1
 
 
+def test_defaults_that_are_not_the_papers():
+    ours = inspect.signature(nlcg).parameters
+    papers = inspect.signature(nlcg_paper).parameters
+    different = {
+        name: ours[name].default
+        for name, p in papers.items()
+        if p.kind is p.KEYWORD_ONLY and p.default != ours[name].default
+    }
+    assert different == {
+        "preconditioner": "orthogonalization",
+        "beta_bounds": (0.0, 0.9),
+    }
+
+
+def test_matrices_among_the_leaves_agree_with_oracle():
+    # β by hand, from z by NumPy.
+    rng = np.random.default_rng(0)
+    grads = [{"w": rng.normal(size=(3, 4)), "b": rng.normal(size=4)} for _ in range(4)]
+    tx = nlcg(0.1, step_rule=None)
+    state = tx.init(grads[0])
+    biases = oracle.second_moments([g["b"] for g in grads])
+    d, rho = None, None
+    for g, bias in zip(grads, biases, strict=True):
+        z = {"w": oracle.orthogonalize(g["w"]), "b": bias}
+        new_rho = sum(np.vdot(g[k], z[k]) for k in g)
+        beta = 0.0 if d is None else np.clip(new_rho / (rho + 1e-8), 0, 0.9)
+        d = {k: z[k] + (beta * d[k] if d else 0) for k in g}
+        rho = new_rho
+        updates, state = tx.update(g, state)
+        for k in g:
+            np.testing.assert_allclose(updates[k], -0.1 * d[k], rtol=1e-9)
+
+
+def test_orthogonalization_is_refused_for_sharded_leaves():
+    with pytest.raises(ValueError, match="axis_name='data' says .* diagonal_bfgs"):
+        nlcg(0.1, axis_name="data")
+
+
 @pytest.mark.parametrize("step_rule", [None, "step", "online", optax.identity()])
 def test_it_takes_extra_arguments(step_rule):
-    tx = nlcg(0.1, step_rule=step_rule)
+    tx = nlcg_paper(0.1, step_rule=step_rule)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
 
 
 @pytest.mark.parametrize("step_rule", [None, optax.identity()])
 def test_no_loss_is_needed_without_loss_feedback(step_rule):
-    tx = nlcg(0.1, step_rule=step_rule)
+    tx = nlcg_paper(0.1, step_rule=step_rule)
     x = jnp.ones(2)
     update, _ = tx.update(x, tx.init(x), x)
     np.testing.assert_allclose(update, -0.1 * x)
 
 
 def test_no_parameters_are_needed_without_the_diagonal():
-    tx = nlcg(0.1, preconditioner=None)
+    tx = nlcg_paper(0.1, preconditioner=None)
     x = jnp.ones(2)
     update, _ = tx.update(x, tx.init(x), value=1.0)
     np.testing.assert_allclose(update, -0.1 * x)
@@ -167,7 +220,7 @@ def test_no_parameters_are_needed_without_the_diagonal():
 @pytest.mark.standard_promotion  # optax's line searches promote
 @pytest.mark.parametrize("rule", ["fletcher_reeves", "hager_zhang"])
 def test_a_line_search_is_a_step_rule(rule):
-    tx = nlcg(
+    tx = nlcg_paper(
         1.0,
         beta_rule=rule,
         preconditioner=None,
@@ -197,7 +250,7 @@ def test_a_line_search_is_a_step_rule(rule):
 def test_the_scale_of_the_loss_does_not_matter_without_epsilon(rule):
     # A preconditioner that forgets the scale, and no absolute ε: same parameters.
     def tx():
-        return nlcg(
+        return nlcg_paper(
             0.02, beta_rule=rule, preconditioner=optax.scale_by_rms(eps=0.0), epsilon=0
         )
 
@@ -205,9 +258,9 @@ def test_the_scale_of_the_loss_does_not_matter_without_epsilon(rule):
     scaled = minimize(tx(), scale=2.0**-30)
     np.testing.assert_allclose(scaled, plain, rtol=1e-9)
     # Without a preconditioner the learning rate carries the scale.
-    plain = minimize(nlcg(0.05, beta_rule=rule, preconditioner=None, epsilon=0))
+    plain = minimize(nlcg_paper(0.05, beta_rule=rule, preconditioner=None, epsilon=0))
     scaled = minimize(
-        nlcg(0.05 * 2.0**30, beta_rule=rule, preconditioner=None, epsilon=0),
+        nlcg_paper(0.05 * 2.0**30, beta_rule=rule, preconditioner=None, epsilon=0),
         scale=2.0**-30,
     )
     np.testing.assert_allclose(scaled, plain, rtol=1e-9)

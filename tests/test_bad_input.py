@@ -11,7 +11,7 @@ import pytest
 from nlcg_optax import (
     beta,
     diagnostics,
-    nlcg,
+    nlcg_paper,
     scale_by_conjugate_direction,
     scale_by_diagonal_bfgs,
     scale_by_lars,
@@ -28,7 +28,7 @@ def check(error, *needles):
 
 @pytest.mark.parametrize("name", ["BFGS", "", "Fletcher_Reeves", None, 3])
 @pytest.mark.parametrize(
-    "make", [scale_by_conjugate_direction, lambda n: nlcg(0.1, beta_rule=n)]
+    "make", [scale_by_conjugate_direction, lambda n: nlcg_paper(0.1, beta_rule=n)]
 )
 def test_unknown_beta_rule(make, name):
     with pytest.raises(ValueError) as error:
@@ -47,14 +47,14 @@ def test_unknown_loss_feedback_rule(name):
 @pytest.mark.parametrize("name", ["Step", "none", 1, optax.identity, True])
 def test_unknown_step_rule(name):
     with pytest.raises(ValueError) as error:
-        nlcg(0.1, step_rule=name)
+        nlcg_paper(0.1, step_rule=name)
     check(error, f"step_rule={name!r}", "'step'", "'online'", "None")
 
 
 @pytest.mark.parametrize("value", ["rms", "bfgs", "none", 1, optax.scale_by_rms])
 def test_preconditioner_of_the_wrong_kind(value):
     with pytest.raises(ValueError) as error:
-        nlcg(0.1, preconditioner=value)
+        nlcg_paper(0.1, preconditioner=value)
     check(error, f"preconditioner={value!r}", "None")
 
 
@@ -67,12 +67,12 @@ def test_nested_preconditioner_of_the_wrong_kind(value):
 
 NUMBERS = {
     "period": (
-        [scale_by_loss_feedback, lambda **kw: nlcg(0.1, **kw)],
+        [scale_by_loss_feedback, lambda **kw: nlcg_paper(0.1, **kw)],
         [-5, 0, 2.5, 5.0, "5", None, True, math.nan],
         ["integer", "1"],
     ),
     "threshold": (
-        [scale_by_loss_feedback, lambda **kw: nlcg(0.1, **kw)],
+        [scale_by_loss_feedback, lambda **kw: nlcg_paper(0.1, **kw)],
         [-1.0, 0, 0.0, "1", None, math.nan, 1j, True],
         ["number", "greater than 0"],
     ),
@@ -80,14 +80,14 @@ NUMBERS = {
         [
             scale_by_diagonal_bfgs,
             scale_by_conjugate_direction,
-            lambda **kw: nlcg(0.1, **kw),
-            lambda **kw: nlcg(0.1, preconditioner=None, **kw),
+            lambda **kw: nlcg_paper(0.1, **kw),
+            lambda **kw: nlcg_paper(0.1, preconditioner=None, **kw),
         ],
         [-1e-8, -1, "1e-8", None, math.nan, 1j, False],
         ["number", "0"],
     ),
     "restart_every": (
-        [scale_by_conjugate_direction, lambda **kw: nlcg(0.1, **kw)],
+        [scale_by_conjugate_direction, lambda **kw: nlcg_paper(0.1, **kw)],
         [0, -1, 1.5, "10", True],
         ["integer", "1"],
     ),
@@ -121,7 +121,7 @@ def test_numbers_out_of_range(name, make, value, needles):
     ids=repr,
 )
 @pytest.mark.parametrize(
-    "make", [scale_by_conjugate_direction, lambda **kw: nlcg(0.1, **kw)]
+    "make", [scale_by_conjugate_direction, lambda **kw: nlcg_paper(0.1, **kw)]
 )
 def test_beta_bounds(make, bounds):
     with pytest.raises(ValueError) as error:
@@ -130,7 +130,7 @@ def test_beta_bounds(make, bounds):
 
 
 def test_numpy_numbers_are_numbers():
-    nlcg(
+    nlcg_paper(
         np.float32(0.1),
         period=np.int64(3),
         threshold=np.float32(2),
@@ -141,7 +141,7 @@ def test_numpy_numbers_are_numbers():
 
 
 @pytest.mark.parametrize(
-    "tx", [scale_by_diagonal_bfgs(), scale_by_lars(), nlcg(0.1)], ids=range(3)
+    "tx", [scale_by_diagonal_bfgs(), scale_by_lars(), nlcg_paper(0.1)], ids=range(3)
 )
 def test_missing_params(tx):
     tx = optax.with_extra_args_support(tx)
@@ -152,7 +152,7 @@ def test_missing_params(tx):
 
 @pytest.mark.parametrize("rule", ["step", "online"])
 @pytest.mark.parametrize(
-    "make", [scale_by_loss_feedback, lambda rule: nlcg(0.1, step_rule=rule)]
+    "make", [scale_by_loss_feedback, lambda rule: nlcg_paper(0.1, step_rule=rule)]
 )
 def test_missing_value(make, rule):
     tx = make(rule)
@@ -172,7 +172,7 @@ def test_value_that_is_no_real_scalar(value):
 
 
 def test_errors_come_through_jit():
-    tx = nlcg(0.1)
+    tx = nlcg_paper(0.1)
     with pytest.raises(ValueError, match="value=None"):
         jax.jit(tx.update)(X, tx.init(X), X)
 
@@ -197,8 +197,8 @@ WRONG_GRADIENTS = {
         scale_by_conjugate_direction("hager_zhang", optax.scale_by_rms()),
         scale_by_loss_feedback(),
         scale_by_lars(),
-        nlcg(0.1),
-        nlcg(0.1, preconditioner=None, step_rule=None),
+        nlcg_paper(0.1),
+        nlcg_paper(0.1, preconditioner=None, step_rule=None),
     ],
     ids=range(7),
 )
@@ -216,7 +216,7 @@ def test_gradients_that_do_not_match(tx, wrong):
         scale_by_diagonal_bfgs(),
         scale_by_conjugate_direction(),
         scale_by_loss_feedback(),
-        nlcg(0.1),
+        nlcg_paper(0.1),
     ],
     ids=range(4),
 )
@@ -243,5 +243,5 @@ def test_diagnostics_of_a_state_that_is_not_ours(state):
 @pytest.mark.parametrize("value", ["0.1", None, True])
 def test_learning_rate(value):
     with pytest.raises(ValueError) as error:
-        nlcg(value)
+        nlcg_paper(value)
     check(error, f"learning_rate={value!r}", "a number")

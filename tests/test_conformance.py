@@ -20,6 +20,7 @@ import pytest
 import nlcg_optax
 from nlcg_optax import (
     nlcg,
+    nlcg_paper,
     scale_by_conjugate_direction,
     scale_by_diagonal_bfgs,
     scale_by_lars,
@@ -41,8 +42,9 @@ FACTORIES = {
     "loss_feedback-online": (scale_by_loss_feedback, {"rule": "online"}),
     "lars": (scale_by_lars, {"coefficient": 0.1}),
     "nlcg": (nlcg, {"learning_rate": 0.1}),
+    "nlcg_paper": (nlcg_paper, {"learning_rate": 0.1}),
     "nlcg-hager_zhang": (
-        nlcg,
+        nlcg_paper,
         {
             "learning_rate": 0.1,
             "beta_rule": "hager_zhang",
@@ -52,7 +54,7 @@ FACTORIES = {
         },
     ),
     "nlcg-polak_ribiere-plain": (
-        nlcg,
+        nlcg_paper,
         {
             "learning_rate": 0.1,
             "beta_rule": "polak_ribiere",
@@ -61,7 +63,7 @@ FACTORIES = {
         },
     ),
     "nlcg-rms": (
-        nlcg,
+        nlcg_paper,
         {"learning_rate": 0.1, "preconditioner": optax.scale_by_rms()},
     ),
 }
@@ -75,6 +77,7 @@ PUBLIC = (
     "loss_feedback-online",
     "lars",
     "nlcg",
+    "nlcg_paper",
 )
 each_public = pytest.mark.parametrize("name", PUBLIC)
 
@@ -164,12 +167,12 @@ def rosenbrock(dtype):
 
 # One learning rate for all four problems.
 SOLVERS = {
-    "paper": nlcg(0.1),
-    "online": nlcg(0.1, step_rule="online"),
-    "no preconditioner": nlcg(1e-3, preconditioner=None),
-    "dai_yuan": nlcg(0.1, beta_rule="dai_yuan"),
-    "hager_zhang": nlcg(0.5, beta_rule="hager_zhang"),
-    "rms": nlcg(1e-2, preconditioner=optax.scale_by_rms()),
+    "paper": nlcg_paper(0.1),
+    "online": nlcg_paper(0.1, step_rule="online"),
+    "no preconditioner": nlcg_paper(1e-3, preconditioner=None),
+    "dai_yuan": nlcg_paper(0.1, beta_rule="dai_yuan"),
+    "hager_zhang": nlcg_paper(0.5, beta_rule="hager_zhang"),
+    "rms": nlcg_paper(1e-2, preconditioner=optax.scale_by_rms()),
 }
 
 
@@ -502,7 +505,7 @@ def test_any_tree(name, tree):
         state = new_state
 
 
-LEAF_BY_LEAF = ("lars", "orthogonalization")
+LEAF_BY_LEAF = ("lars", "nlcg", "orthogonalization")
 
 
 @pytest.mark.parametrize("name", [n for n in FACTORIES if n not in LEAF_BY_LEAF])
@@ -565,7 +568,7 @@ def test_grads_may_have_another_precision_than_parameters():
         (jnp.bfloat16, jnp.float32),
     ):
         for sign, tx in (
-            (1, nlcg(0.1, beta_rule="hager_zhang")),
+            (1, nlcg_paper(0.1, beta_rule="hager_zhang")),
             (-1, optax.with_extra_args_support(scale_by_limited_memory_bfgs(2))),
         ):
             params = jnp.ones(3, params_dtype)

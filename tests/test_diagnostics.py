@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import nlcg_optax
-from nlcg_optax import diagnostics, nlcg
+from nlcg_optax import diagnostics, nlcg_paper
 
 ALL = {
     *("beta", "cosine", "restarts", "base_step"),
@@ -30,7 +30,7 @@ def feed(tx, params=PARAMS, *, jit=False):
 
 
 def optimizer():
-    return nlcg(0.1, step_rule="online", restart_every=3)
+    return nlcg_paper(0.1, step_rule="online", restart_every=3)
 
 
 def test_what_is_reported():
@@ -83,7 +83,7 @@ def test_from_multi_steps():
 
 
 def test_from_inject_hyperparams():
-    tx = optax.inject_hyperparams(nlcg)(0.1, step_rule="online", restart_every=3)
+    tx = optax.inject_hyperparams(nlcg_paper)(0.1, step_rule="online", restart_every=3)
     report = diagnostics(feed(tx))
     assert set(report) == ALL
     for name, value in diagnostics(feed(optimizer())).items():
@@ -93,9 +93,12 @@ def test_from_inject_hyperparams():
 @pytest.mark.parametrize(
     ("tx", "names"),
     [
-        (nlcg(0.1, step_rule=None), ALL - {"base_step", "nonfinite_losses"}),
-        (nlcg(0.1, preconditioner=None), ALL - {"skipped_curvature"}),
-        (nlcg(0.1, preconditioner=optax.scale_by_rms()), ALL - {"skipped_curvature"}),
+        (nlcg_paper(0.1, step_rule=None), ALL - {"base_step", "nonfinite_losses"}),
+        (nlcg_paper(0.1, preconditioner=None), ALL - {"skipped_curvature"}),
+        (
+            nlcg_paper(0.1, preconditioner=optax.scale_by_rms()),
+            ALL - {"skipped_curvature"},
+        ),
         (nlcg_optax.scale_by_diagonal_bfgs(), {"skipped_curvature"}),
         (nlcg_optax.scale_by_loss_feedback(), {"base_step", "nonfinite_losses"}),
         (
@@ -115,7 +118,7 @@ def test_only_what_the_state_holds(tx, names):
 
 def test_several_of_a_kind_are_told_apart_by_their_path():
     tx = optax.partition(
-        {"slow": nlcg(0.1, restart_every=2), "fast": optimizer()},
+        {"slow": nlcg_paper(0.1, restart_every=2), "fast": optimizer()},
         {"w": "slow", "b": "fast"},
     )
     report = diagnostics(feed(tx))

@@ -270,7 +270,7 @@ def test_only_the_history_that_is_needed_is_kept(rule, preconditioned, grad):
 @pytest.mark.parametrize("state_dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_state_dtype(dtype, state_dtype):
-    tx = nlcg_optax.nlcg(0.1, beta_rule="hager_zhang", state_dtype=state_dtype)
+    tx = nlcg_optax.nlcg_paper(0.1, beta_rule="hager_zhang", state_dtype=state_dtype)
     params = jnp.asarray(GRADIENTS[0], dtype)
     state = tx.init(params)
     for g in GRADIENTS:
@@ -289,7 +289,7 @@ def test_state_dtype(dtype, state_dtype):
 
 
 def test_complex_history_stays_complex():
-    tx = nlcg_optax.nlcg(0.1, state_dtype=jnp.bfloat16)
+    tx = nlcg_optax.nlcg_paper(0.1, state_dtype=jnp.bfloat16)
     x = jnp.array([1 + 2j, 3 - 1j], jnp.complex64)
     state = tx.init(x)
     update, state = tx.update(x, state, x, value=1.0)

@@ -8,7 +8,7 @@ import pytest
 from flax import linen, nnx
 from flax.training import train_state
 
-from nlcg_optax import diagnostics, nlcg
+from nlcg_optax import diagnostics, nlcg_paper
 
 pytestmark = pytest.mark.standard_promotion  # Flax promotes
 
@@ -21,7 +21,9 @@ REPORTED = {
 
 
 def optimizer():
-    return optax.chain(optax.clip_by_global_norm(5.0), nlcg(0.3, step_rule="online"))
+    return optax.chain(
+        optax.clip_by_global_norm(5.0), nlcg_paper(0.3, step_rule="online")
+    )
 
 
 def test_nnx_optimizer():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlcg_optax import nlcg, pmean_value_and_grad
+from nlcg_optax import nlcg_paper, pmean_value_and_grad
 
 X = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
 
@@ -46,7 +46,7 @@ def test_an_unbound_axis_is_named():
     message = "Axis 'data' is not bound: no `shard_map` or `pmap`"
     with pytest.raises(NameError, match=message):
         pmean_value_and_grad(loss_fn, "data")(1.0, jnp.ones(3), X[0])
-    tx = nlcg(0.1, axis_name=("data",))
+    tx = nlcg_paper(0.1, axis_name=("data",))
     x = jnp.ones(3)
     with pytest.raises(NameError, match=message):
         tx.update(x, tx.init(x), x, value=1.0)

@@ -156,7 +156,7 @@ REST_OF_THE_CHAIN = {
 @pytest.mark.parametrize("learning_rate", [0.1, optax.linear_schedule(0.3, 0.05, 8)])
 @pytest.mark.parametrize("name", REST_OF_THE_CHAIN)
 def test_displacement_is_what_the_parameters_really_did(name, learning_rate):
-    tx = REST_OF_THE_CHAIN[name](nlcg_optax.nlcg(learning_rate, step_rule=None))
+    tx = REST_OF_THE_CHAIN[name](nlcg_optax.nlcg_paper(learning_rate, step_rule=None))
     curvature = np.array([1.0, 2.0, 4.0])
     x = jnp.array([1.0, 0.5, 2.0])
     state = tx.init(x)

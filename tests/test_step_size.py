@@ -235,7 +235,7 @@ def test_lars_keeps_the_gradient_where_a_norm_is_zero(zero, damping):
 
 
 def test_lars_goes_before_nlcg():
-    tx = optax.chain(scale_by_lars(0.5), nlcg_optax.nlcg(0.1))
+    tx = optax.chain(scale_by_lars(0.5), nlcg_optax.nlcg_paper(0.1))
     w, g = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
     out, _ = tx.update(g, tx.init(w), w, value=1.0)
     np.testing.assert_allclose(out, -0.1 * lars(np.asarray(g), np.asarray(w), 0.5))

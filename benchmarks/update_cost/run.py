@@ -90,11 +90,13 @@ def resnet50() -> Any:
 
     model = models.create_model("resnet50", 1000)
     shapes = jax.eval_shape(
-        lambda: model.init(
-            jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False
-        )["params"]
+        lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False)[
+            "params"
+        ]
     )
-    return jax.tree.map(lambda x: x.shape, shapes, is_leaf=lambda x: hasattr(x, "dtype"))
+    return jax.tree.map(
+        lambda x: x.shape, shapes, is_leaf=lambda x: hasattr(x, "dtype")
+    )
 
 
 def transformer(layers: int = 12, width: int = 768, vocabulary: int = 32_000) -> Any:
@@ -383,7 +385,9 @@ def main() -> None:
         for dtype in args.dtypes.split(","):
             rows += measure(tree, dtype, args.optimizers.split(";"), args.rounds)
             gc.collect()
-            print("\n".join(table(rows[-len(args.optimizers.split(";")) :])), flush=True)
+            print(
+                "\n".join(table(rows[-len(args.optimizers.split(";")) :])), flush=True
+            )
     facts = versions()
     with (HERE / f"{args.output}.jsonl").open("w") as file:
         for row in rows:
