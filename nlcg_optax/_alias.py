@@ -168,13 +168,14 @@ def _share(
 
     Args:
       direction: the conjugate direction.
-      rest: a chain of what follows; linear, with the same coefficients for all the leaves.
+      rest: a chain of what follows; linear, the same for all leaves.
       displacement: whether the preconditioner is to be told the last displacement.
     """
-    rest = optax.with_extra_args_support(rest)
+    # Typed as anything: the states of optax are.
+    following: Any = optax.with_extra_args_support(rest)
 
     def init_fn(params: optax.Params) -> Any:
-        states = (direction.init(params), *rest.init(params))
+        states = (direction.init(params), *following.init(params))
         if not displacement:
             return states
         zero = jnp.zeros([], _tree.scalar_dtype(params))
@@ -198,7 +199,7 @@ def _share(
             updates, direction_state, params, **told, **extra_args
         )
         if last is None:
-            updates, rest_state = rest.update(
+            updates, rest_state = following.update(
                 updates,
                 tuple(rest_state),
                 params,
@@ -209,7 +210,7 @@ def _share(
         # Two numbers go the way of the leaves, and come out as the coefficients of this
         # direction and of the previous one.
         one, zero = jnp.ones_like(last.scale), jnp.zeros_like(last.scale)
-        (updates, this, previous), rest_state = rest.update(
+        (updates, this, previous), rest_state = following.update(
             (updates, one, zero),
             tuple(rest_state),
             params,
