@@ -98,7 +98,7 @@ def main() -> None:
         lambda: make_batch(device_images, key, indices), 5 * args.repeats
     )
     rows["host: indices of a batch"] = seconds(
-        lambda: np.asarray(data.batch_indices(3, IMAGES, args.batch_size, 0)), 20
+        lambda: np.asarray(data.batch_indices(3, args.batch_size, IMAGES, 0)), 20
     )
     train_step = steps.make_train_step(model, tx, schedule, config, mesh, augment=True)
     jitted_step = jax.jit(train_step, donate_argnums=0)
