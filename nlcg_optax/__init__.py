@@ -13,6 +13,10 @@ from nlcg_optax._linesearch import (
     scale_by_hager_zhang_linesearch,
 )
 from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
+from nlcg_optax._orthogonalization import (
+    OrthogonalizationState,
+    scale_by_orthogonalization,
+)
 from nlcg_optax._parallel import pmean_value_and_grad
 from nlcg_optax._preconditioner import (
     DiagonalBfgsState,
@@ -40,6 +44,7 @@ __all__ = [
     "LimitedMemoryBfgsState",
     "LossFeedbackState",
     "MinimizeResult",
+    "OrthogonalizationState",
     "beta",
     "diagnostics",
     "minimize",
@@ -51,4 +56,5 @@ __all__ = [
     "scale_by_lars",
     "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
+    "scale_by_orthogonalization",
 ]

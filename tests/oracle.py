@@ -210,3 +210,23 @@ def dense_bfgs(hessian, s, y):
     """Nocedal & Wright, Numerical Optimization, eq. 6.19."""
     h_s = hessian @ s
     return hessian - np.outer(h_s, h_s) / (s @ h_s) + np.outer(y, y) / (y @ s)
+
+
+def orthogonalize(g, iterations=5):
+    """Muon's iteration on the singular values, one by one."""
+    matrix = np.reshape(g, (-1, np.shape(g)[-1]))
+    u, sigma, vh = np.linalg.svd(matrix, full_matrices=False)
+    sigma = sigma / np.linalg.norm(sigma)
+    for _ in range(iterations):
+        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    polar = (u * sigma) @ vh
+    return np.reshape(0.2 * np.sqrt(max(matrix.shape)) * polar, np.shape(g))
+
+
+def second_moments(gradients, decay=0.99, epsilon=1e-8):
+    """Gradients by the root of their average square, bias corrected."""
+    v, out = 0.0, []
+    for t, g in enumerate(gradients, start=1):
+        v = decay * v + (1 - decay) * np.abs(g) ** 2
+        out.append(g / (np.sqrt(v / (1 - decay**t)) + epsilon))
+    return out

@@ -25,12 +25,14 @@ from nlcg_optax import (
     scale_by_lars,
     scale_by_limited_memory_bfgs,
     scale_by_loss_feedback,
+    scale_by_orthogonalization,
 )
 
 # Factory and options of every transformation, in its main configurations.
 FACTORIES = {
     "diagonal_bfgs": (scale_by_diagonal_bfgs, {}),
     "limited_memory_bfgs": (scale_by_limited_memory_bfgs, {"memory_size": 2}),
+    "orthogonalization": (scale_by_orthogonalization, {}),
     "conjugate_direction-hager_zhang": (
         scale_by_conjugate_direction,
         {"beta_rule": "hager_zhang", "preconditioner": scale_by_diagonal_bfgs()},
@@ -72,6 +74,7 @@ every_transformation = pytest.mark.parametrize("name", FACTORIES)
 PUBLIC = (
     "diagonal_bfgs",
     "limited_memory_bfgs",
+    "orthogonalization",
     "conjugate_direction-hager_zhang",
     "loss_feedback-online",
     "lars",
@@ -503,7 +506,10 @@ def test_any_tree(name, tree):
         state = new_state
 
 
-@pytest.mark.parametrize("name", [n for n in FACTORIES if n != "lars"])
+LEAF_BY_LEAF = ("lars", "orthogonalization")
+
+
+@pytest.mark.parametrize("name", [n for n in FACTORIES if n not in LEAF_BY_LEAF])
 def test_how_the_tree_is_cut_does_not_matter(name):
     # Inner products run over all the leaves together.
     rng = np.random.default_rng(0)

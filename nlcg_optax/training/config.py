@@ -31,6 +31,7 @@ def base_config() -> ConfigDict:
 
     config.model = _Group()
     config.model.name = "resnet8"  # resnet8, 14, 20, 32, 56 (small images), resnet50
+    config.model.filters = config_dict.placeholder(int)  # of the first stage (16)
     config.model.dtype = "float32"  # of the computation; parameters are float32
     config.model.batch_norm_momentum = 0.99
     config.model.batch_norm_epsilon = 1e-5
@@ -62,7 +63,7 @@ def base_config() -> ConfigDict:
     config.num_epochs = 200.0
 
     config.optimizer = _Group()
-    # nlcg, sgd, momentum, nesterov, rmsprop, adam, adamw, lars, lamb
+    # nlcg, sgd, momentum, nesterov, rmsprop, adam, adamw, muon, lars, lamb
     config.optimizer.name = "nlcg"
     config.optimizer.learning_rate = 0.1  # the maximum of the schedule
     config.optimizer.momentum = 0.9  # of momentum, nesterov, lars
@@ -70,7 +71,8 @@ def base_config() -> ConfigDict:
     config.optimizer.nlcg = _Group(
         dict(
             beta_rule="fletcher_reeves",
-            preconditioner="diagonal_bfgs",  # diagonal_bfgs, rms, adam, none
+            # diagonal_bfgs, orthogonalization, rms, adam, none
+            preconditioner="diagonal_bfgs",
             step_rule="step",  # step, online, none
             beta_bounds=(0.0, 1.0),
             restart_on_ascent=False,
@@ -81,6 +83,7 @@ def base_config() -> ConfigDict:
     )
     config.optimizer.rmsprop = _Group(dict(decay=0.9, momentum=0.9, eps=1.0))
     config.optimizer.adam = _Group(dict(b1=0.9, b2=0.999, eps=1e-8))  # and lamb
+    config.optimizer.muon = _Group(dict(beta=0.95, ns_steps=5, consistent_rms=0.2))
     config.optimizer.lars = _Group(dict(trust_coefficient=0.001, eps=0.0))
 
     config.schedule = _Group()

@@ -296,6 +296,7 @@ def create_model(config: ConfigDict, num_classes: int) -> Any:
             dtype=options.dtype,
             batch_norm_momentum=options.batch_norm_momentum,
             batch_norm_epsilon=options.batch_norm_epsilon,
+            filters=options.filters,
             remat=config.microbatches > 1 and steps.at_once(config),
         )
     except ValueError as error:

@@ -280,6 +280,7 @@ def create_model(
     dtype: str = "float32",
     batch_norm_momentum: float = 0.99,
     batch_norm_epsilon: float = 1e-5,
+    filters: int | None = None,
     remat: bool = False,
 ) -> nn.Module:
     """A model by its name.
@@ -290,14 +291,16 @@ def create_model(
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``.
       batch_norm_momentum: decay of the running statistics.
       batch_norm_epsilon: added to the variance.
+      filters: channels of the first stage, of the small-image family alone; 16 by
+        default.
       remat: whether the backward pass computes each block again, to save memory.
 
     Returns:
       The module, to be called as ``model.apply(variables, images, train=...)``.
 
     Raises:
-      ValueError: if ``name``, ``dtype`` or ``num_classes`` is not one of those
-        accepted.
+      ValueError: if ``name``, ``dtype``, ``num_classes`` or ``filters`` is not one of
+        those accepted.
 
     Example:
       >>> model = create_model("resnet8", 10)
@@ -315,10 +318,17 @@ def create_model(
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(_DTYPES)}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+    if filters is not None and (name == "resnet50" or filters < 1):
+        raise ValueError(
+            f"filters must be at least 1, and resnet50 has its own; not {filters} for "
+            f"{name}"
+        )
     make = (
         ResNet50
         if name == "resnet50"
-        else functools.partial(ResNetV2, depth=int(name.removeprefix("resnet")))
+        else functools.partial(
+            ResNetV2, depth=int(name.removeprefix("resnet")), filters=filters or 16
+        )
     )
     return make(
         num_classes=num_classes,

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
+import optax.contrib
 
 import nlcg_optax
 from nlcg_optax.training.config import ConfigDict, ConfigError
@@ -58,6 +60,7 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
 def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
     options = config.nlcg.to_dict()
     preconditioners = {
+        "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
         "diagonal_bfgs": "diagonal_bfgs",
         "rms": optax.scale_by_rms(),
         # Without Adam's own momentum: the conjugate direction takes its place.
@@ -79,6 +82,27 @@ def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
     )
 
 
+def _muon(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
+    def matrices(params: Any) -> Any:
+        """Kernels as matrices, their last axis the output; Adam takes the rest."""
+        return jax.tree.map(
+            lambda w: (
+                optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
+                if w.ndim > 1
+                else None
+            ),
+            params,
+        )
+
+    return optax.contrib.muon(
+        learning_rate,
+        muon_weight_dimension_numbers=matrices,
+        adam_b1=config.adam.b1,
+        adam_b2=config.adam.b2,
+        **config.muon,
+    )
+
+
 # Optimizers that leave weight decay to be applied after them.
 OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
     "nlcg": _nlcg,
@@ -87,6 +111,7 @@ OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
     "nesterov": lambda config, rate: optax.sgd(rate, config.momentum, nesterov=True),
     "rmsprop": lambda config, rate: optax.rmsprop(rate, **config.rmsprop),
     "adam": lambda config, rate: optax.adam(rate, **config.adam),
+    "muon": _muon,
 }
 
 # Optimizers that have a place of their own for weight decay.

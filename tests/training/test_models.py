@@ -245,6 +245,10 @@ def test_unknown_names_are_told_the_known_ones():
         models.create_model("resnet8", 10, dtype="float64")
     with pytest.raises(ValueError, match="num_classes must be at least 1, not 0"):
         models.create_model("resnet8", 0)
+    with pytest.raises(ValueError, match="filters.* not 0 for resnet8"):
+        models.create_model("resnet8", 10, filters=0)
+    with pytest.raises(ValueError, match="filters.* not 8 for resnet50"):
+        models.create_model("resnet50", 10, filters=8)
 
 
 def test_options_of_create_model_arrive():
@@ -260,3 +264,5 @@ def test_options_of_create_model_arrive():
         assert model.dtype == jnp.bfloat16
         assert model.batch_norm_momentum == 0.5
         assert model.batch_norm_epsilon == 0.25
+    for filters, expected in ((None, 16), (8, 8)):
+        assert models.create_model("resnet8", 10, filters=filters).filters == expected

@@ -74,6 +74,23 @@ def test_every_optimizer_descends_and_keeps_bias_undecayed(name):
     assert optax.tree.vdot(grads, updates) < 0
 
 
+def test_muon_orthogonalizes_kernels_as_matrices():
+    config = make_config(**{"optimizer.name": "muon"})
+    tx = optimizers.create_optimizer(config, optax.constant_schedule(0.5), True)
+    params = {"kernel": jnp.zeros((3, 3, 2, 4)), "bias": jnp.zeros(4)}
+    grads = jax.tree.map(
+        lambda w: jnp.cos(jnp.arange(w.size, dtype=w.dtype) ** 2).reshape(w.shape),
+        params,
+    )
+    updates, _ = tx.update(grads, tx.init(params), params, value=jnp.float32(1.0))
+    # Singular values near 1, times the rate and 0.2·√18, the longer side.
+    values = np.linalg.svd(np.reshape(updates["kernel"], (18, 4)), compute_uv=False)
+    np.testing.assert_allclose(values, 0.5 * 0.2 * 18**0.5, rtol=0.35)
+    # Adam's first step, with Nesterov's momentum.
+    adam = -0.5 * (0.9 * 0.1 / (1 - 0.9**2) + 1) * np.sign(grads["bias"])
+    np.testing.assert_allclose(updates["bias"], adam, 1e-3)
+
+
 @pytest.mark.parametrize("preconditioner", ["diagonal_bfgs", "rms", "adam", "none"])
 @pytest.mark.parametrize("step_rule", ["step", "online", "none"])
 def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):

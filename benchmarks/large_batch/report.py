@@ -1,0 +1,268 @@
+"""Tables and plots of what the sweep measured: results.md and PNGs beside this file.
+
+python benchmarks/large_batch/report.py
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from workloads import OPTIMIZERS, WORKLOADS
+
+HERE = pathlib.Path(__file__).resolve().parent
+Rows = list[dict[str, Any]]
+
+
+def group(rows: Rows) -> dict[tuple[str, int], Rows]:
+    """Rows by optimizer and batch size, each run once, in the order of the table."""
+    names = list(OPTIMIZERS)
+    groups: dict[tuple[str, int], dict] = {}
+    for row in rows:
+        cell = (row["phase"], row["learning_rate"], row["schedule"], row["seed"])
+        of_group = groups.setdefault((row["optimizer"], row["batch_size"]), {})
+        of_group.setdefault(cell, row)
+
+    def order(key: tuple[str, int]) -> tuple:
+        known = key[0] in names
+        return not known, names.index(key[0]) if known else 0, key
+
+    return {key: list(groups[key].values()) for key in sorted(groups, key=order)}
+
+
+def tested(rows: Rows) -> Rows:
+    return [row for row in rows if row["phase"] == "test"]
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def accuracy(rows: Rows) -> tuple[float, float] | None:
+    """Mean test accuracy and standard error, if every test run came to an end."""
+    rows = tested(rows)
+    if not rows or any(row["diverged"] for row in rows):
+        return None
+    return mean_and_error([row["accuracy"] for row in rows])
+
+
+def curve(rows: Rows) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and training loss, the mean over seeds, of the tested setting."""
+    rows = tested(rows)
+    if not rows or any(row["diverged"] for row in rows):
+        return None
+    losses = np.mean([row["curve"] for row in rows], axis=0)
+    num_steps, points = rows[0]["steps"], len(losses)
+    # The last step of each of the sweep's bins.
+    ends = np.cumsum([len(p) for p in np.array_split(np.arange(num_steps), points)])
+    window = max(points // 20, 1)
+    trailing = [losses[max(i - window + 1, 0) : i + 1].mean() for i in range(points)]
+    return ends, np.array(trailing)
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def by_batch_size(groups: dict[tuple[str, int], Rows], cell: Any) -> list[str]:
+    """A table: optimizers down, batch sizes across."""
+    sizes = sorted({size for _, size in groups})
+    names = list(dict.fromkeys(name for name, _ in groups))
+    return table(
+        ["optimizer", *(f"batch {size:,}" for size in sizes)],
+        [
+            [name, *(cell(groups.get((name, size), []), size) for size in sizes)]
+            for name in names
+        ],
+    )
+
+
+def section(name: str, rows: Rows) -> list[str]:
+    """The Markdown of a workload."""
+    command = f"python benchmarks/large_batch/sweep.py --workload={name}"
+    if WORKLOADS[name](None).config.dataset.name == "folder":
+        command += " --data_dir=FOLDER"
+    lines = [f"## {name}", ""]
+    if not rows:
+        return [*lines, f"Not measured; `{command}` does.", ""]
+    groups = group(rows)
+    curves = {key: curve(of_group) for key, of_group in groups.items()}
+
+    def target(size: int) -> float | None:
+        """The lowest loss that one of the others than NLCG ends with."""
+        losses = [
+            found[1][-1]
+            for (name, s), found in curves.items()
+            if found and s == size and not name.startswith("nlcg")
+        ]
+        return min(losses, default=None)
+
+    def accuracy_cell(of_group: Rows, size: int) -> str:
+        if any(row["diverged"] for row in tested(of_group)):
+            return "diverged"
+        found = accuracy(of_group)
+        return f"{100 * found[0]:.2f} ± {100 * found[1]:.2f}" if found else "–"
+
+    def setting_cell(of_group: Rows, size: int) -> str:
+        chosen = tested(of_group)[:1]
+        return (
+            "".join(f"{r['learning_rate']:.3g}; {r['schedule']}" for r in chosen) or "–"
+        )
+
+    def loss_cell(of_group: Rows, size: int) -> str:
+        found = curve(of_group)
+        return f"{found[1][-1]:.4g}" if found else "–"
+
+    def steps_cell(of_group: Rows, size: int) -> str:
+        found, wanted = curve(of_group), target(size)
+        if found is None or wanted is None:
+            return "–"
+        reached = np.flatnonzero(found[1] <= wanted)
+        if not len(reached):
+            return "not reached"
+        return f"{found[0][reached[0]] / found[0][-1]:.2f}"
+
+    def tuning_cell(of_group: Rows, size: int) -> str:
+        runs = [row for row in of_group if row["phase"] == "tuning"]
+        failed = sum(row["diverged"] for row in runs)
+        return (
+            f"{len(runs)}" + (f" ({failed} diverged)" if failed else "")
+            if runs
+            else "–"
+        )
+
+    seeds = {row["seed"] for row in tested(rows)}
+    parts = [
+        (
+            f"Test accuracy in percent, mean ± standard error of {len(seeds)} seeds "
+            "(a batch larger than the training set is the whole of it):",
+            accuracy_cell,
+        ),
+        ("Learning rate and schedule that were chosen:", setting_cell),
+        ("Training loss (with the L2 penalty) at the end:", loss_cell),
+        (
+            "Steps to the lowest training loss that an optimizer other than NLCG ends "
+            "with, as a fraction of the budget:",
+            steps_cell,
+        ),
+        ("Tuning runs:", tuning_cell),
+    ]
+    for title, cell in parts:
+        lines += [title, "", *by_batch_size(groups, cell), ""]
+    lines += [
+        f"![Accuracy against batch size](accuracy_{name}.png)",
+        f"![Loss against step](loss_{name}.png)",
+        "",
+        f"`{command}`; {len(rows)} runs, {sum(r['seconds'] for r in rows) / 3600:.1f} "
+        f"hours of training; {environments(rows)}.",
+        "",
+    ]
+    return lines
+
+
+def environments(rows: Rows) -> str:
+    """Versions, device and cores; all of them where they differ."""
+    found = {
+        ", ".join(f"{k} {v}" for k, v in row["versions"].items())
+        + f", device: {row['device']}, {row['cores']} core(s) a process"
+        for row in rows
+    }
+    return "; ".join(sorted(found))
+
+
+def style(name: str, index: int) -> dict[str, Any]:
+    """NLCG in thick warm colours, the others thin; a colour and a marker for each."""
+    if name.startswith("nlcg"):
+        warm = ("red", "orange", "darkred", "deeppink")
+        # Below the others, which it would hide.
+        return dict(color=warm[index % 4], linewidth=3, zorder=1.5, marker="o")
+    cool = ("blue", "green", "purple", "brown", "gray", "olive", "cyan", "pink")
+    names = [n for n in OPTIMIZERS if not n.startswith("nlcg")]
+    place = (names.index(name) if name in names else index) % 8
+    return dict(
+        color=f"tab:{cool[place]}",
+        linewidth=1.2,
+        marker="svD^P*X<"[place],
+        markersize=5,
+    )
+
+
+def plot(name: str, rows: Rows, folder: pathlib.Path) -> None:
+    """Accuracy against batch size, and loss against step at the largest batch."""
+    groups = group(rows)
+    sizes = sorted({size for _, size in groups})
+    names = list(dict.fromkeys(optimizer for optimizer, _ in groups))
+    # An opaque white page is readable wherever it is shown.
+    options = dict(figsize=(7, 4.5), layout="constrained", facecolor="white")
+
+    figure, axes = plt.subplots(**options)
+    for i, optimizer in enumerate(names):
+        found = [(s, accuracy(groups.get((optimizer, s), []))) for s in sizes]
+        points = [(s, 100 * a[0], 100 * a[1]) for s, a in found if a]
+        if points:
+            x, y, error = zip(*points, strict=True)
+            error = np.nan_to_num(error)
+            axes.errorbar(
+                x, y, error, label=optimizer, capsize=3, **style(optimizer, i)
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.set(xlabel="batch size", ylabel="test accuracy (%)", title=name)
+    finish(figure, axes, folder / f"accuracy_{name}.png")
+
+    figure, axes = plt.subplots(**options)
+    for i, optimizer in enumerate(names):
+        found = curve(groups.get((optimizer, sizes[-1]), []))
+        if found:
+            axes.plot(*found, label=optimizer, **style(optimizer, i) | {"marker": ""})
+    axes.set_yscale("log")
+    title = f"{name}, batch {sizes[-1]:,}"
+    axes.set(xlabel="step", ylabel="training loss", title=title)
+    finish(figure, axes, folder / f"loss_{name}.png")
+
+
+def finish(figure: Any, axes: Any, path: pathlib.Path) -> None:
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(results: pathlib.Path, folder: pathlib.Path) -> str:
+    """Writes results.md and the plots; returns the Markdown."""
+    lines = ["# Accuracy by batch size", "", "Protocol: [README.md](README.md).", ""]
+    for name in WORKLOADS:
+        path = results / f"{name}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        lines += section(name, rows)
+        if rows:
+            plot(name, rows, folder)
+    text = "\n".join(lines).rstrip() + "\n"
+    (folder / "results.md").write_text(text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--output", type=pathlib.Path, default=HERE)
+    flags = parser.parse_args()
+    print(report(flags.results, flags.output))
+
+
+if __name__ == "__main__":
+    main()

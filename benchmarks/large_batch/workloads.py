@@ -1,0 +1,137 @@
+"""What the sweep trains, and with what: workloads and optimizers.
+
+A workload is a function that returns a :class:`Workload`; an optimizer is a name and
+the config overrides that make it. Add to `WORKLOADS` or `OPTIMIZERS`, and the sweep has
+another row.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from nlcg_optax.training.config import base_config
+
+# Overrides, and the learning rate in the middle of the grid. L2 is in the loss, the
+# same for all; none has decoupled weight decay.
+OPTIMIZERS: dict[str, tuple[list[str], float]] = {
+    # The rate is per step, and β = 0.9 makes up to ten of it: low for that reason.
+    "nlcg": (
+        [
+            "optimizer.name=nlcg",
+            "optimizer.nlcg.preconditioner=orthogonalization",
+            "optimizer.nlcg.beta_bounds=(0.0, 0.9)",
+        ],
+        0.04,
+    ),
+    "nlcg_paper": (
+        [
+            "optimizer.name=nlcg",
+            "optimizer.nlcg.preconditioner=diagonal_bfgs",
+            "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
+        ],
+        0.4,
+    ),
+    "sgd": (["optimizer.name=sgd"], 0.4),
+    "momentum": (["optimizer.name=momentum"], 0.1),
+    "nesterov": (["optimizer.name=nesterov"], 0.1),
+    "rmsprop": (["optimizer.name=rmsprop"], 0.1),  # the paper's: ε = 1
+    "adamw": (["optimizer.name=adamw"], 4e-3),
+    # One rate serves BatchNorm's parameters, outside the trust ratio, too: with the
+    # usual coefficient of 0.001, one that suits the kernels is far too large for them.
+    "lars": (["optimizer.name=lars", "optimizer.lars.trust_coefficient=0.02"], 0.4),
+    "lamb": (["optimizer.name=lamb"], 0.02),
+    "muon": (["optimizer.name=muon"], 0.02),
+}
+
+FACTOR = 2.0  # between two learning rates
+NUM_RATES = 5  # to begin with
+MAX_EXTENSIONS = 3  # more of them, as long as the best is at the edge
+
+
+class Workload(NamedTuple):
+    """A data set, a model and a budget.
+
+    Attributes:
+      config: everything but the optimizer, learning rate, batch size and schedule.
+      batch_sizes: a batch larger than the training set is the whole of it.
+      schedules: config overrides by name; the learning rates are compared with the
+        first, and the others are tried at the best of them.
+      optimizers: those that the sweep compares, unless told which.
+    """
+
+    config: Any
+    batch_sizes: tuple[int, ...]
+    schedules: dict[str, list[str]]
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+
+
+def _schedules(num_epochs: float) -> dict[str, list[str]]:
+    def overrides(name: str, warmup: float) -> list[str]:
+        return [
+            f"schedule.name={name}",
+            f"schedule.warmup_epochs={warmup * num_epochs}",
+            "schedule.warmup_power=1.0",
+            "schedule.warmup_init=0.1",  # from 0 the first step would be for nothing
+            f"schedule.boundaries=({0.5 * num_epochs}, {0.75 * num_epochs})",
+        ]
+
+    return {
+        "cosine, warm-up 10%": overrides("cosine", 0.1),
+        "cosine, no warm-up": overrides("cosine", 0.0),
+        "cosine, warm-up 30%": overrides("cosine", 0.3),
+        "step, warm-up 10%": overrides("step", 0.1),
+    }
+
+
+def digits(data_dir: str | None = None) -> Workload:
+    """ResNet-8 on scikit-learn's digits, to the whole training set in one batch."""
+    del data_dir
+    config = base_config()
+    config.model.name = "resnet8"
+    config.dataset.crop_padding = 1
+    config.dataset.flip = False
+    config.num_epochs = 60.0
+    return Workload(config, (64, 512, 1437), _schedules(config.num_epochs))
+
+
+def cifar10_jpeg(data_dir: str | None = None) -> Workload:
+    """A narrow ResNet-8 on 5,000 CIFAR-10 images of 12×12: for two CPU cores."""
+    config = base_config()
+    config.model.name = "resnet8"
+    config.model.filters = 8
+    config.dataset.name = "folder"
+    config.dataset.data_dir = data_dir
+    config.dataset.image_size = 12
+    config.dataset.max_train_examples = 5000
+    config.dataset.crop_padding = 1
+    config.num_epochs = 30.0
+    return Workload(config, (250, 1000, 5000), _schedules(config.num_epochs))
+
+
+def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
+    """ResNet-32 on CIFAR-10 by the paper's recipe (arXiv:1812.02886); needs a GPU."""
+    config = base_config()
+    config.model.name = "resnet32"
+    config.model.dtype = "bfloat16"
+    config.dataset.name = "folder"
+    config.dataset.data_dir = data_dir
+    config.num_epochs = 200.0
+    paper = [
+        "schedule.name=step",
+        "schedule.boundaries=(102.0, 153.0)",
+        "schedule.warmup_power=0.5",
+    ]
+    schedules = {
+        "step, warm-up 25 epochs": [*paper, "schedule.warmup_epochs=25.0"],
+        "step, no warm-up": [*paper, "schedule.warmup_epochs=0.0"],
+        "step, warm-up 60 epochs": [*paper, "schedule.warmup_epochs=60.0"],
+        "cosine, warm-up 10%": _schedules(config.num_epochs)["cosine, warm-up 10%"],
+    }
+    optimizers = ("nlcg", "momentum", "rmsprop", "sgd", "lars", "lamb")
+    return Workload(config, (1024, 4096, 16384, 50000), schedules, optimizers)
+
+
+WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
+    "digits": digits,
+    "cifar10_jpeg": cifar10_jpeg,
+    "cifar10_jpeg_gpu": cifar10_jpeg_gpu,
+}

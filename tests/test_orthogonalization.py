@@ -1,0 +1,167 @@
+"""Orthogonalization against singular values by NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+
+import nlcg_optax
+from nlcg_optax import scale_by_orthogonalization
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SHAPES = [(5, 3), (3, 5), (4, 4), (1, 6), (6, 1), (3, 3, 2, 4), (3, 3, 5, 2)]
+
+
+def normal(shape, seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape)
+    if np.issubdtype(dtype, np.complexfloating):
+        x = x + 1j * rng.normal(size=shape)
+    return x.astype(dtype)
+
+
+def once(g, **options):
+    tx = scale_by_orthogonalization(**options)
+    return tx.update(g, tx.init(g))[0]
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matrices_agree_with_oracle(shape, dtype):
+    g = normal(shape, dtype=dtype)
+    np.testing.assert_allclose(once(g), oracle.orthogonalize(g), atol=1e-12)
+
+
+def test_the_other_leaves_agree_with_oracle():
+    tx = scale_by_orthogonalization(decay=0.9, epsilon=1e-2)
+    gradients = [
+        {"bias": normal(4, seed), "scale": normal((), seed), "z": normal(2, seed) * 1j}
+        for seed in range(6)
+    ]
+    state = tx.init(gradients[0])
+    got = []
+    for g in gradients:
+        update, state = tx.update(g, state)
+        got.append(update)
+    for name in gradients[0]:
+        rows = [g[name] for g in gradients]
+        expected = oracle.second_moments(rows, decay=0.9, epsilon=1e-2)
+        for update, row in zip(got, expected, strict=True):
+            np.testing.assert_allclose(update[name], row, rtol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 7])
+def test_the_number_of_iterations(iterations):
+    g = normal((4, 3))
+    expected = oracle.orthogonalize(g, iterations)
+    np.testing.assert_allclose(once(g, iterations=iterations), expected, atol=1e-12)
+
+
+def test_singular_values_end_near_one():
+    g = jnp.asarray(normal((60, 40)) * np.logspace(0, -1.5, 40))
+    sigma = np.linalg.svd(once(g) / (0.2 * math.sqrt(60)), compute_uv=False)
+    assert 0.68 < sigma.min() < sigma.max() < 1.21
+    # So the root mean square is near 0.2, whatever the shape.
+    tall = once(jnp.asarray(normal((300, 20))))
+    assert 0.68 < math.sqrt(jnp.mean(tall**2)) / 0.2 < 1.21
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale_does_not_matter(scale):
+    # The squares of such float32 entries are not float32 numbers.
+    g = normal((7, 5), dtype=np.float32)
+    got, plain = once(g * np.float32(scale)), once(g)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3,), ()])
+@pytest.mark.parametrize("epsilon", [0.0, 1e-8])
+def test_a_gradient_of_zero_stays_zero(shape, epsilon):
+    g = jnp.zeros(shape)
+    np.testing.assert_array_equal(once(g, epsilon=epsilon), g)
+
+
+def test_layers_of_a_scan_are_matrices_of_their_own():
+    g = normal((3, 5, 4))
+    expected = np.stack([oracle.orthogonalize(layer) for layer in g])
+    np.testing.assert_allclose(once(g, batch_axes=1), expected, atol=1e-12)
+    assert not np.allclose(once(g), expected)
+    # A bias of each layer is no matrix.
+    bias = normal((3, 4))
+    np.testing.assert_allclose(once(bias, batch_axes=1), np.sign(bias), rtol=1e-6)
+
+
+def test_bfloat16_is_computed_in_float32():
+    g = jnp.asarray(normal((64, 32)), jnp.bfloat16)
+    got = once(g)
+    assert got.dtype == jnp.bfloat16
+    exact = oracle.orthogonalize(np.asarray(g, np.float64))
+    # To the rounding of the result alone.
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, atol=2e-3)
+    state = scale_by_orthogonalization().init(jnp.zeros(3, jnp.bfloat16))
+    assert state.second_moment.dtype == jnp.float32
+
+
+def test_only_the_other_leaves_are_remembered():
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    state = scale_by_orthogonalization().init(params)
+    assert [x.shape for x in jax.tree.leaves(state)] == [(), (4,)]
+
+
+def test_the_metric_is_the_nuclear_norm():
+    # gᵀz of the exact polar factor; the iteration comes within its band.
+    g = normal((6, 4))
+    nuclear = np.linalg.svd(g, compute_uv=False).sum() * 0.2 * math.sqrt(6)
+    assert 0.68 < np.vdot(g, once(g)) / nuclear < 1.21
+
+
+def test_gradients_of_another_tree():
+    tx = scale_by_orthogonalization()
+    state = tx.init({"w": jnp.ones((2, 2)), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="do not match"):
+        tx.update({"w": jnp.ones((2, 2))}, state)
+    with pytest.raises(ValueError, match=r"\(3,\), expected \(2,\)"):
+        tx.update({"w": jnp.ones((2, 2)), "b": jnp.ones(3)}, state)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decay": -0.1}, "at least 0"),
+        ({"decay": 1.0}, "below 1"),
+        ({"decay": "a"}, "a number"),
+        ({"epsilon": -1.0}, "at least 0"),
+        ({"iterations": 0}, "at least 1"),
+        ({"iterations": 2.5}, "an integer"),
+        ({"batch_axes": -1}, "at least 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        scale_by_orthogonalization(**options)
+    assert next(iter(options)) in str(error.value)
+
+
+@pytest.mark.standard_promotion  # optax's Adam promotes
+def test_other_leaves_by_partition():
+    # The first layer by Adam's second moment, the rest orthogonalized.
+    tx = nlcg_optax.scale_by_conjugate_direction(
+        preconditioner=optax.partition(
+            {
+                "adam": optax.scale_by_adam(b1=0.0),
+                "matrix": scale_by_orthogonalization(),
+            },
+            {"first": "adam", "second": "matrix"},
+        )
+    )
+    g = {"first": jnp.asarray(normal((3, 2))), "second": jnp.asarray(normal((3, 2), 1))}
+    update, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(update["first"], np.sign(g["first"]), rtol=1e-6)
+    np.testing.assert_allclose(update["second"], oracle.orthogonalize(g["second"]))

@@ -1,0 +1,193 @@
+"""The large-batch benchmark: its protocol, its report, and a tiny sweep."""
+
+import importlib
+import json
+import pathlib
+
+import pytest
+import tiny
+
+from nlcg_optax.training import loop, models
+from nlcg_optax.training.config import apply_overrides
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_batch"
+SCHEDULES = ("default", "other")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("sweep"), importlib.import_module("report")
+
+
+@pytest.fixture
+def sweep(modules):
+    return modules[0]
+
+
+def row(cell, accuracy, loss=1.0):
+    """What a run of a cell might give; `accuracy` None: it diverged."""
+    diverged = accuracy is None
+    return {
+        **cell._asdict(),
+        "diverged": diverged,
+        "accuracy": accuracy,
+        "loss": None if diverged else loss,
+    }
+
+
+def run_all(sweep, accuracy):
+    """Rows of a whole group, and how many runs each call of `plan` asked for."""
+    rows, asked = [], []
+    while cells := sweep.plan(rows, 1.0, SCHEDULES):
+        asked.append(len(cells))
+        rows += [row(cell, accuracy(cell)) for cell in cells]
+    return rows, asked
+
+
+def test_stages_follow_on_each_other(sweep):
+    """Five rates, the other schedule at the best of them, three seeds of the winner."""
+    rows, asked = run_all(
+        sweep,
+        lambda cell: (cell.schedule == "other") - abs(cell.learning_rate - 0.5),
+    )
+    assert asked == [5, 1, 3]
+    rates = [row["learning_rate"] for row in rows]
+    assert rates == [0.25, 0.5, 1.0, 2.0, 4.0, 0.5, 0.5, 0.5, 0.5]
+    assert [row["phase"] for row in rows] == ["tuning"] * 6 + ["test"] * 3
+    assert {row["schedule"] for row in rows[6:]} == {"other"}
+    assert [row["seed"] for row in rows[6:]] == list(sweep.TEST_SEEDS)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "extensions"),
+    [
+        (lambda rate: -abs(rate - 8), [8.0, 16.0]),  # not at the edge with 16
+        (lambda rate: rate, [8.0, 16.0, 32.0]),  # three at most
+        (lambda rate: -rate, [0.125, 0.0625, 0.03125]),
+        (lambda rate: None if rate > 0.125 else rate, [0.125, 0.0625]),  # all failed
+    ],
+)
+def test_grid_is_extended_at_its_edge(sweep, accuracy, extensions):
+    rows, asked = run_all(sweep, lambda cell: accuracy(cell.learning_rate))
+    assert asked == [5, *[1] * len(extensions), 1, 3]
+    assert [row["learning_rate"] for row in rows[5 : 5 + len(extensions)]] == extensions
+
+
+def test_nothing_is_tested_where_every_rate_diverges(sweep):
+    _, asked = run_all(sweep, lambda cell: None)
+    assert asked == [5, 1, 1, 1]
+
+
+def test_loss_decides_between_equal_accuracies(sweep):
+    rows = [
+        row(cell, 0.5, loss=abs(cell.learning_rate - 2))
+        for cell in sweep.plan([], 1.0, SCHEDULES)
+    ]
+    (cell,) = sweep.plan(rows, 1.0, SCHEDULES)
+    assert cell.learning_rate == 2.0
+
+
+def test_an_interrupted_stage_goes_on(sweep):
+    first = sweep.plan([], 1.0, SCHEDULES)
+    assert sweep.plan([row(first[1], 0.5)], 1.0, SCHEDULES) == [first[0], *first[2:]]
+
+
+def test_thinned_curves_keep_the_mean(sweep):
+    assert sweep.thin([1.23456, 2.0]) == [1.235, 2.0]
+    thinned = sweep.thin([float(i) for i in range(1000)])
+    assert len(thinned) == sweep.CURVE_POINTS
+    assert thinned[0] == 2.0
+
+
+def test_sweep_and_report(modules, monkeypatch, tmp_path):
+    """From the data to the table; a second time nothing is run."""
+    sweep, report = modules
+    monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
+    path = tmp_path / "digits.jsonl"
+    workload = sweep.WORKLOADS["digits"](None)
+    workload.config.num_epochs = 2.0
+    workload.config.dataset.max_train_examples = 100
+    workload = workload._replace(schedules=dict([*workload.schedules.items()][:1]))
+    groups = [("nlcg", 1437)]  # capped at the 80 and 100 that there are
+    sweep.sweep("digits", workload, path, groups)
+    text = path.read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert {(row["phase"], row["steps"]) for row in rows} == {
+        ("tuning", 2),
+        ("test", 2),
+    }
+    assert all(len(row["curve"]) == row["steps"] for row in rows)
+    # A seed changes the run, as an argument of the same program.
+    tested = [row for row in rows if row["phase"] == "test"]
+    assert len(tested) == 3
+    assert len({row["loss"] for row in tested}) == 3
+
+    sweep.sweep("digits", workload, path, groups)
+    assert path.read_text() == text
+
+    markdown = report.report(tmp_path, tmp_path)
+    accuracies = [row["accuracy"] for row in tested]
+    mean = f"{100 * sum(accuracies) / 3:.2f} ± "
+    assert f"| nlcg | {mean}" in markdown
+    assert "## cifar10_jpeg_gpu\n\nNot measured" in markdown
+    assert (tmp_path / "accuracy_digits.png").exists()
+
+
+def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
+    """The same numbers, though rate and seed are arguments of one program here."""
+    monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
+    workload = sweep.WORKLOADS["digits"](None)
+    workload.config.num_epochs = 3.0
+    (schedule, *_) = workload.schedules
+    cell = sweep.Cell("test", 0.4, schedule, seed=2)
+    row = sweep.Trainer(workload).run("nlcg", 700, cell)
+    config = workload.config
+    apply_overrides(
+        config,
+        [
+            *row["overrides"],
+            "seed=2",
+            "batch_size=700",
+            "optimizer.learning_rate=0.4",
+            "eval_every_epochs=3",
+            "checkpoint_every_epochs=3",
+        ],
+    )
+    result = loop.train_and_evaluate(config, tmp_path)
+    assert row["steps"] == result.step == 6
+    assert row["loss"] == pytest.approx(result.metrics["test"]["loss"], rel=1e-5)
+    assert row["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
+
+
+def test_steps_to_the_loss_of_the_best_peer(modules):
+    _, report = modules
+
+    def test_row(optimizer, curve):
+        return {
+            "phase": "test",
+            "optimizer": optimizer,
+            "batch_size": 64,
+            "learning_rate": 1.0,
+            "schedule": "default",
+            "seed": 0,
+            "steps": 8,
+            "diverged": False,
+            "accuracy": 0.5,
+            "curve": curve,
+            "seconds": 1,
+            "versions": {},
+            "device": "cpu",
+            "cores": 1,
+        }
+
+    rows = [
+        test_row("nlcg", [4.0, 2.0, 1.0, 0.5]),
+        test_row("sgd", [4.0, 3.0, 2.5, 2.0]),
+        test_row("momentum", [4.0, 3.0, 2.0, 1.0]),
+    ]
+    markdown = "\n".join(report.section("digits", rows))
+    table = markdown.split("fraction of the budget:")[1]
+    for line in ("| nlcg | 0.75 |", "| sgd | not reached |", "| momentum | 1.00 |"):
+        assert line in table
