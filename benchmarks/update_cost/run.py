@@ -381,6 +381,10 @@ def figure(rows: list[dict], path: pathlib.Path) -> None:
         group = {
             r["optimizer"]: r for r in rows if (r["tree"], r["dtype"]) == (tree, dtype)
         }
+        # L-BFGS would make the rest too small to see.
+        shown = [r["seconds"] for name, r in group.items() if "lbfgs" not in name]
+        limit = 1.15 * 1e3 * max(shown)
+        ax.set_xlim(0, limit)
         for y, name in enumerate(names):
             if name not in group:
                 ax.text(0, y, " not run", va="center", color="gray", fontsize=8)
@@ -388,6 +392,9 @@ def figure(rows: list[dict], path: pathlib.Path) -> None:
             r = group[name]
             color = "C1" if name.startswith("nlcg") else "C0"
             ax.barh(y, 1e3 * r["seconds"], color=color)
+            if 1e3 * r["seconds"] > limit:
+                text = f"{1e3 * r['seconds']:,.0f} "
+                ax.text(limit, y, text, va="center", ha="right", fontsize=8)
             if "must_move" in r:
                 bound = 1e3 * r["must_move"] / r["in_place_bandwidth"]
                 ax.plot([bound] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
