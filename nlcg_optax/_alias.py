@@ -187,24 +187,21 @@ def nlcg_paper(
     preconditioner: str | optax.GradientTransformation | None = "diagonal_bfgs",
     step_rule: str | optax.GradientTransformation | None = "step",
     beta_bounds: tuple[float, float] = (0.0, 1.0),
-    **options: Any,
+    restart_on_ascent: bool = False,
+    restart_every: int | None = None,
+    period: int = 5,
+    threshold: float = 1.0,
+    epsilon: float = 1e-8,
+    displacement: str = "params",
+    track_cosine: bool = True,
+    state_dtype: Any | None = None,
+    axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""The configuration of arXiv:1812.02886, exactly.
 
-    :func:`~nlcg_optax.nlcg` with the paper's preconditioner, the diagonal of BFGS, and
-    its clip of β: recorded trajectories of the published code are replayed by the
-    tests.
-
-    Args:
-      learning_rate: α, a number or a schedule.
-      beta_rule: the paper's are ``"fletcher_reeves"`` and ``"polak_ribiere"``.
-      preconditioner: the paper's are ``"diagonal_bfgs"`` and None.
-      step_rule: the paper's are ``"step"``, ``"online"`` and None.
-      beta_bounds: β is clipped to this closed interval.
-      **options: the other arguments of :func:`~nlcg_optax.nlcg`.
-
-    Returns:
-      An optimizer, as :func:`~nlcg_optax.nlcg` does.
+    :func:`~nlcg_optax.nlcg`, which explains the arguments, with the paper's
+    preconditioner and clip of β. The tests replay recorded trajectories of the
+    published code with it.
 
     Raises:
       ValueError: for an unknown name or an argument out of range.
@@ -230,7 +227,15 @@ def nlcg_paper(
         preconditioner=preconditioner,
         step_rule=step_rule,
         beta_bounds=beta_bounds,
-        **options,
+        restart_on_ascent=restart_on_ascent,
+        restart_every=restart_every,
+        period=period,
+        threshold=threshold,
+        epsilon=epsilon,
+        displacement=displacement,
+        track_cosine=track_cosine,
+        state_dtype=state_dtype,
+        axis_name=axis_name,
     )
 
 
@@ -254,13 +259,14 @@ def _share(
 
     Args:
       direction: the conjugate direction.
-      rest: a chain of what follows; linear, with the same coefficients for all the leaves.
+      rest: a chain of what follows; linear, the same for all leaves.
       displacement: whether the preconditioner is to be told the last displacement.
     """
-    rest = optax.with_extra_args_support(rest)
+    # Typed as anything: the states of optax are.
+    following: Any = optax.with_extra_args_support(rest)
 
     def init_fn(params: optax.Params) -> Any:
-        states = (direction.init(params), *rest.init(params))
+        states = (direction.init(params), *following.init(params))
         if not displacement:
             return states
         zero = jnp.zeros([], _tree.scalar_dtype(params))
@@ -284,7 +290,7 @@ def _share(
             updates, direction_state, params, **told, **extra_args
         )
         if last is None:
-            updates, rest_state = rest.update(
+            updates, rest_state = following.update(
                 updates,
                 tuple(rest_state),
                 params,
@@ -295,7 +301,7 @@ def _share(
         # Two numbers go the way of the leaves, and come out as the coefficients of this
         # direction and of the previous one.
         one, zero = jnp.ones_like(last.scale), jnp.zeros_like(last.scale)
-        (updates, this, previous), rest_state = rest.update(
+        (updates, this, previous), rest_state = following.update(
             (updates, one, zero),
             tuple(rest_state),
             params,

@@ -115,7 +115,7 @@ def scale_by_diagonal_bfgs(
     _check.one_of("displacement", displacement, ("params", "given"))
     given = displacement == "given"
 
-    def init_fn(params: optax.Params) -> DiagonalBfgsState:
+    def init_fn(params: optax.Params) -> Any:
         def ones(x: jax.Array) -> jax.Array:
             return jnp.ones_like(x, dtype=_tree.scalar_dtype(x))
 
@@ -197,22 +197,19 @@ def scale_by_diagonal_bfgs(
             # After what was read has been put away: `params` are overwritten next.
             return _tree.after(never, jnp.where(first, lifted, scaled), *prev_params)
 
-        kept = ()
-        if not given:
+        def keep(x, prev_x, b):
             # After the last use of those that are stored until now.
-            kept = (
-                jax.tree.map(
-                    lambda x, prev_x, b: _tree.after(never, x, b).astype(prev_x.dtype),
-                    params,
-                    state.prev_params,
-                    diagonal,
-                ),
-            )
-        preconditioned = jax.tree.map(precondition, updates, diagonal, *kept)
+            return _tree.after(never, x, b).astype(prev_x.dtype)
+
+        kept = None
+        if not given:
+            kept = jax.tree.map(keep, params, state.prev_params, diagonal)
+        trees = (updates, diagonal) if kept is None else (updates, diagonal, kept)
+        preconditioned = jax.tree.map(precondition, *trees)
         return _tree.cast_like(preconditioned, updates), DiagonalBfgsState(
             count=optax.safe_increment(state.count),
             diagonal=diagonal,
-            prev_params=None if given else kept[0],
+            prev_params=kept,
             prev_preconditioned=_tree.cast_like(
                 preconditioned, state.prev_preconditioned
             ),

@@ -97,8 +97,8 @@ def scale_by_loss_feedback(
 
     Raises:
       ValueError: when built, for an unknown rule or an argument out of range; in
-        `update`, if ``value`` is missing or no real scalar, if ``prev_update`` is missing
-        where it is not kept, or if the gradients do not match the parameters.
+        `update`, if ``value`` is missing or no real scalar, if ``prev_update`` is
+        missing where it is not kept, or if the gradients do not match the parameters.
 
     >>> import jax.numpy as jnp
     >>> import nlcg_optax
@@ -115,7 +115,7 @@ def scale_by_loss_feedback(
     _check.number("period", period, minimum=1, integer=True)
     _check.number("threshold", threshold, minimum=0, exclusive=True)
 
-    def init_fn(params: optax.Params) -> LossFeedbackState:
+    def init_fn(params: optax.Params) -> Any:
         dtype = _tree.scalar_dtype(params)
         return LossFeedbackState(
             count=jnp.zeros([], jnp.int32),

@@ -126,6 +126,9 @@ OPTIMIZERS = {
         step_rule="online",
         axis_name=axis,
     ),
+    "nlcg-small": lambda axis: nlcg_optax.nlcg(
+        0.05, displacement="direction", track_cosine=False, axis_name=axis
+    ),
     "lars": lambda axis: optax.chain(
         nlcg_optax.scale_by_lars(0.5, axis_name=axis),
         nlcg_optax.nlcg_paper(0.05, preconditioner=None, axis_name=axis),

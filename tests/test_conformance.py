@@ -62,6 +62,10 @@ FACTORIES = {
             "step_rule": None,
         },
     ),
+    "nlcg-small": (
+        nlcg,
+        {"learning_rate": 0.1, "displacement": "direction", "track_cosine": False},
+    ),
     "nlcg-rms": (
         nlcg_paper,
         {"learning_rate": 0.1, "preconditioner": optax.scale_by_rms()},
@@ -668,6 +672,8 @@ def test_public_states_are_documented():
     for kind in (
         nlcg_optax.ConjugateDirectionState,
         nlcg_optax.DiagonalBfgsState,
+        nlcg_optax.Displacement,
+        nlcg_optax.DisplacementState,
         nlcg_optax.HagerZhangLinesearchInfo,
         nlcg_optax.HagerZhangLinesearchState,
         nlcg_optax.IterationInfo,

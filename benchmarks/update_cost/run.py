@@ -9,13 +9,14 @@ flat leaf as large as ResNet-50; with float32 throughout, and with bfloat16 para
 and gradients beside a float32 state. All optimizers of a tree take turns in one
 process; times are medians over the rounds, ratios medians of the rounds' ratios.
 
-Roofline: the bytes that a step must move (`MUST_MOVE`, derived in `docs/cost.md`) over
-the bandwidth of a donated copy measured in the same rounds. "kernels" and "bytes
-accessed" (XLA's own estimate, which takes every kernel's operands as read from memory)
-are read off the compiled program.
+Roofline: the bytes that a step must move (by the accesses of `OPTIMIZERS`, derived in
+`docs/cost.md`) at the bandwidth measured in the same rounds: that of a copy into a
+buffer that is there, and that of an update in place (which on a CPU is faster: nothing
+is read that is only written). "kernels" and "bytes accessed" (XLA's own estimate, which
+takes every kernel's operands as read from memory) are read off the compiled program.
 
-Every case is a line of `<output>.jsonl` beside this file, written anew by each run;
-`<output>.md` and `<output>.png` show them.
+Every case is a line of `<output>.jsonl` beside this file, in place of what was there of
+its tree and dtype; `<output>.md` and `<output>.png` show them.
 """
 
 import argparse
@@ -74,14 +75,29 @@ OPTIMIZERS = {
     # The norm of the update stands between the moments and the parameters.
     "lamb": Case(lambda _: optax.lamb(RATE), (3, 1, 6)),
     "lbfgs(10)": Case(lambda _: optax.lbfgs(RATE, 10, linesearch=None), None),
-    "nlcg": ours(),
-    "nlcg, no cosine": ours(track_cosine=False),
-    "nlcg, no cosine, no step rule": ours(track_cosine=False, step_rule=None),
-    "nlcg, s from the direction": ours(track_cosine=False, displacement="direction"),
-    "nlcg, s from the direction, no step rule": ours(
-        track_cosine=False, displacement="direction", step_rule=None
+    "nlcg": ours((7, 2, 10)),
+    "nlcg, no cosine": ours((7, 2, 9), track_cosine=False),
+    "nlcg, no cosine, no step rule": ours(
+        (7, 2, 9), track_cosine=False, step_rule=None
     ),
-    "nlcg, rms": ours(track_cosine=False, preconditioner=optax.scale_by_rms()),
+    "nlcg, s from direction": ours(
+        (2, 2, 9), track_cosine=False, displacement="direction"
+    ),
+    "nlcg, s from direction, no step rule": ours(
+        (2, 2, 9), track_cosine=False, displacement="direction", step_rule=None
+    ),
+    "nlcg, s from direction, bfloat16 history": ours(
+        track_cosine=False, displacement="direction", state_dtype=jnp.bfloat16
+    ),
+    "nlcg, rms": ours(
+        (2, 2, 5), track_cosine=False, preconditioner=optax.scale_by_rms()
+    ),
+    "nlcg, rms, no step rule": ours(
+        (2, 2, 5),
+        track_cosine=False,
+        preconditioner=optax.scale_by_rms(),
+        step_rule=None,
+    ),
 }
 
 
@@ -127,8 +143,14 @@ def tiny() -> Any:
 
 
 TREES = {f.__name__: f for f in (resnet50, transformer, flat, tiny)}
-# Its state is 22 arrays as large as the tree, twice that while it is made.
-LEFT_OUT = {("transformer", "lbfgs(10)")}
+# What does not fit into 20 GB beside the rest, all of which are there at once.
+LEFT_OUT = {
+    ("transformer", "lbfgs(10)"),
+    ("transformer", "nlcg, no cosine, no step rule"),
+    ("transformer", "nlcg, s from direction"),
+    ("transformer", "nlcg, s from direction, bfloat16 history"),
+    ("transformer", "nlcg, rms"),
+}
 
 
 def fill(shapes: Any, dtype: Any, scale: float, seed: int) -> Any:
@@ -208,14 +230,14 @@ def compile_step(case: Case, tx: Any, params: Any, grads: Any, loss: Any):
     return compiled, traced - start, time.perf_counter() - traced
 
 
-def copy_subject(grads: Any) -> Subject:
-    """A copy into a buffer that is there: what the roofline is measured by."""
+def memory_subject(grads: Any, in_place: bool) -> Subject:
+    """Reads and writes the tree once: what the roofline is taken from."""
 
-    def copy(target, state, source, loss):
-        del target, state, loss
-        return jax.tree.map(lambda x: -x, source), ()
+    def touch(target, state, source, loss):
+        del state, loss
+        return jax.tree.map(lambda x: -x, target if in_place else source), ()
 
-    jitted = jax.jit(copy, donate_argnums=0, keep_unused=True)
+    jitted = jax.jit(touch, donate_argnums=0, keep_unused=True)
     target = jax.tree.map(jnp.copy, grads)
     compiled = jitted.lower(target, (), grads, jnp.float32(0)).compile()
     return Subject(compiled, target, ())
@@ -227,18 +249,20 @@ def measure(tree: str, dtype: str, names: list[str], rounds: int) -> list[dict]:
     params = fill(shapes, kind, 0.1, 0)
     size = sum(x.size for x in jax.tree.leaves(params))
     loss = jnp.float32(1.0)
-    subjects, rows = {"copy": copy_subject(grads[0])}, []
+    subjects = {
+        "copy": memory_subject(grads[0], in_place=False),
+        "in_place": memory_subject(grads[0], in_place=True),
+    }
+    rows = []
     for name in names:
         if (tree, name) in LEFT_OUT:
             continue
         case = OPTIMIZERS[name]
         tx = case.make(None if dtype == "float32" else jnp.float32)
-        # Twice, of which the shorter counts: the first one initializes things.
-        (compiled, trace_s, compile_s), again = (
-            compile_step(case, tx, params, grads[0], loss) for _ in range(2)
-        )
-        trace_s, compile_s = min(trace_s, again[1]), min(compile_s, again[2])
-        del again
+        # A small one before: the first one of all initializes things.
+        small = fill(tiny(), kind, 1.0, 0)
+        compile_step(case, tx, small, small, loss)
+        compiled, trace_s, compile_s = compile_step(case, tx, params, grads[0], loss)
         state = jax.jit(lambda p, case=case, tx=tx: init(case, tx, p))(params)
         cost = compiled.cost_analysis() or {}
         row = {
@@ -269,16 +293,18 @@ def measure(tree: str, dtype: str, names: list[str], rounds: int) -> list[dict]:
     adamw = subjects["adamw"].seconds if "adamw" in subjects else None
     for row in rows:
         seconds = subjects[row["optimizer"]].seconds
-        copies = subjects["copy"].seconds
         row["seconds"] = statistics.median(seconds)
-        row["copy_bandwidth"] = copied / statistics.median(copies)
         if adamw:
             pairs = zip(seconds, adamw, strict=True)
             row["ratio_to_adamw"] = statistics.median(a / b for a, b in pairs)
-        if "must_move" in row:
-            bound = [row["must_move"] * c / copied for c in copies]
-            pairs = zip(bound, seconds, strict=True)
-            row["roofline"] = statistics.median(b / s for b, s in pairs)
+        for kind_of_pass in ("copy", "in_place"):
+            passes = subjects[kind_of_pass].seconds
+            row[f"{kind_of_pass}_bandwidth"] = copied / statistics.median(passes)
+            if "must_move" in row:
+                row[f"roofline_{kind_of_pass}"] = statistics.median(
+                    row["must_move"] / copied * p / s
+                    for p, s in zip(passes, seconds, strict=True)
+                )
     return rows
 
 
@@ -306,14 +332,16 @@ def table(rows: list[dict]) -> list[str]:
         one = group[0]
         base = next((r for r in group if r["optimizer"] == "adamw"), None)
         lines += [
-            f"**{tree}**, {one['leaves']} leaves, {one['parameters'] / 1e6:.1f} million "
-            f"parameters, {dtype} parameters, float32 state; a copy moves "
-            f"{one['copy_bandwidth'] / 1e9:.1f} GB/s",
+            f"**{tree}**, {one['leaves']} leaves, {one['parameters'] / 1e6:.1f} "
+            f"million parameters, {dtype} parameters, float32 state; a copy moves "
+            f"{one['copy_bandwidth'] / 1e9:.1f} GB/s, an update in place "
+            f"{one['in_place_bandwidth'] / 1e9:.1f} GB/s",
             "",
-            "| optimizer | ms | × AdamW | of the roofline | GB accessed | kernels | "
+            "| optimizer | ms | × AdamW | roofline by copy | in place | GB accessed "
+            "| kernels | "
             "state, bytes/parameter | temporary MB | trace s | compile s | "
             "both × AdamW |",
-            "|---|" + "---:|" * 10,
+            "|---|" + "---:|" * 11,
         ]
         for r in group:
             total = r["trace_s"] + r["compile_s"]
@@ -322,9 +350,13 @@ def table(rows: list[dict]) -> list[str]:
                 ratio = f"{r['ratio_to_adamw']:.2f}"
             else:
                 times = ratio = "–"
-            roofline = f"{r['roofline']:.0%}" if "roofline" in r else "–"
+            rooflines = [
+                f"{r[key]:.0%}" if key in r else "–"
+                for key in ("roofline_copy", "roofline_in_place")
+            ]
             lines.append(
-                f"| {r['optimizer']} | {1e3 * r['seconds']:.1f} | {ratio} | {roofline} "
+                f"| {r['optimizer']} | {1e3 * r['seconds']:.1f} | {ratio} "
+                f"| {' | '.join(rooflines)} "
                 f"| {r['bytes_accessed'] / 1e9:.2f} | {r['kernels']} "
                 f"| {r['state_bytes_per_parameter']:.1f} "
                 f"| {r['temporary_bytes'] / 1e6:.0f} "
@@ -349,6 +381,10 @@ def figure(rows: list[dict], path: pathlib.Path) -> None:
         group = {
             r["optimizer"]: r for r in rows if (r["tree"], r["dtype"]) == (tree, dtype)
         }
+        # L-BFGS would make the rest too small to see.
+        shown = [r["seconds"] for name, r in group.items() if "lbfgs" not in name]
+        limit = 1.15 * 1e3 * max(shown)
+        ax.set_xlim(0, limit)
         for y, name in enumerate(names):
             if name not in group:
                 ax.text(0, y, " not run", va="center", color="gray", fontsize=8)
@@ -356,8 +392,11 @@ def figure(rows: list[dict], path: pathlib.Path) -> None:
             r = group[name]
             color = "C1" if name.startswith("nlcg") else "C0"
             ax.barh(y, 1e3 * r["seconds"], color=color)
+            if 1e3 * r["seconds"] > limit:
+                text = f"{1e3 * r['seconds']:,.0f} "
+                ax.text(limit, y, text, va="center", ha="right", fontsize=8)
             if "must_move" in r:
-                bound = 1e3 * r["must_move"] / r["copy_bandwidth"]
+                bound = 1e3 * r["must_move"] / r["in_place_bandwidth"]
                 ax.plot([bound] * 2, [y - 0.4, y + 0.4], color="black", lw=2)
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.set_ylim(len(names) - 0.5, -0.5)
@@ -365,7 +404,7 @@ def figure(rows: list[dict], path: pathlib.Path) -> None:
         ax.set_title(f"{tree}, {dtype}", fontsize=9)
     fig.suptitle(
         "Median time of update + apply_updates; black: bytes that must move, "
-        "at the speed of a copy",
+        "at the speed of an update in place",
         fontsize=9,
     )
     fig.tight_layout()
@@ -377,21 +416,24 @@ def main() -> None:
     parser.add_argument("--trees", default="resnet50,transformer,flat")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--optimizers", default=";".join(OPTIMIZERS))
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", default="results")
     args = parser.parse_args()
-    rows = []
+    path, facts, names = HERE / f"{args.output}.jsonl", versions(), args.optimizers
+    rows = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
     for tree in args.trees.split(","):
         for dtype in args.dtypes.split(","):
-            rows += measure(tree, dtype, args.optimizers.split(";"), args.rounds)
+            new = measure(tree, dtype, names.split(";"), args.rounds)
+            print("\n".join(table(new)), flush=True)
+            rows = [r for r in rows if (r["tree"], r["dtype"]) != (tree, dtype)]
+            rows += [row | facts for row in new]
+            text = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            path.write_text("".join(text))
             gc.collect()
-            print(
-                "\n".join(table(rows[-len(args.optimizers.split(";")) :])), flush=True
-            )
-    facts = versions()
-    with (HERE / f"{args.output}.jsonl").open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row | facts, ensure_ascii=False) + "\n")
     lines = table(rows)
     lines.append(
         f"{args.rounds} rounds. Python {facts['python']}, jax {facts['jax']}, jaxlib "

@@ -1,0 +1,85 @@
+"""What the options that save memory do to training: the default config, three seeds.
+
+    taskset -c 1 python benchmarks/update_cost/history.py    # about 4 minutes
+
+Digits, ResNet-8, full batch, 60 steps, the rate of the config: the paper's optimizer
+with its whole state, with history in bfloat16, and with the displacement taken from
+the direction. Writes `history.md` beside this file.
+"""
+
+import pathlib
+import platform
+import statistics
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import nlcg_optax
+from nlcg_optax.training import loop, optimizers
+from nlcg_optax.training.config import apply_overrides, load_config
+
+HERE = pathlib.Path(__file__).resolve().parent
+CONFIG = HERE.parents[1] / "configs" / "digits_resnet8.py"
+SEEDS = (0, 1, 2)
+PAPER = {
+    "beta_rule": "fletcher_reeves",
+    "preconditioner": "diagonal_bfgs",
+    "step_rule": "step",
+    "beta_bounds": (0.0, 0.9),
+}
+OPTIONS = {
+    "float32 history": {},
+    "bfloat16 history": {"state_dtype": jnp.bfloat16},
+    "s from the direction": {"displacement": "direction"},
+    "s from the direction, bfloat16 history": {
+        "displacement": "direction",
+        "state_dtype": jnp.bfloat16,
+    },
+}
+
+
+def run(options: dict, seed: int) -> tuple[dict, float, float]:
+    """Metrics of the test split, of the last training step, and bytes of the state."""
+    optimizers.OPTIMIZERS["nlcg"] = lambda config, rate: nlcg_optax.nlcg(
+        rate, **PAPER | options
+    )
+    config = load_config(CONFIG)
+    apply_overrides(config, [f"seed={seed}", "eval_every_epochs=60"])
+    apply_overrides(config, ["optimizer.name=nlcg", "checkpoint_every_epochs=60"])
+    with tempfile.TemporaryDirectory() as workdir:
+        result = loop.train_and_evaluate(config, workdir)
+    arrays = [x for x in jax.tree.leaves(result.state.opt_state) if x.ndim]
+    size = sum(x.size for x in jax.tree.leaves(result.state.params))
+    skipped = nlcg_optax.diagnostics(result.state.opt_state)["skipped_curvature"]
+    return result.metrics["test"], sum(x.nbytes for x in arrays) / size, float(skipped)
+
+
+def main() -> None:
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    lines = [f"| state | bytes/parameter | {seeds} | mean | test loss | skipped |"]
+    lines.append("|---" * (len(SEEDS) + 5) + "|")
+    for name, options in OPTIONS.items():
+        cells = [run(options, seed) for seed in SEEDS]
+        accuracies = [metrics["accuracy"] for metrics, *_ in cells]
+        columns = [f"{x:.4f}" for x in (*accuracies, statistics.mean(accuracies))]
+        loss = statistics.mean(metrics["loss"] for metrics, *_ in cells)
+        skipped = statistics.mean(count for *_, count in cells)
+        lines.append(
+            f"| {name} | {cells[0][1]:.0f} | {' | '.join(columns)} | {loss:.4f} "
+            f"| {skipped:.1f} |"
+        )
+        print(lines[-1], flush=True)
+    lines += [
+        "",
+        "Test accuracy after 60 steps; skipped: curvature updates skipped, of 60. "
+        f"`taskset -c 1 python benchmarks/update_cost/history.py`; Python "
+        f"{platform.python_version()}, jax {jax.__version__}, optax "
+        f"{optax.__version__}, device: {jax.devices()[0].device_kind}, 1 core.",
+    ]
+    (HERE / "history.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
