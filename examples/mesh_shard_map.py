@@ -31,8 +31,9 @@ def train(name, min_size):
         return P(*[None] * axis, "data")
 
     # The axis makes inner products global over the sharded leaves; those that are
-    # replicated count once. With replicated leaves alone it changes nothing.
-    tx = nlcg_optax.nlcg(learning_rate=0.3, axis_name="data")
+    # replicated count once. With replicated leaves alone it changes nothing. (`nlcg`
+    # itself orthogonalizes, for which every device needs whole matrices.)
+    tx = nlcg_optax.nlcg_paper(learning_rate=0.3, axis_name="data")
 
     def init():
         params = digits_mlp.init()

@@ -85,7 +85,7 @@ def nlcg(
         trees are sharded; None where they are whole, as they are under `jit`. In a
         `shard_map` that checks types (``check_vma=True``, its default) some leaves may
         be replicated; elsewhere *every* leaf counts as sharded. Orthogonalization needs
-        whole matrices: with an axis choose another preconditioner.
+        whole matrices: over an axis it refuses sharded ones.
 
     Returns:
       An optimizer. Its `update` needs `params` for the diagonal of BFGS, and the
@@ -123,14 +123,6 @@ def nlcg(
             ("diagonal_bfgs", "orthogonalization"),
             ", a gradient transformation, or None",
         )
-    if preconditioner == "orthogonalization" and axis_name is not None:
-        raise ValueError(
-            f"axis_name={axis_name!r} says that leaves are sharded, but "
-            "orthogonalization needs whole matrices. Under `jit` with shardings, or "
-            "where every device holds the whole leaves, name no axis; in a `shard_map` "
-            "over sharded leaves pass preconditioner='diagonal_bfgs' (as `nlcg_paper` "
-            "has it)."
-        )
     if preconditioner == "diagonal_bfgs":
         preconditioner = _preconditioner.scale_by_diagonal_bfgs(
             epsilon,
@@ -144,7 +136,9 @@ def nlcg(
             "'diagonal_bfgs' takes one."
         )
     elif preconditioner == "orthogonalization":
-        preconditioner = _orthogonalization.scale_by_orthogonalization(epsilon=epsilon)
+        preconditioner = _orthogonalization.scale_by_orthogonalization(
+            epsilon=epsilon, axis_name=axis_name
+        )
     direction = _direction.scale_by_conjugate_direction(
         beta_rule,
         preconditioner,

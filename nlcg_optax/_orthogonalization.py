@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from nlcg_optax import _check, _tree
 
@@ -36,6 +38,7 @@ def scale_by_orthogonalization(
     *,
     iterations: int = 5,
     batch_axes: int = 0,
+    axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions each matrix of the gradient to (nearly) equal singular values.
 
@@ -72,16 +75,19 @@ def scale_by_orthogonalization(
       iterations: steps of the Newton–Schulz iteration.
       batch_axes: leading axes of every leaf that count layers (of a scan over layers),
         not rows.
+      axis_name: the mapped axis (or axes) of a `shard_map` over which leaves may be
+        sharded. Every device needs whole matrices, though: with an axis, a matrix that
+        is sharded over it is refused. (Under `jit` matrices may be sharded; name no
+        axis there, nor in a `pmap`.)
 
     Returns:
       A transformation. Updates keep the gradient's dtype; arithmetic is in float32 or
-      wider. Leaves may be sharded under `jit`; in a `shard_map` or `pmap` every device
-      needs the whole leaf. To precondition some leaves in another way, nest it in
-      ``optax.partition``.
+      wider. To precondition some leaves in another way, nest it in ``optax.partition``.
 
     Raises:
       ValueError: when built, for an argument out of range; in `update`, if the
-        gradients do not match the parameters that `init` saw.
+        gradients do not match the parameters that `init` saw, or a matrix is sharded
+        over `axis_name`.
 
     >>> import jax.numpy as jnp
     >>> import nlcg_optax
@@ -120,6 +126,9 @@ def scale_by_orthogonalization(
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
         _check_moments(updates, state.second_moment)
+        if axis_name is not None:
+            matrices = jax.tree.map(lambda g: g if is_matrix(g) else None, updates)
+            _check_whole(matrices, _tree.bound_axes(axis_name))
         count = optax.safe_increment(state.count)
 
         def new_moment(g, v):
@@ -150,11 +159,15 @@ def scale_by_orthogonalization(
 
 def _orthogonalize(g: jax.Array, batch_axes: int, iterations: int) -> jax.Array:
     """0.2 √max(m, n) times the polar factor of each of the matrices of a leaf."""
+    if g.size == 0:
+        return g
+    placed = jax.typeof(g).sharding
+    explicit = any(axis is not None for axis in placed.spec)
+    if explicit:  # explicit axes do not say how to multiply or reshape along them
+        g = jax.sharding.reshard(g, NamedSharding(placed.mesh, P()))
     batch, columns = g.shape[:batch_axes], g.shape[-1]
     rows = math.prod(g.shape[batch_axes:-1])
     x = g.reshape(*batch, rows, columns)
-    if x.size == 0:
-        return g
     # By the largest entry first: squares of very small or large ones leave the range.
     for norm in (jnp.max(jnp.abs(x), (-2, -1), keepdims=True), _frobenius_norm):
         norm = norm(x) if callable(norm) else norm
@@ -168,7 +181,8 @@ def _orthogonalize(g: jax.Array, batch_axes: int, iterations: int) -> jax.Array:
         else:
             gram = x.conj().mT @ x
             x = a * x + x @ (b * gram + c * gram @ gram)
-    return (0.2 * math.sqrt(max(rows, columns)) * x).reshape(g.shape)
+    x = (0.2 * math.sqrt(max(rows, columns)) * x).reshape(g.shape)
+    return jax.sharding.reshard(x, placed) if explicit else x
 
 
 def _frobenius_norm(x: jax.Array) -> jax.Array:
@@ -188,3 +202,19 @@ def _check_moments(updates: Any, moments: Any) -> None:
         ]
     expected = jax.tree.unflatten(structure, leaves)
     _tree.check_match(updates, expected, "the optimizer's state")
+
+
+def _check_whole(matrices: Any, axes: tuple[_tree.AxisName, ...]) -> None:
+    """Raises unless every device is known to hold a copy of all the leaves."""
+    tracked = _tree.tracked_axes(axes)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(matrices):
+        varying = _tree.varying_axes(leaf)
+        if parts := [axis for axis in axes if axis not in tracked - varying]:
+            names = ", ".join(map(repr, parts))
+            raise ValueError(
+                f"The gradient's leaf '{jax.tree_util.keystr(path)}' is sharded over "
+                f"{names} (or not known to be the same on all devices), but "
+                "orthogonalization needs whole matrices. Use `jit` with shardings, "
+                "where no axis is named; or another preconditioner, such as "
+                "'diagonal_bfgs'; or, where the leaves are whole, name no axis."
+            )

@@ -126,7 +126,7 @@ OPTIMIZERS = {
         step_rule="online",
         axis_name=axis,
     ),
-    "nlcg-small": lambda axis: nlcg_optax.nlcg(
+    "nlcg-small": lambda axis: nlcg_optax.nlcg_paper(
         0.05, displacement="direction", track_cosine=False, axis_name=axis
     ),
     "lars": lambda axis: optax.chain(
@@ -137,6 +137,11 @@ OPTIMIZERS = {
         nlcg_optax.scale_by_limited_memory_bfgs(3, axis_name=axis), optax.scale(-0.05)
     ),
 }
+
+
+# The default, whose matrices every device needs whole, but under `jit`.
+ORTHOGONALIZING = "nlcg-orthogonalization"
+OPTIMIZERS[ORTHOGONALIZING] = lambda axis: nlcg_optax.nlcg(0.05, axis_name=axis)
 
 
 def alone(tx):
@@ -228,7 +233,11 @@ def optimizer_alone():
     cases += [("nlcg", *layout, 8) for layout in UNCHECKED_LAYOUTS]
     cases.append(("nlcg", "jit explicit", through_explicit_jit, "mixed", 8))
     for name in OPTIMIZERS:
-        if name != "nlcg":
+        if name == ORTHOGONALIZING:
+            whole = [layout for layout in LAYOUTS if layout[2] == "replicated"]
+            cases += [(name, *layout, 8) for layout in (LAYOUTS[1], *whole)]
+            cases.append((name, "jit explicit", through_explicit_jit, "mixed", 8))
+        elif name != "nlcg":
             cases += [(name, *layout, 8) for layout in (LAYOUTS[1], LAYOUTS[5])]
     return {
         f"{name}, {door_name}, {layout}, {devices}": compare_alone(
@@ -243,7 +252,7 @@ def two_axes():
     mesh = make_mesh((2, 4), ("data", "fsdp"))
     specs = {"w": P(None, ("data", "fsdp")), "b": P(), "c": P("fsdp")}
     found = {}
-    for name in OPTIMIZERS:
+    for name in OPTIMIZERS.keys() - {ORTHOGONALIZING}:
         run = alone(OPTIMIZERS[name](("data", "fsdp")))
         in_specs, out_specs = specs_alone(
             specs, alone(OPTIMIZERS[name](None)), select(SHAPES)
@@ -556,6 +565,7 @@ COUNTED = {
         nlcg_optax.scale_by_lars(axis_name=axis),
         nlcg_optax.nlcg_paper(0.1, axis_name=axis),
     ),
+    ORTHOGONALIZING: lambda axis: nlcg_optax.nlcg(0.1, axis_name=axis),
 }
 # Kernels sharded, biases replicated.
 LAYERS = {
@@ -620,6 +630,8 @@ def communication():
         for door in ("jit", "shard_map"):
             for layout, specs in (("replicated", replicated), ("sharded", sharded)):
                 manual = door == "shard_map"
+                if manual and layout == "sharded" and name == ORTHOGONALIZING:
+                    continue
                 # The axis named is harmless where all is replicated: types know.
                 tx = optax.with_extra_args_support(make("fsdp" if manual else None))
                 state = jax.eval_shape(tx.init, params)
@@ -649,7 +661,7 @@ def communication():
                         (specs, states),
                         (params, state, params, loss),
                     )
-                if name in ("sgd", "nlcg"):
+                if name in ("sgd", "nlcg", ORTHOGONALIZING):
                     found[f"step, {key}"] = compiled(
                         door,
                         whole,
@@ -659,7 +671,7 @@ def communication():
                     )
 
     # pmap: replicated trees.
-    for name in ("sgd", "nlcg"):
+    for name in ("sgd", "nlcg", ORTHOGONALIZING):
         tx = optax.with_extra_args_support(COUNTED[name](None))
 
         def step(params, state, batch, tx=tx):

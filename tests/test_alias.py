@@ -188,11 +188,6 @@ def test_matrices_among_the_leaves_agree_with_oracle():
             np.testing.assert_allclose(updates[k], -0.1 * d[k], rtol=1e-9)
 
 
-def test_orthogonalization_is_refused_for_sharded_leaves():
-    with pytest.raises(ValueError, match="axis_name='data' says .*'diagonal_bfgs'"):
-        nlcg(0.1, axis_name="data")
-
-
 @pytest.mark.parametrize("step_rule", [None, "step", "online", optax.identity()])
 def test_it_takes_extra_arguments(step_rule):
     tx = nlcg_paper(0.1, step_rule=step_rule)

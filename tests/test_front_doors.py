@@ -65,11 +65,12 @@ def test_a_lost_sum_of_the_optimizer_alone_is_noticed(found):
     assert found["lost_sums"]["optimizer alone, shard_map unchecked"] > 1e-3
 
 
+@pytest.mark.parametrize("name", ["nlcg", "nlcg-orthogonalization"])
 @pytest.mark.parametrize("door", ["jit", "shard_map", "pmap"])
-def test_replicated_nlcg_communicates_as_sgd_does(found, door):
+def test_replicated_nlcg_communicates_as_sgd_does(found, door, name):
     communication = found["communication"]
     sgd, nlcg = (
-        communication[f"step, {name}, {door}, replicated"] for name in ("sgd", "nlcg")
+        communication[f"step, {name}, {door}, replicated"] for name in ("sgd", name)
     )
     # Kernels, biases and the loss: 64·128 + 128 + 128·16 + 16 + 1, in one all-reduce.
     assert sgd == {"all-reduce": [1, 10385, 0]}

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
 from nlcg_optax import scale_by_orthogonalization
@@ -165,3 +166,39 @@ def test_other_leaves_by_partition():
     update, _ = tx.update(g, tx.init(g))
     np.testing.assert_allclose(update["first"], np.sign(g["first"]), rtol=1e-6)
     np.testing.assert_allclose(update["second"], oracle.orthogonalize(g["second"]))
+
+
+def one_device(check_vma, spec):
+    """An update of a kernel and a bias in a `shard_map` over one device."""
+    mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
+    tx = scale_by_orthogonalization(axis_name="data")
+
+    def update(g):
+        return tx.update(g, tx.init(g))[0]
+
+    specs = {"kernel": spec, "bias": P("data")}
+    return jax.jit(
+        jax.shard_map(
+            update, mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=check_vma
+        )
+    )
+
+
+def test_whole_matrices_among_sharded_leaves():
+    g = {"kernel": normal((4, 3)), "bias": normal(4)}
+    update = one_device(True, P())(g)
+    np.testing.assert_allclose(
+        update["kernel"], oracle.orthogonalize(g["kernel"]), atol=1e-12
+    )
+    np.testing.assert_allclose(update["bias"], np.sign(g["bias"]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("check_vma", "spec"), [(True, P("data")), (True, P(None, "data")), (False, P())]
+)
+def test_sharded_matrices_are_refused(check_vma, spec):
+    g = {"kernel": normal((4, 3)), "bias": normal(4)}
+    with pytest.raises(ValueError, match="'kernel'.*sharded over 'data'"):
+        one_device(check_vma, spec)(g)
+    with pytest.raises(NameError, match="'data' is not bound"):
+        once(g, axis_name="data")

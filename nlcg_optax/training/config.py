@@ -25,7 +25,11 @@ class ConfigError(ValueError):
 
 
 def base_config() -> ConfigDict:
-    """All the fields there are, with their defaults (the paper's where it has one)."""
+    """All the fields there are, with their defaults.
+
+    They are the paper's where it has one, but for those of ``optimizer.nlcg``, which
+    are those of :func:`nlcg_optax.nlcg`.
+    """
     config: Any = _Group()
     config.seed = 0
 
@@ -71,10 +75,10 @@ def base_config() -> ConfigDict:
     config.optimizer.nlcg = _Group(
         dict(
             beta_rule="fletcher_reeves",
-            # diagonal_bfgs, orthogonalization, rms, adam, none
-            preconditioner="diagonal_bfgs",
+            # orthogonalization, diagonal_bfgs, rms, adam, none
+            preconditioner="orthogonalization",
             step_rule="step",  # step, online, none
-            beta_bounds=(0.0, 1.0),
+            beta_bounds=(0.0, 0.9),
             restart_on_ascent=False,
             period=5,
             threshold=1.0,
