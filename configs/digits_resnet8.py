@@ -20,9 +20,7 @@ def get_config():
     config.dataset.flip = False  # a mirrored digit is another sign
     config.batch_size = 1437
     config.num_epochs = 60.0
-    config.optimizer.learning_rate = 0.4
-    # The paper lets β reach 1, a memory longer than these 60 steps.
-    config.optimizer.nlcg.beta_bounds = (0.0, 0.9)
+    config.optimizer.learning_rate = 0.04
     config.schedule.name = "cosine"
     config.schedule.warmup_epochs = 5.0
     config.eval_every_epochs = 10.0

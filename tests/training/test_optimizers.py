@@ -91,7 +91,9 @@ def test_muon_orthogonalizes_kernels_as_matrices():
     np.testing.assert_allclose(updates["bias"], adam, 1e-3)
 
 
-@pytest.mark.parametrize("preconditioner", ["diagonal_bfgs", "rms", "adam", "none"])
+@pytest.mark.parametrize(
+    "preconditioner", ["orthogonalization", "diagonal_bfgs", "rms", "adam", "none"]
+)
 @pytest.mark.parametrize("step_rule", ["step", "online", "none"])
 def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):
     config = make_config(
@@ -104,7 +106,11 @@ def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):
     tx = optimizers.create_optimizer(config, optax.constant_schedule(0.5), True)
     params = jnp.array([1.0, 2.0])
     updates, _ = tx.update(params, tx.init(params), params, value=1.0)
-    expected = {"rms": [1 / 0.1**0.5] * 2, "adam": [1.0, 1.0]}
+    expected = {
+        "rms": [1 / 0.1**0.5] * 2,
+        "adam": [1.0, 1.0],
+        "orthogonalization": [1.0, 1.0],  # a vector is no matrix
+    }
     np.testing.assert_allclose(
         updates, -0.5 * np.array(expected.get(preconditioner, [1.0, 2.0])), rtol=1e-4
     )

@@ -144,7 +144,7 @@ def test_metrics_say_what_nlcg_did():
     state, first = step(state, batch())
     state, second = step(state, batch())
     assert first["beta"] == 0 and second["beta"] > 0
-    np.testing.assert_allclose(first["cosine"], 1, rtol=1e-5)
+    assert 0 < first["cosine"] < 1  # of the gradient and what orthogonalization makes
     assert first["step_size"] == first["learning_rate"] * first["base_step"]
 
 
