@@ -157,10 +157,9 @@ def expected_cells(rows: list[dict], next_cells: list[Cell], workload: Workload)
 
 
 class Phase(NamedTuple):
-    """Data on the device, and the evaluation of a state on what was held out of it."""
+    """Which images are trained on, and the evaluation of a state on others."""
 
-    images: jax.Array
-    labels: jax.Array
+    kept: np.ndarray
     evaluate: Any
 
 
@@ -176,27 +175,29 @@ class Trainer:
         forgetful = workload.config.copy_and_resolve_references()
         forgetful.model.batch_norm_momentum = 0.0
         self.forgetful_model = loop.create_model(forgetful, num_classes)
+        train = self.dataset.train
+        self.images, self.labels = jax.device_put((train.images, train.labels))
 
     @functools.cache  # noqa: B019
     def phase(self, name: str) -> Phase:
         dataset, train = self.dataset, self.dataset.train
+        kept = np.arange(len(train))
         if name == "tuning":
             kept, held_out = model_selection.train_test_split(
-                np.arange(len(train)),
+                kept,
                 test_size=VALIDATION_FRACTION,
                 stratify=train.labels,
                 random_state=self.workload.config.dataset.split_seed,
             )
-            splits = [
-                data.Split.from_arrays(train.images[i], train.labels[i])
-                for i in (kept, held_out)
-            ]
-            dataset = dataclasses.replace(dataset, train=splits[0], test=splits[1])
+            validation = data.Split.from_arrays(
+                train.images[held_out], train.labels[held_out]
+            )
+            dataset = dataclasses.replace(dataset, test=validation)
         evaluate = loop.make_evaluation(
             self.workload.config, dataset, self.model, self.mesh
         )
-        images, labels = jax.device_put((dataset.train.images, dataset.train.labels))
         normalize = steps.normalizer(self.workload.config)
+        images = self.images[kept]
 
         @jax.jit
         def calibrate(state: steps.TrainState, images: jax.Array) -> steps.TrainState:
@@ -211,20 +212,17 @@ class Trainer:
             )
             return state.replace(batch_stats=updated["batch_stats"])
 
-        return Phase(
-            images, labels, lambda state: evaluate(calibrate(state, images))["test"]
-        )
+        return Phase(kept, lambda state: evaluate(calibrate(state, images))["test"])
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
-    def compiled(self, optimizer: str, batch_size: int, phase: str) -> tuple:
+    def compiled(self, optimizer: str, batch_size: int) -> tuple:
         """Programs that make a state from a seed, and train it for a step.
 
         Learning rate, seed and data are their arguments: all cells share them.
         """
         config = self.workload.config.copy_and_resolve_references()
         apply_overrides(config, OPTIMIZERS[optimizer][0])
-        images, labels, _ = self.phase(phase)
-        config.batch_size = min(batch_size, len(labels))
+        config.batch_size = batch_size
 
         def create_optimizer(rate: Any) -> Any:
             return optimizers.create_optimizer(config, lambda _: rate, models.l2_mask)
@@ -258,29 +256,25 @@ class Trainer:
             jax.jit(train_step, donate_argnums=0)
             .lower(
                 init(zeros[1]),
-                self.indices(0, config, 0, labels),
-                images,
-                labels,
+                np.zeros(batch_size, np.int32),
+                self.images,
+                self.labels,
                 *zeros,
             )
             .compile()
         )
         return config, init, train_step, time.monotonic() - start
 
-    @staticmethod
-    def indices(step: int, config: Any, seed: int, labels: jax.Array) -> np.ndarray:
-        return data.batch_indices(step, config.batch_size, len(labels), seed)
-
     def run(self, optimizer: str, batch_size: int, cell: Cell) -> dict:
         """Trains one cell; its row."""
-        images, labels, evaluate = self.phase(cell.phase)
-        compiled = self.compiled(optimizer, batch_size, cell.phase)
+        kept, evaluate = self.phase(cell.phase)
+        compiled = self.compiled(optimizer, min(batch_size, len(kept)))
         config, init, train_step, compile_seconds = compiled
         start = time.monotonic()
         config = config.copy_and_resolve_references()
         apply_overrides(config, self.workload.schedules[cell.schedule])
         config.optimizer.learning_rate = cell.learning_rate
-        steps_per_epoch = len(labels) / config.batch_size
+        steps_per_epoch = len(kept) / config.batch_size
         num_steps = round(config.num_epochs * steps_per_epoch)
         schedule = optimizers.create_schedule(config, steps_per_epoch)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)), np.float32)
@@ -288,9 +282,15 @@ class Trainer:
         state = init(np.int32(cell.seed))
         losses: list[Any] = []
         for step in range(num_steps):
-            indices = self.indices(step, config, cell.seed, labels)
+            places = data.batch_indices(step, config.batch_size, len(kept), cell.seed)
+            indices = kept[places].astype(np.int32)
             state, loss = train_step(
-                state, indices, images, labels, rates[step], np.int32(cell.seed)
+                state,
+                indices,
+                self.images,
+                self.labels,
+                rates[step],
+                np.int32(cell.seed),
             )
             losses.append(loss)
             # That of the step before, so that the device need not wait.
