@@ -116,6 +116,11 @@ def nlcg(
     if not callable(learning_rate):
         _check.number("learning_rate", learning_rate)
     _check.one_of("displacement", displacement, ("params", "direction"))
+    if displacement != "params" and preconditioner != "diagonal_bfgs":
+        raise ValueError(
+            f"displacement={displacement!r} is not valid: only the preconditioner "
+            "'diagonal_bfgs' takes one."
+        )
     if isinstance(preconditioner, str):
         _check.one_of(
             "preconditioner",
@@ -123,22 +128,17 @@ def nlcg(
             ("diagonal_bfgs", "orthogonalization"),
             ", a gradient transformation, or None",
         )
-    if preconditioner == "diagonal_bfgs":
-        preconditioner = _preconditioner.scale_by_diagonal_bfgs(
-            epsilon,
-            displacement="params" if displacement == "params" else "given",
-            state_dtype=state_dtype,
-            axis_name=axis_name,
-        )
-    elif displacement != "params":
-        raise ValueError(
-            f"displacement={displacement!r} is not valid: only the preconditioner "
-            "'diagonal_bfgs' takes one."
-        )
-    elif preconditioner == "orthogonalization":
-        preconditioner = _orthogonalization.scale_by_orthogonalization(
-            epsilon=epsilon, axis_name=axis_name
-        )
+        if preconditioner == "orthogonalization":
+            preconditioner = _orthogonalization.scale_by_orthogonalization(
+                epsilon=epsilon, axis_name=axis_name
+            )
+        else:
+            preconditioner = _preconditioner.scale_by_diagonal_bfgs(
+                epsilon,
+                displacement="params" if displacement == "params" else "given",
+                state_dtype=state_dtype,
+                axis_name=axis_name,
+            )
     direction = _direction.scale_by_conjugate_direction(
         beta_rule,
         preconditioner,

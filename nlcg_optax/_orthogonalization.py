@@ -145,7 +145,7 @@ def scale_by_orthogonalization(
             if is_matrix(g):
                 return _orthogonalize(x, batch_axes, iterations).astype(g.dtype)
             base = _tree.real_scalar(decay, v.dtype)
-            correction = 1 - base ** count.astype(v.dtype)
+            correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
             root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
             # A gradient that was never other than zero stays zero, whatever ε is.
             safe = jnp.where(root == 0, 1, root)

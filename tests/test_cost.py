@@ -14,7 +14,7 @@ from oracle import Oracle
 from problems import NonConvex, record, relative_errors, replay
 
 import nlcg_optax
-from nlcg_optax import nlcg, scale_by_diagonal_bfgs, scale_by_loss_feedback
+from nlcg_optax import nlcg, nlcg_paper, scale_by_diagonal_bfgs, scale_by_loss_feedback
 from nlcg_optax._tree import after, compute_once
 
 SIZE = 1 << 18
@@ -49,12 +49,25 @@ def compiled(tx, shapes):
 )
 def test_arrays_kept(options, arrays, bfloat16_bytes):
     params = jax.ShapeDtypeStruct((SIZE,), jnp.float32)
-    state = jax.eval_shape(nlcg(0.1, **options).init, params)
+    state = jax.eval_shape(nlcg_paper(0.1, **options).init, params)
     kept = [x for x in jax.tree.leaves(state) if x.shape == (SIZE,)]
     assert len(kept) == arrays
-    tx = nlcg(0.1, state_dtype=jnp.bfloat16, **options)
+    tx = nlcg_paper(0.1, state_dtype=jnp.bfloat16, **options)
     kept = [x for x in jax.tree.leaves(jax.eval_shape(tx.init, params)) if x.ndim]
     assert sum(x.size * x.dtype.itemsize for x in kept) == bfloat16_bytes * SIZE
+
+
+def test_the_default_keeps_the_direction_alone():
+    shapes = {"kernel": (64, 32), "bias": (32,)}
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    kept = [x.shape for x in jax.tree.leaves(jax.eval_shape(nlcg(0.1).init, params))]
+    assert kept.count((64, 32)) == 1
+    assert kept.count((32,)) == 2  # and the second moment of what is no matrix
+    assert sum(shape == () for shape in kept) == len(kept) - 3
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_arrays_kept(options, arrays, bfloat16_bytes):
     ids=repr,
 )
 def test_only_the_inner_products_that_are_needed(options, sums):
-    tx = nlcg(0.1, **options)
+    tx = nlcg_paper(0.1, **options)
     x = jax.ShapeDtypeStruct((SIZE,), jnp.float32)
     state = jax.eval_shape(tx.init, x)
     program = jax.jit(tx.update).lower(x, state, x, value=1.0).as_text()
@@ -93,7 +106,7 @@ BOUNDS = [
 def test_bytes_of_the_compiled_program(options, accesses, temporaries):
     if jax.default_backend() != "cpu":
         pytest.skip("XLA's fusions, and its estimates, are another backend's")
-    _, program = compiled(nlcg(0.1, **options), [(SIZE,)])
+    _, program = compiled(nlcg_paper(0.1, **options), [(SIZE,)])
     cost = program.cost_analysis()
     assert cost["bytes accessed"] <= accesses * 4 * SIZE
     # Nothing is copied before it is overwritten (but by the step rule, which takes back
@@ -103,7 +116,7 @@ def test_bytes_of_the_compiled_program(options, accesses, temporaries):
 
 
 def test_the_program_grows_with_the_leaves_and_not_with_their_square():
-    tx = nlcg(0.1, track_cosine=False)
+    tx = nlcg_paper(0.1, track_cosine=False)
     few, many = (
         compiled(tx, [(8 + i,) for i in range(n)])[1].as_text().count(" add(")
         for n in (5, 20)
@@ -115,7 +128,7 @@ def test_the_program_grows_with_the_leaves_and_not_with_their_square():
 
 @pytest.mark.parametrize("options", [options for options, *_ in BOUNDS], ids=repr)
 def test_one_program_and_nothing_from_the_host(options):
-    tx = nlcg(optax.linear_schedule(0.1, 0.0, 10), **options)
+    tx = nlcg_paper(optax.linear_schedule(0.1, 0.0, 10), **options)
     traces = []
 
     @jax.jit
@@ -170,7 +183,7 @@ def test_the_rate_and_the_base_step_are_in_the_displacement(x64):
     curvature = jnp.array([1.0, 2.0, 4.0])
 
     def run(displacement):
-        tx = nlcg(schedule, step_rule="online", displacement=displacement)
+        tx = nlcg_paper(schedule, step_rule="online", displacement=displacement)
         x = jnp.array([1.0, -2.0, 0.5])
         state, rows = tx.init(x), []
         for loss in losses:
@@ -255,7 +268,7 @@ def test_what_is_not_passed_is_asked_for():
         {"displacement": "direction", "step_rule": optax.identity()},
     ):
         with pytest.raises(ValueError, match="displacement="):
-            nlcg(0.1, **options)
+            nlcg_paper(0.1, **options)
 
 
 # --- What tells XLA the order -------------------------------------------------------
