@@ -52,7 +52,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     >>> import jax.numpy as jnp
     >>> import optax
     >>> import nlcg_optax
-    >>> tx = optax.chain(optax.clip(1.0), nlcg_optax.nlcg(0.1))
+    >>> tx = optax.chain(optax.clip(1.0), nlcg_optax.nlcg_paper(0.1))
     >>> x = jnp.array([0.3, 0.4])
     >>> state = tx.init(x)
     >>> for loss in (0.5, 0.4):

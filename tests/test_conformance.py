@@ -63,7 +63,7 @@ FACTORIES = {
         },
     ),
     "nlcg-small": (
-        nlcg,
+        nlcg_paper,
         {"learning_rate": 0.1, "displacement": "direction", "track_cosine": False},
     ),
     "nlcg-rms": (

@@ -86,7 +86,7 @@ def train(*args, **options):
         whole = sum(x.nbytes for x in jax.tree.leaves(state))
         here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
         # Of the parameters, and of at least one array of the optimizer like them.
-        assert len(split) >= 2 * 6, len(split)
+        assert len(split) >= 2 * 4, len(split)
         assert here < 1.3 * whole / config.mesh.fsdp, (here, whole)
     evaluate = loop.make_evaluation(config, DATASET, model, mesh)
     return jax.device_get((state.params, state.batch_stats)), evaluate(state), metrics

@@ -117,7 +117,12 @@ def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):
 
 
 def test_layerwise_coefficient_scales_the_gradient_first():
-    config = make_config(**{"optimizer.layerwise_coefficient": 0.01})
+    config = make_config(
+        **{
+            "optimizer.layerwise_coefficient": 0.01,
+            "optimizer.nlcg.preconditioner": "none",
+        }
+    )
     tx = optimizers.create_optimizer(config, optax.constant_schedule(1.0), True)
     params, grads = jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])
     updates, _ = tx.update(grads, tx.init(params), params, value=1.0)
