@@ -383,8 +383,10 @@ def figure(rows: list[dict], path: pathlib.Path) -> None:
         group = {
             r["optimizer"]: r for r in rows if (r["tree"], r["dtype"]) == (tree, dtype)
         }
-        # L-BFGS would make the rest too small to see.
-        shown = [r["seconds"] for name, r in group.items() if "lbfgs" not in name]
+        # L-BFGS and products of matrices would make the rest too small to see.
+        shown = [
+            r["seconds"] for r in group.values() if r.get("ratio_to_adamw", 1) < 12
+        ]
         limit = 1.15 * 1e3 * max(shown)
         ax.set_xlim(0, limit)
         for y, name in enumerate(names):
@@ -432,14 +434,16 @@ def main() -> None:
             new = measure(tree, dtype, names.split(";"), args.rounds)
             print("\n".join(table(new)), flush=True)
             rows = [r for r in rows if (r["tree"], r["dtype"]) != (tree, dtype)]
-            rows += [row | facts for row in new]
+            rows += [row | facts | {"rounds": args.rounds} for row in new]
             text = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             path.write_text("".join(text))
             gc.collect()
     lines = table(rows)
+    rounds = sorted({row.get("rounds", args.rounds) for row in rows})
     lines.append(
-        f"{args.rounds} rounds. Python {facts['python']}, jax {facts['jax']}, jaxlib "
-        f"{facts['jaxlib']}, optax {facts['optax']}; device: {facts['device']}, "
+        f"{' or '.join(map(str, rounds))} rounds. Python {facts['python']}, "
+        f"jax {facts['jax']}, jaxlib {facts['jaxlib']}, optax {facts['optax']}; "
+        f"device: {facts['device']}, "
         f"{facts['cores']} core(s)."
     )
     (HERE / f"{args.output}.md").write_text("\n".join(lines) + "\n")
