@@ -44,15 +44,16 @@ def nlcg(
         d_t = -M_t^{-1} g_t + \beta_t d_{t-1}, \qquad
         x_{t+1} = x_t + \alpha_t b_t \tilde d_t .
 
-    The method is that of arXiv:1812.02886. Two defaults are not, because they train
-    better at every batch size that was measured (``benchmarks/large_batch``): the
-    preconditioner orthogonalizes each matrix of the gradient, where the paper's is the
-    diagonal of BFGS, and β is clipped to 0.9 rather than 1.
+    The method is that of arXiv:1812.02886. Two defaults are not, because with them it
+    trains as well on small batches and better on large ones
+    (``benchmarks/large_batch``): the preconditioner orthogonalizes each matrix of the
+    gradient, where the paper's is the diagonal of BFGS, and β is clipped to 0.9 rather
+    than 1.
     :func:`~nlcg_optax.nlcg_paper` is the paper's configuration, exactly.
 
     One step moves a matrix of full rank by a root mean square of
-    :math:`0.2 \alpha`, and up to ten times that where directions agree (β = 0.9); 0.02
-    to 0.08 are learning rates to try first.
+    :math:`0.2 \alpha`, and up to ten times that where directions agree (β = 0.9); 0.01
+    to 0.04 are learning rates to try first.
 
     As parts of one optimizer they share the previous direction, of which the chain of
     the three has two copies. (So after a loss that is not finite, part of the direction
