@@ -112,7 +112,10 @@ def section(name: str, rows: Rows) -> list[str]:
         if any(row["diverged"] for row in tested(of_group)):
             return "diverged"
         found = accuracy(of_group)
-        return f"{100 * found[0]:.2f} ± {100 * found[1]:.2f}" if found else "–"
+        if found is None:
+            return "–"
+        error = "(one seed)" if math.isnan(found[1]) else f"± {100 * found[1]:.2f}"
+        return f"{100 * found[0]:.2f} {error}"
 
     def setting_cell(of_group: Rows, size: int) -> str:
         chosen = tested(of_group)[:1]
