@@ -22,6 +22,7 @@ def get_config():
     config.optimizer.name = "nlcg"
     config.optimizer.nlcg.preconditioner = "diagonal_bfgs"  # as `nlcg_paper`
     config.optimizer.nlcg.beta_bounds = (0.0, 1.0)
+    config.optimizer.nlcg.nesterov = False
     # The paper's maximal rate: 0.8 at batch 2,048, 1.6 at 4,096.
     config.optimizer.learning_rate = 1.6
     config.schedule.name = "step"

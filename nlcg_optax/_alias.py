@@ -26,6 +26,7 @@ def nlcg(
     beta_bounds: tuple[float, float] = (0.0, 0.9),
     restart_on_ascent: bool = False,
     restart_every: int | None = None,
+    nesterov: bool | None = None,
     period: int = 5,
     threshold: float = 1.0,
     epsilon: float = 1e-8,
@@ -41,14 +42,14 @@ def nlcg(
     :func:`~nlcg_optax.scale_by_loss_feedback`, and the learning rate:
 
     .. math::
-        d_t = -M_t^{-1} g_t + \beta_t d_{t-1}, \qquad
-        x_{t+1} = x_t + \alpha_t b_t \tilde d_t .
+        d_t = -z_t + \beta_t d_{t-1}, \qquad z_t = M_t^{-1} g_t, \qquad
+        x_{t+1} = x_t + \alpha_t b_t (-z_t + \beta_t d_t) .
 
-    The method is that of arXiv:1812.02886. Two defaults are not, because with them it
+    The method is that of arXiv:1812.02886. Three defaults are not, because with them it
     trains as well on small batches and better on large ones
     (``benchmarks/large_batch``): the preconditioner orthogonalizes each matrix of the
-    gradient, where the paper's is the diagonal of BFGS, and β is clipped to 0.9 rather
-    than 1.
+    gradient, where the paper's is the diagonal of BFGS; β is clipped to 0.9 rather than
+    1; and the step looks ahead along the direction by one more β (``nesterov``).
     :func:`~nlcg_optax.nlcg_paper` is the paper's configuration, exactly.
 
     One step moves a matrix of full rank by a root mean square of
@@ -71,6 +72,9 @@ def nlcg(
       beta_bounds: β is clipped to this closed interval.
       restart_on_ascent: restart where the direction does not descend.
       restart_every: restart every so many steps; None for never.
+      nesterov: whether the step goes along :math:`-z_t + \beta_t d_t`; None: yes,
+        unless a line search follows, or ``displacement="direction"``, which need the
+        directions themselves.
       period: steps between two comparisons of the ``"step"`` rule.
       threshold: rises of the loss that are tolerated.
       epsilon: ε of the direction and of the preconditioner.
@@ -140,12 +144,21 @@ def nlcg(
                 state_dtype=state_dtype,
                 axis_name=axis_name,
             )
+    line_search = isinstance(step_rule, optax.GradientTransformation)
+    if nesterov is None:
+        nesterov = not line_search and displacement == "params"
+    elif nesterov and displacement != "params":
+        raise ValueError(
+            f"displacement={displacement!r} is not valid with nesterov=True: the last "
+            "step was not along the direction."
+        )
     direction = _direction.scale_by_conjugate_direction(
         beta_rule,
         preconditioner,
         beta_bounds=beta_bounds,
         restart_on_ascent=restart_on_ascent,
         restart_every=restart_every,
+        nesterov=nesterov,
         epsilon=epsilon,
         track_cosine=track_cosine,
         state_dtype=state_dtype,
@@ -184,6 +197,7 @@ def nlcg_paper(
     beta_bounds: tuple[float, float] = (0.0, 1.0),
     restart_on_ascent: bool = False,
     restart_every: int | None = None,
+    nesterov: bool | None = False,
     period: int = 5,
     threshold: float = 1.0,
     epsilon: float = 1e-8,
@@ -224,6 +238,7 @@ def nlcg_paper(
         beta_bounds=beta_bounds,
         restart_on_ascent=restart_on_ascent,
         restart_every=restart_every,
+        nesterov=nesterov,
         period=period,
         threshold=threshold,
         epsilon=epsilon,

@@ -15,7 +15,7 @@ class ConjugateDirectionState(NamedTuple):
     Attributes:
       count: steps taken, int32 scalar.
       preconditioner_state: state of the nested preconditioner.
-      prev_update: the last output, the direction d with its sign turned.
+      prev_update: the last direction d, with its sign turned.
       prev_preconditioned: the last preconditioned gradient z; None for rules that do
         not need it.
       prev_grad: the last gradient g; None for rules that do not need it.
@@ -50,6 +50,7 @@ def scale_by_conjugate_direction(
     restart_on_ascent: bool = False,
     restart_every: int | None = None,
     restart_nonorthogonal: float | None = None,
+    nesterov: bool = False,
     epsilon: float = 1e-8,
     track_cosine: bool = True,
     state_dtype: Any | None = None,
@@ -69,6 +70,10 @@ def scale_by_conjugate_direction(
     paper takes such steps (the default here). With ``restart_on_ascent`` the direction
     falls back to :math:`-z_t` wherever :math:`g_t^\top d_t \ge 0`.
 
+    With ``nesterov`` the output is :math:`z_t - \beta_t d_t`: the step looks ahead by
+    one more β, as Nesterov's momentum does, while the directions stay what they are.
+    That suits given learning rates, not line searches.
+
     Args:
       beta_rule: ``"fletcher_reeves"``, ``"polak_ribiere"``, ``"hestenes_stiefel"``,
         ``"dai_yuan"``, ``"hybrid_hs_dy"``, ``"liu_storey"``, ``"hager_zhang"``,
@@ -85,6 +90,7 @@ def scale_by_conjugate_direction(
       restart_nonorthogonal: Powell's restart (1977), where successive gradients are far
         from orthogonal: :math:`|g_t^\top z_{t-1}| \ge \nu\, g_t^\top z_t` with this ν
         (usually 0.2); None for never.
+      nesterov: whether the step looks ahead.
       epsilon: ε of the denominators. The paper's absolute value makes β depend (by a
         relative :math:`\epsilon / \rho_{t-1}`) on the scale of the loss; with 0 it does
         not, and a zero denominator gives β = 0.
@@ -235,13 +241,16 @@ def scale_by_conjugate_direction(
             return z + _tree.scalar_like(beta, z) * u.astype(z.dtype)
 
         turned = jax.tree.map(direction, preconditioned, state.prev_update)
+        output = turned
+        if nesterov:
+            output = jax.tree.map(direction, preconditioned, turned)
         # ‖d‖ from what is known of z and the last d: no pass over the new direction.
         norm_sq = jnp.maximum(z_z + 2 * beta * z_u + jnp.square(beta) * u_u, 0)
         slope = -(g_z + beta * g_u)
         norms = jnp.sqrt(g_g) * jnp.sqrt(norm_sq)
         cosine = jnp.where(norms == 0, 0, -slope / jnp.where(norms == 0, 1, norms))
 
-        return _tree.cast_like(turned, grad), ConjugateDirectionState(
+        return _tree.cast_like(output, grad), ConjugateDirectionState(
             count=optax.safe_increment(state.count),
             preconditioner_state=preconditioner_state,
             prev_update=_tree.cast_like(turned, state.prev_update),

@@ -85,6 +85,7 @@ class Oracle:
     beta_bounds: tuple = (0.0, 1.0)
     restart_on_ascent: bool = False
     restart_every: int | None = None
+    nesterov: bool = False
     period: int = 5
     threshold: float = 1.0
     epsilon: float = 1e-8
@@ -144,20 +145,20 @@ class Oracle:
             return -z, 0.0
         return d, beta
 
-    def feed_back(self, f, d):
-        """Returns b d̃."""
+    def feed_back(self, f, output, d):
+        """Returns b times the output, less what a rise takes back of the last d."""
         if self.step_rule is None:
-            return d
+            return output
         if not math.isfinite(f):
             self.nonfinite += 1
             self.feedback_prev_d = d
-            return self.base_step * d
+            return self.base_step * output
         step = self.step_rule == "step"
         first = self.seen == 0
         self.average = f if first else 0.7 * self.average + 0.3 * f
         if first:
             self.old_average = f
-        taken = d
+        taken = output
         if not first and (not step or self.seen % self.period == 0):
             new, old = (self.average, self.old_average) if step else (f, self.average)
             rise = relative_rise(new, old)
@@ -168,7 +169,7 @@ class Oracle:
                 for bound, shrink, omega in TABLE:
                     if rise > bound * self.threshold:
                         b = self.base_step = max(shrink * b_old, 1e-4)
-                        taken = (1 - omega) * d
+                        taken = (1 - omega) * output
                         taken = taken - omega * (b_old / b) * self.feedback_prev_d
                         break
             self.old_average = self.average
@@ -180,7 +181,8 @@ class Oracle:
         z = self.precondition(x, g)
         d, beta = self.direct(g, z)
         self.prev_d_m_d = metric_length(beta, g, z, self.prev_d, self.prev_d_m_d)
-        update = learning_rate * self.feed_back(f, d)
+        output = -z + beta * d if self.nesterov else d
+        update = learning_rate * self.feed_back(f, output, d)
         self.prev_x, self.prev_g, self.prev_z, self.prev_d = x, g, z, d
         self.t += 1
         norms = np.linalg.norm(g) * np.linalg.norm(d)

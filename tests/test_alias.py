@@ -57,13 +57,17 @@ CHAINS = {
         ),
     ),
     "nlcg": (
-        lambda: nlcg(0.1),
+        # No rise of the loss: there the chain takes back part of its last step.
+        lambda: nlcg(0.03),
         lambda: optax.chain(
             scale_by_conjugate_direction(
-                "fletcher_reeves", scale_by_orthogonalization(), beta_bounds=(0, 0.9)
+                "fletcher_reeves",
+                scale_by_orthogonalization(),
+                beta_bounds=(0, 0.9),
+                nesterov=True,
             ),
             scale_by_loss_feedback("step", 5, 1.0),
-            optax.scale(-0.1),
+            optax.scale(-0.03),
         ),
     ),
     "options": (
@@ -144,6 +148,7 @@ def test_defaults_of_the_paper():
         "beta_bounds": (0.0, 1.0),
         "restart_on_ascent": False,
         "restart_every": None,
+        "nesterov": False,
         "period": 5,
         "threshold": 1.0,
         "epsilon": 1e-8,
@@ -166,6 +171,7 @@ def test_defaults_that_are_not_the_papers():
     assert different == {
         "preconditioner": "orthogonalization",
         "beta_bounds": (0.0, 0.9),
+        "nesterov": None,
     }
 
 
@@ -185,7 +191,8 @@ def test_matrices_among_the_leaves_agree_with_oracle():
         rho = new_rho
         updates, state = tx.update(g, state)
         for k in g:
-            np.testing.assert_allclose(updates[k], -0.1 * d[k], rtol=1e-9)
+            ahead = z[k] + beta * d[k]
+            np.testing.assert_allclose(updates[k], -0.1 * ahead, rtol=1e-9)
 
 
 @pytest.mark.parametrize("step_rule", [None, "step", "online", optax.identity()])
@@ -207,6 +214,28 @@ def test_no_parameters_are_needed_without_the_diagonal():
     x = jnp.ones(2)
     update, _ = tx.update(x, tx.init(x), value=1.0)
     np.testing.assert_allclose(update, -0.1 * x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step_rule": scale_by_loss_feedback()},
+        {"preconditioner": "diagonal_bfgs", "displacement": "direction"},
+    ],
+    ids=["line search", "displacement"],
+)
+def test_what_needs_the_directions_is_given_them(options):
+    usual, plain = (
+        minimize(nlcg(0.03, **options)),
+        minimize(nlcg(0.03, nesterov=False, **options)),
+    )
+    np.testing.assert_array_equal(usual, plain)
+
+
+def test_the_displacement_is_not_known_of_a_step_that_looks_ahead():
+    options = {"preconditioner": "diagonal_bfgs", "displacement": "direction"}
+    with pytest.raises(ValueError, match="not valid with nesterov=True"):
+        nlcg(0.1, nesterov=True, **options)
 
 
 @pytest.mark.standard_promotion  # optax's line searches promote

@@ -165,6 +165,8 @@ def test_every_combination_agrees_with_oracle(beta_rule, preconditioner, step_ru
         {"restart_on_ascent": True},
         {"restart_on_ascent": True, "beta_rule": "hestenes_stiefel"},
         {"restart_every": 4},
+        {"nesterov": True},
+        {"nesterov": True, "beta_rule": "dai_kou", "step_rule": None},
         {"restart_every": 1},
         {"restart_every": 7, "restart_on_ascent": True, "preconditioner": None},
         {"beta_bounds": (-2.0, 3.0), "beta_rule": "hager_zhang"},

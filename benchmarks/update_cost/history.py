@@ -28,6 +28,7 @@ PAPER = {
     "preconditioner": "diagonal_bfgs",
     "step_rule": "step",
     "beta_bounds": (0.0, 0.9),
+    "nesterov": False,
 }
 OPTIONS = {
     "float32 history": {},

@@ -47,6 +47,7 @@ class Net(nn.Module):
 PAPER = (
     "optimizer.nlcg.preconditioner=diagonal_bfgs",
     "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
+    "optimizer.nlcg.nesterov=False",
 )
 
 
