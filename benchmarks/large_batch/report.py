@@ -15,15 +15,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from workloads import OPTIMIZERS, WORKLOADS
+from workloads import ABLATION, OPTIMIZERS, WORKLOADS
 
+# With what NLCG is compared; in an ablation, all others are variants of it.
+PEERS = [name for name in OPTIMIZERS if not name.startswith("nlcg")]
 HERE = pathlib.Path(__file__).resolve().parent
 Rows = list[dict[str, Any]]
 
 
 def group(rows: Rows) -> dict[tuple[str, int], Rows]:
     """Rows by optimizer and batch size, each run once, in the order of the table."""
-    names = list(OPTIMIZERS)
+    names = list(OPTIMIZERS | ABLATION)
     groups: dict[tuple[str, int], dict] = {}
     for row in rows:
         cell = (row["phase"], row["learning_rate"], row["schedule"], row["seed"])
@@ -104,7 +106,7 @@ def section(name: str, rows: Rows) -> list[str]:
         losses = [
             found[1][-1]
             for (name, s), found in curves.items()
-            if found and s == size and not name.startswith("nlcg")
+            if found and s == size and name in PEERS
         ]
         return min(losses, default=None)
 
@@ -161,17 +163,44 @@ def section(name: str, rows: Rows) -> list[str]:
         ),
         ("Tuning runs:", tuning_cell),
     ]
-    for title, cell in parts:
-        lines += [title, "", *by_batch_size(groups, cell), ""]
+    if has_plots(name):
+        for title, cell in parts:
+            lines += [title, "", *by_batch_size(groups, cell), ""]
+        lines += [
+            f"![Accuracy against batch size](accuracy_{name}.png)",
+            f"![Loss against step](loss_{name}.png)",
+            "",
+        ]
+    else:
+        header = [
+            "",
+            "accuracy (1)",
+            "setting (2)",
+            "loss (3)",
+            "steps (4)",
+            "runs (5)",
+        ]
+        cells = [cell for _, cell in parts]
+        lines += table(
+            header,
+            [
+                [key[0], *(c(rows, key[1]) for c in cells)]
+                for key, rows in groups.items()
+            ],
+        )
+        lines += ["", *(f"{i}. {title[:-1]}." for i, (title, _) in enumerate(parts, 1))]
+        lines += [""]
     lines += [
-        f"![Accuracy against batch size](accuracy_{name}.png)",
-        f"![Loss against step](loss_{name}.png)",
-        "",
         f"`{command}`; {len(rows)} runs, {sum(r['seconds'] for r in rows) / 3600:.1f} "
         f"hours of training; {environments(rows)}.",
         "",
     ]
     return lines
+
+
+def has_plots(name: str) -> bool:
+    """Whether there are batch sizes to compare."""
+    return len(WORKLOADS[name](None).batch_sizes) > 1
 
 
 def environments(rows: Rows) -> str:
@@ -191,8 +220,7 @@ def style(name: str, index: int) -> dict[str, Any]:
         # Below the others, which it would hide.
         return dict(color=warm[index % 4], linewidth=3, zorder=1.5, marker="o")
     cool = ("blue", "green", "purple", "brown", "gray", "olive", "cyan", "pink")
-    names = [n for n in OPTIMIZERS if not n.startswith("nlcg")]
-    place = (names.index(name) if name in names else index) % 8
+    place = (PEERS.index(name) if name in PEERS else index) % 8
     return dict(
         color=f"tab:{cool[place]}",
         linewidth=1.2,
@@ -252,7 +280,7 @@ def report(results: pathlib.Path, folder: pathlib.Path) -> str:
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text.splitlines()]
         lines += section(name, rows)
-        if rows:
+        if rows and has_plots(name):
             plot(name, rows, folder)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "results.md").write_text(text)

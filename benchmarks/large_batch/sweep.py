@@ -31,7 +31,6 @@ from workloads import (
     FACTOR,
     MAX_EXTENSIONS,
     NUM_RATES,
-    OPTIMIZERS,
     WORKLOADS,
     Workload,
 )
@@ -221,7 +220,7 @@ class Trainer:
         Learning rate, seed and data are their arguments: all cells share them.
         """
         config = self.workload.config.copy_and_resolve_references()
-        apply_overrides(config, OPTIMIZERS[optimizer][0])
+        apply_overrides(config, self.workload.optimizers[optimizer][0])
         config.batch_size = batch_size
 
         def create_optimizer(rate: Any) -> Any:
@@ -312,7 +311,7 @@ class Trainer:
             "seconds": round(time.monotonic() - start, 1),
             "compile_seconds": round(compile_seconds, 1),
             "overrides": [
-                *OPTIMIZERS[optimizer][0],
+                *self.workload.optimizers[optimizer][0],
                 *self.workload.schedules[cell.schedule],
             ],
         }
@@ -378,7 +377,7 @@ def sweep(
     for row in read(path):
         group = (row["optimizer"], row["batch_size"])
         if row["workload"] == name and group in rows:
-            overrides = OPTIMIZERS[row["optimizer"]][0]
+            overrides = workload.optimizers[row["optimizer"]][0]
             if row["overrides"][: len(overrides)] != overrides:
                 sys.exit(
                     f"{path} has runs of {row['optimizer']!r} with "
@@ -388,7 +387,8 @@ def sweep(
             rows[group].append(row)
 
     def next_cells(group: tuple[str, int]) -> list[Cell]:
-        return plan(rows[group], OPTIMIZERS[group[0]][1], workload.schedules)
+        centre = workload.optimizers[group[0]][1]
+        return plan(rows[group], centre, workload.schedules)
 
     def left() -> int:
         return sum(expected_cells(rows[g], next_cells(g), workload) for g in groups)
@@ -428,7 +428,7 @@ def line(row: dict, finished: int, total: int, start: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
-    parser.add_argument("--optimizers", help=f"of {','.join(OPTIMIZERS)}")
+    parser.add_argument("--optimizers", help="some of the workload's: a,b")
     parser.add_argument("--batch_sizes", help="such as 64,256")
     parser.add_argument("--part", default="0/1", help="i/n: of n processes, this is i")
     parser.add_argument("--data_dir", help="the folder of a workload that needs one")
@@ -436,8 +436,11 @@ def main() -> None:
     flags = parser.parse_args()
     workload = WORKLOADS[flags.workload](flags.data_dir)
     chosen = flags.optimizers.split(",") if flags.optimizers else workload.optimizers
-    if unknown := set(chosen) - set(OPTIMIZERS):
-        parser.error(f"unknown optimizers: {', '.join(sorted(unknown))}")
+    if unknown := set(chosen) - set(workload.optimizers):
+        parser.error(
+            f"unknown optimizers: {', '.join(sorted(unknown))}; {flags.workload} has "
+            f"{', '.join(workload.optimizers)}"
+        )
     sizes = workload.batch_sizes
     if flags.batch_sizes:
         sizes = tuple(int(size) for size in flags.batch_sizes.split(","))

@@ -10,23 +10,26 @@ from typing import Any, NamedTuple
 
 from nlcg_optax.training.config import base_config
 
-# Overrides, and the learning rate in the middle of the grid. L2 is in the loss, the
-# same for all; none has decoupled weight decay.
-OPTIMIZERS: dict[str, tuple[list[str], float]] = {
+# By name: config overrides, and the learning rate in the middle of the grid.
+Optimizers = dict[str, tuple[list[str], float]]
+
+NLCG = [
+    "optimizer.name=nlcg",
+    "optimizer.nlcg.preconditioner=orthogonalization",
+    "optimizer.nlcg.beta_bounds=(0.0, 0.9)",
+    "optimizer.nlcg.nesterov=True",
+]
+
+# L2 is in the loss, the same for all; none has decoupled weight decay.
+OPTIMIZERS: Optimizers = {
     # The rate is per step, and β = 0.9 makes up to ten of it: low for that reason.
-    "nlcg": (
-        [
-            "optimizer.name=nlcg",
-            "optimizer.nlcg.preconditioner=orthogonalization",
-            "optimizer.nlcg.beta_bounds=(0.0, 0.9)",
-        ],
-        0.04,
-    ),
+    "nlcg": (NLCG, 0.04),
     "nlcg_paper": (
         [
             "optimizer.name=nlcg",
             "optimizer.nlcg.preconditioner=diagonal_bfgs",
             "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
+            "optimizer.nlcg.nesterov=False",
         ],
         0.4,
     ),
@@ -42,6 +45,38 @@ OPTIMIZERS: dict[str, tuple[list[str], float]] = {
     "muon": (["optimizer.name=muon"], 0.02),
 }
 
+
+def _variant(*overrides: str, rate: float = 0.04) -> tuple[list[str], float]:
+    """NLCG's default but for some fields of ``optimizer.nlcg``."""
+    return [*NLCG, *(f"optimizer.nlcg.{field}" for field in overrides)], rate
+
+
+# What each part of the default is worth, and what was tried in its place.
+ABLATION: Optimizers = {
+    "nlcg": OPTIMIZERS["nlcg"],
+    "β = 0": _variant("beta_bounds=(0.0, 0.0)", rate=0.16),
+    "β = 0.9": _variant("beta_bounds=(0.9, 0.9)"),
+    "β ≤ 0.8": _variant("beta_bounds=(0.0, 0.8)"),
+    "β ≤ 0.95": _variant("beta_bounds=(0.0, 0.95)", rate=0.02),
+    "β ≤ 1": _variant("beta_bounds=(0.0, 1.0)", rate=0.02),
+    "Polak–Ribière": _variant("beta_rule=polak_ribiere"),
+    "Hestenes–Stiefel": _variant("beta_rule=hestenes_stiefel"),
+    "Dai–Yuan": _variant("beta_rule=dai_yuan"),
+    "hybrid HS–DY": _variant("beta_rule=hybrid_hs_dy"),
+    "Hager–Zhang": _variant("beta_rule=hager_zhang"),
+    "Dai–Kou": _variant("beta_rule=dai_kou"),
+    "no look-ahead": _variant("nesterov=False"),
+    "restart on ascent": _variant("restart_on_ascent=True"),
+    "no step rule": _variant("step_rule=none"),
+    "step rule online": _variant("step_rule=online"),
+    "preconditioner: none": _variant("preconditioner=none", rate=0.4),
+    "preconditioner: BFGS diagonal": _variant("preconditioner=diagonal_bfgs", rate=0.4),
+    "preconditioner: RMS": _variant("preconditioner=rms", rate=4e-3),
+    "preconditioner: Adam's": _variant("preconditioner=adam", rate=4e-3),
+    "nlcg_paper": OPTIMIZERS["nlcg_paper"],
+    "muon": OPTIMIZERS["muon"],
+}
+
 FACTOR = 2.0  # between two learning rates
 NUM_RATES = 5  # to begin with
 MAX_EXTENSIONS = 3  # more of them, as long as the best is at the edge
@@ -55,13 +90,13 @@ class Workload(NamedTuple):
       batch_sizes: a batch larger than the training set is the whole of it.
       schedules: config overrides by name; the learning rates are compared with the
         first, and the others are tried at the best of them.
-      optimizers: those that the sweep compares, unless told which.
+      optimizers: those that the sweep compares.
     """
 
     config: Any
     batch_sizes: tuple[int, ...]
     schedules: dict[str, list[str]]
-    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    optimizers: Optimizers = OPTIMIZERS
 
 
 def _schedules(num_epochs: float) -> dict[str, list[str]]:
@@ -107,6 +142,18 @@ def cifar10_jpeg(data_dir: str | None = None) -> Workload:
     return Workload(config, (250, 1000, 5000), _schedules(config.num_epochs))
 
 
+def cifar10_jpeg_ablation(data_dir: str | None = None) -> Workload:
+    """Variants of NLCG on `cifar10_jpeg`, all images in one batch, one schedule."""
+    workload = cifar10_jpeg(data_dir)
+    schedule = "cosine, no warm-up"
+    return Workload(
+        workload.config,
+        workload.batch_sizes[-1:],
+        {schedule: workload.schedules[schedule]},
+        ABLATION,
+    )
+
+
 def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
     """ResNet-32 on CIFAR-10 by the paper's recipe (arXiv:1812.02886); needs a GPU."""
     config = base_config()
@@ -126,12 +173,14 @@ def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
         "step, warm-up 60 epochs": [*paper, "schedule.warmup_epochs=60.0"],
         "cosine, warm-up 10%": _schedules(config.num_epochs)["cosine, warm-up 10%"],
     }
-    optimizers = ("nlcg", "momentum", "rmsprop", "sgd", "lars", "lamb")
+    names = ("nlcg", "momentum", "rmsprop", "sgd", "lars", "lamb")
+    optimizers = {name: OPTIMIZERS[name] for name in names}
     return Workload(config, (1024, 4096, 16384, 50000), schedules, optimizers)
 
 
 WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
     "digits": digits,
     "cifar10_jpeg": cifar10_jpeg,
+    "cifar10_jpeg_ablation": cifar10_jpeg_ablation,
     "cifar10_jpeg_gpu": cifar10_jpeg_gpu,
 }

@@ -4,10 +4,11 @@ import importlib
 import json
 import pathlib
 
+import optax
 import pytest
 import tiny
 
-from nlcg_optax.training import loop, models
+from nlcg_optax.training import loop, models, optimizers
 from nlcg_optax.training.config import apply_overrides
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_batch"
@@ -161,33 +162,53 @@ def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
     assert row["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
 
 
+def curve_row(optimizer, curve):
+    return {
+        "phase": "test",
+        "optimizer": optimizer,
+        "batch_size": 64,
+        "learning_rate": 1.0,
+        "schedule": "default",
+        "seed": 0,
+        "steps": 8,
+        "diverged": False,
+        "accuracy": 0.5,
+        "curve": curve,
+        "seconds": 1,
+        "versions": {},
+        "device": "cpu",
+        "cores": 1,
+    }
+
+
 def test_steps_to_the_loss_of_the_best_peer(modules):
     _, report = modules
 
-    def test_row(optimizer, curve):
-        return {
-            "phase": "test",
-            "optimizer": optimizer,
-            "batch_size": 64,
-            "learning_rate": 1.0,
-            "schedule": "default",
-            "seed": 0,
-            "steps": 8,
-            "diverged": False,
-            "accuracy": 0.5,
-            "curve": curve,
-            "seconds": 1,
-            "versions": {},
-            "device": "cpu",
-            "cores": 1,
-        }
-
     rows = [
-        test_row("nlcg", [4.0, 2.0, 1.0, 0.5]),
-        test_row("sgd", [4.0, 3.0, 2.5, 2.0]),
-        test_row("momentum", [4.0, 3.0, 2.0, 1.0]),
+        curve_row("nlcg", [4.0, 2.0, 1.0, 0.5]),
+        curve_row("sgd", [4.0, 3.0, 2.5, 2.0]),
+        curve_row("momentum", [4.0, 3.0, 2.0, 1.0]),
     ]
     markdown = "\n".join(report.section("digits", rows))
     table = markdown.split("fraction of the budget:")[1]
     for line in ("| nlcg | 0.75 |", "| sgd | not reached |", "| momentum | 1.00 |"):
         assert line in table
+
+
+def test_an_ablation_is_one_table(modules):
+    """Without plots: there is one batch size."""
+    _, report = modules
+    rows = [curve_row("nlcg", [1.0, 0.4]), curve_row("muon", [1.0, 0.6])]
+    markdown = "\n".join(report.section("cifar10_jpeg_ablation", rows))
+    assert "| nlcg | 50.00 (one seed) | 1; default | 0.4 | 1.00 | – |" in markdown
+    assert "png" not in markdown
+
+
+def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own(sweep):
+    workload = sweep.WORKLOADS["cifar10_jpeg_ablation"](None)
+    variants = [tuple(overrides) for overrides, _ in workload.optimizers.values()]
+    assert len(set(variants)) == len(variants)
+    for overrides in variants:
+        config = workload.config.copy_and_resolve_references()
+        apply_overrides(config, overrides)
+        optimizers.create_optimizer(config, optax.constant_schedule(0.1), None)
