@@ -21,10 +21,8 @@ ADDED = {"PKG-INFO", "setup.cfg"}
 
 def tracked():
     """The files under version control."""
-    names = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    return set(names.stdout.split("\0")) - {""}
+    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    return set(names.split("\0")) - {""}
 
 
 def in_sdist(path):
