@@ -8,13 +8,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-all lint clean
+.PHONY: help demo test test-all lint dist clean
 
 help:
 	@echo "make demo      train a ResNet with NLCG on real images (digits), about 2 minutes"
 	@echo "make test      the linter, the type check and the tests"
 	@echo "make test-all  those and the long ones"
 	@echo "make lint      the linter and the type check alone"
+	@echo "make dist      build wheel and sdist, install each alone and try it (TRAIN=1: with [train])"
 	@echo "make clean     remove the environment and caches (never runs/)"
 
 $(INSTALLED): pyproject.toml
@@ -38,6 +39,24 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest --numprocesses=2 -m "" $(ARGS)
+
+# Each archive is installed into an environment of its own, and tried out of sight of
+# the checkout. The old egg-info goes first: it would name files for the sdist.
+dist: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dist]'
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/archives.py dist
+	@set -eu; unset PYTHONPATH; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	for archive in dist/*.whl dist/*.tar.gz; do \
+	  echo "$$archive$(if $(TRAIN),[train]) in a fresh environment:"; \
+	  $(BIN)/python -m venv --clear "$$fresh/venv"; \
+	  "$$fresh/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+	    "$$archive$(if $(TRAIN),[train])"; \
+	  cp tests/smoke.py "$$fresh"; \
+	  (cd "$$fresh"; venv/bin/python -I -W error smoke.py $(if $(TRAIN),--train)); \
+	done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
