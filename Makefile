@@ -8,13 +8,15 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-all lint dist clean
+.PHONY: help demo test test-all lint docs linkcheck dist clean
 
 help:
 	@echo "make demo      train a ResNet with NLCG on real images (digits), about 2 minutes"
 	@echo "make test      the linter, the type check and the tests"
 	@echo "make test-all  those and the long ones"
 	@echo "make lint      the linter and the type check alone"
+	@echo "make docs      the documentation, in docs/_build/html"
+	@echo "make linkcheck whether the documentation's links into the web still lead there"
 	@echo "make dist      build wheel and sdist, install each alone and try it (TRAIN=1: with [train])"
 	@echo "make clean     remove the environment and caches (never runs/)"
 
@@ -40,6 +42,13 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest --numprocesses=2 -m "" $(ARGS)
 
+# Warnings are errors; links within the documentation are checked.
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -b html -n -W --keep-going docs docs/_build/html
+
+linkcheck: $(INSTALLED)
+	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck
+
 # Each archive is installed into an environment of its own, and tried out of sight of
 # the checkout. The old egg-info goes first: it would name files for the sdist.
 dist: $(INSTALLED)
@@ -59,4 +68,4 @@ dist: $(INSTALLED)
 	done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) docs/_build docs/notebooks docs/project .pytest_cache .ruff_cache build dist *.egg-info

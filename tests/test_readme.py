@@ -1,25 +1,20 @@
 """The README's Python runs, as it stands."""
 
-import contextlib
-import io
 import pathlib
 import re
 
 import pytest
+import snippets
 
 README = pathlib.Path(__file__).resolve().parents[1] / "README.md"
 
 
 @pytest.mark.standard_promotion
 def test_snippets_run_in_order():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = snippets.snippets(README.read_text())
     assert len(blocks) >= 3
-    scope: dict = {}
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for block in blocks:
-            exec(compile(block, str(README), "exec"), scope)
-    assert out.getvalue().startswith("[ 1. -2.  3.] True\n['base_step', 'beta',")
+    scope, printed = snippets.run(blocks, README)
+    assert printed.startswith("[ 1. -2.  3.] True\n['base_step', 'beta',")
 
     # The chain that the README calls equal to nlcg(...) is.
     nlcg_optax, optax, jnp = (scope[name] for name in ("nlcg_optax", "optax", "jnp"))

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; those of the process by default.
 
     Returns:
-      The exit code: 0 when the run is complete or SIGTERM has stopped it with its
+      The exit code, 0 when the run is complete or SIGTERM has stopped it with its
       progress saved, 130 after Ctrl-C (saved too), 2 for a mistake in the config or the
       data, 3 for a loss that was not finite, 4 for a file that cannot be written or
       read (a full disk, a damaged checkpoint). Anything else that goes wrong raises; of

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+#: What :func:`load` knows, in words.
 DATASETS = (
     "digits: 1,797 grey images of 8x8 pixels, part of scikit-learn; no download",
     "folder: images in <data_dir>/train/<class>/ and <data_dir>/test/<class>/ "
@@ -627,7 +628,7 @@ def batch_indices(
       seed: not negative.
 
     Returns:
-      The indices, int32 [B]: a function of the arguments alone.
+      The indices, int32 [B], a function of the arguments alone.
 
     Raises:
       ValueError: if the batch size is not in [1, N] or the step is negative.

@@ -114,7 +114,7 @@ class BatchLayout:
 
     @property
     def rows(self) -> int:
-        """Rows of a microbatch: its examples, and what fills it up."""
+        """Rows of a microbatch, its examples and what fills it up."""
         return math.ceil(self.examples / self.mesh.size) * self.mesh.size
 
     @property

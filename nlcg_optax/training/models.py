@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+#: The names that :func:`create_model` knows.
 MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet56", "resnet50")
 
 _DTYPES = ("float32", "bfloat16")
@@ -349,8 +350,8 @@ def l2_mask(params: Any) -> Any:
       params: a Flax parameter tree.
 
     Returns:
-      A tree of the same structure: ``False`` for the scales and biases of
-      normalisations, ``True`` otherwise.
+      A tree of the same structure, ``False`` for the scales and biases of
+      normalisations and ``True`` otherwise.
 
     Example:
       >>> l2_mask({"norm": {"scale": 1.0, "bias": 0.0}, "dense": {"bias": 0.0}})

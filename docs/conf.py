@@ -1,0 +1,192 @@
+"""Configuration of Sphinx: `make docs`."""
+
+import inspect
+import os
+import pathlib
+import re
+import shutil
+
+import nlcg_optax
+
+DOCS = pathlib.Path(__file__).resolve().parent
+ROOT = DOCS.parent
+
+project = "nlcg-optax"
+author = "the nlcg-optax authors"
+version = release = nlcg_optax.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"nlcg-optax {version}"
+
+# Names in single backquotes, in docstrings.
+default_role = "code"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # docstrings say what arguments are; signatures stay short
+napoleon_numpy_docstring = False
+napoleon_attr_annotations = False
+napoleon_use_ivar = True
+
+# References that cannot be resolved are warnings, but for other projects' names.
+nitpicky = True
+nitpick_ignore_regex = [(r"py:.*", r"(jax|optax|flax|numpy|ml_collections|signal)\..*")]
+
+myst_enable_extensions = ["amsmath", "dollarmath", "substitution"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks hold their outputs
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+copybutton_line_continuation_character = "\\"
+
+linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]  # made by JavaScript
+
+# Pages that show a file from elsewhere in the repository. Links to the file lead there.
+SHOWN = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "project/changelog.md",
+    "CONTRIBUTING.md": "project/contributing.md",
+    "benchmarks/deterministic/README.md": "results/deterministic.md",
+    "benchmarks/input/results.md": "results/input.md",
+    "benchmarks/large_batch/README.md": "results/large_batch_protocol.md",
+    "benchmarks/large_batch/results.md": "results/large_batch.md",
+    "benchmarks/pod_plan/results.md": "results/pod_plan.md",
+    "benchmarks/pod_plan/roofline.md": "results/pod_plan.md",
+    "benchmarks/update_cost/before.md": "results/update_cost.md",
+    "benchmarks/update_cost/history.md": "results/update_cost.md",
+    "benchmarks/update_cost/results.md": "results/update_cost.md",
+    "benchmarks/update_cost/step.md": "results/update_cost.md",
+}
+# Sections of the README are parts of several pages.
+README_SECTIONS = {
+    "compose-the-pieces": "quickstart.md",
+    "on-several-devices": "meshes.md",
+    "train-a-resnet": "training.md",
+    "what-was-measured": "results/index.md",
+    "without-noise-minimize": "minimize.md",
+}
+NOTEBOOKS = ROOT / "examples" / "notebooks"
+
+
+def defaults_table() -> str:
+    """The defaults of the two ready optimizers, as they are."""
+    ours, paper = (
+        inspect.signature(optimizer).parameters
+        for optimizer in (nlcg_optax.nlcg, nlcg_optax.nlcg_paper)
+    )
+    rows = ["| argument | `nlcg` | `nlcg_paper` |", "| --- | --- | --- |"]
+    for name, parameter in ours.items():
+        if parameter.default is not inspect.Parameter.empty:
+            defaults = f"`{parameter.default!r}`", f"`{paper[name].default!r}`"
+            if defaults[0] != defaults[1]:
+                defaults = tuple(f"**{default}**" for default in defaults)
+            rows.append(f"| `{name}` | {' | '.join(defaults)} |")
+    return "\n".join(rows)
+
+
+myst_substitutions = {"defaults": defaults_table()}
+
+
+def bring_in() -> None:
+    """Puts what Sphinx needs below this folder: notebooks, and pages of files there.
+
+    The two folders are made anew each time, and not under version control.
+    """
+    notebooks = sorted(
+        NOTEBOOKS.glob("*.ipynb"),
+        key=lambda path: (not path.name.startswith("nlcg"), path.name),  # first steps
+    )
+    pages = {f"notebooks/{p.name}": p.read_text(encoding="utf-8") for p in notebooks}
+    text = "They are in `examples/notebooks`, and shown here as they ran."
+    if not notebooks:
+        text = "This version has none."
+    pages["notebooks/index.md"] = _contents(
+        "Notebooks", text, [path.stem for path in notebooks]
+    )
+
+    names = [n for n in ("CHANGELOG.md", "CONTRIBUTING.md") if (ROOT / n).exists()]
+    pages |= {SHOWN[name]: f"```{{include}} ../../{name}\n```\n" for name in names}
+    citation = '```{include} ../../README.md\n:start-after: "## Citation"\n```'
+    pages["project/index.md"] = _contents(
+        "Project",
+        f"## Citation\n\n{citation}",
+        [pathlib.Path(SHOWN[name]).stem for name in names],
+    )
+
+    for folder in ("notebooks", "project"):
+        shutil.rmtree(DOCS / folder, ignore_errors=True)
+        (DOCS / folder).mkdir()
+    for name, text in pages.items():
+        (DOCS / name).write_text(text, encoding="utf-8")
+
+
+def _contents(title: str, text: str, entries: list[str]) -> str:
+    """A page that leads to others."""
+    tree = "\n".join(["```{toctree}", *entries, "```", ""]) if entries else ""
+    return f"# {title}\n\n{text}\n\n{tree}"
+
+
+def relink(text: str, source: pathlib.Path, page: pathlib.Path) -> str:
+    """Makes the relative links of a Markdown file (or notebook) those of a page.
+
+    Args:
+      text: of the file, or of a part of it.
+      source: the file, whose place its links are relative to.
+      page: the page that shows it.
+    """
+
+    def relative(path: pathlib.Path) -> str:
+        return pathlib.Path(os.path.relpath(path, page.parent)).as_posix()
+
+    def new_link(match: re.Match[str]) -> str:
+        before, target, anchor, after = match.groups(default="")
+        section = anchor.removeprefix("#")
+        path = (source.parent / target).resolve() if target else source
+        if path == ROOT / "README.md" and section in README_SECTIONS:
+            return before + relative(DOCS / README_SECTIONS[section]) + after
+        if not target or not path.is_file():
+            return match[0]  # Sphinx will say so
+        if path.is_relative_to(NOTEBOOKS):
+            path = DOCS / "notebooks" / path.name
+        elif path.is_relative_to(ROOT) and not path.is_relative_to(DOCS):
+            shown = SHOWN.get(path.relative_to(ROOT).as_posix())
+            if shown is not None:
+                path, anchor = DOCS / shown, ""
+        return before + relative(path) + anchor + after
+
+    return re.sub(r"(\[[^\]]*\]\()([^)\s:#]*)(#[^)\s]*)?(\))", new_link, text)
+
+
+def setup(app) -> None:
+    """Registers what this configuration adds to Sphinx."""
+
+    def read(app, docname, content):
+        page = source = DOCS / app.env.doc2path(docname, base=False)
+        if docname.startswith("notebooks/"):
+            source = NOTEBOOKS / page.name
+        content[0] = relink(content[0], source, page)
+
+    def include(app, path, parent, content):
+        source = (DOCS / path).resolve()
+        page = DOCS / app.env.doc2path(app.env.docname, base=False)
+        content[0] = relink(content[0], source, page)
+
+    def skip(app, what, name, obj, skip, options):
+        # The fields of a NamedTuple, which its docstring describes.
+        return True if type(obj).__name__ == "_tuplegetter" else None
+
+    app.connect("source-read", read)
+    app.connect("include-read", include)
+    app.connect("autodoc-skip-member", skip)
+
+
+bring_in()

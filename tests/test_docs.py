@@ -1,0 +1,85 @@
+"""The documentation: its Python runs, its reference is whole, Sphinx is content."""
+
+import pathlib
+import pkgutil
+import re
+import subprocess
+import sys
+
+import pytest
+import snippets
+
+import nlcg_optax
+from nlcg_optax import training
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = {path.stem: path for path in sorted(DOCS.glob("*.md"))}
+# Of the others all Python is the README's, which has a test of its own.
+WITH_SNIPPETS = [
+    name for name, path in PAGES.items() if snippets.snippets(path.read_text())
+]
+
+
+@pytest.mark.standard_promotion  # Flax promotes
+@pytest.mark.parametrize("name", WITH_SNIPPETS)
+def test_snippets_run_in_order(name):
+    if name == "equinox":
+        pytest.importorskip("equinox")
+    path = PAGES[name]
+    blocks = snippets.snippets(snippets.expanded(path))
+    snippets.run(blocks, path)
+
+
+def test_pages_have_snippets():
+    assert {"algorithm", "checkpoints", "equinox", "flax_linen", "flax_nnx"} <= set(
+        WITH_SNIPPETS
+    )
+
+
+def entries(page):
+    """What a page of the reference takes from docstrings, or describes itself."""
+    directive = r"^\.\. (?:auto\w+|py:data):: nlcg_optax\.(.*)"
+    return sorted(re.findall(directive, page.read_text(), re.MULTILINE))
+
+
+def test_every_public_name_is_in_the_reference_once():
+    beta = [f"beta.{name}" for name in nlcg_optax.beta.__all__]
+    assert entries(DOCS / "api" / "index.md") == sorted([*nlcg_optax.__all__, *beta])
+
+
+def test_every_module_of_training_is_in_the_reference_once():
+    modules = pkgutil.iter_modules(training.__path__)
+    assert entries(DOCS / "api" / "training.md") == sorted(
+        f"training.{module.name}" for module in modules
+    )
+
+
+def test_files_that_markdown_links_to_exist():
+    made = (DOCS / "_build", DOCS / "notebooks", DOCS / "project")
+    missing = []
+    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("b*/*/*.md")):
+        if any(path.is_relative_to(folder) for folder in made):
+            continue
+        links = re.findall(r"\[[^\]]*\]\(([^)#\s]+)(?:#\S*)?\)", path.read_text())
+        missing += [
+            f"{path.relative_to(ROOT)}: {link}"
+            for link in links
+            if "://" not in link and not (path.parent / link).exists()
+        ]
+    assert not missing
+
+
+def test_sphinx_builds_without_warnings(tmp_path):
+    for package in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
+        pytest.importorskip(package, reason="the extra [docs] is not installed")
+    built = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-n", "-W", "--keep-going"]
+        + ["-d", tmp_path / "doctrees", DOCS, tmp_path / "html"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert built.returncode == 0, built.stderr
+    text = (tmp_path / "html" / "algorithm.html").read_text()
+    assert 'class="math' in text and "fletcher_reeves" in text
