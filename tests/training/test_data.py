@@ -376,6 +376,17 @@ def test_unknown_name_lists_the_known_ones(tmp_path):
         data.load("../digits", data_dir=tmp_path)
 
 
+def test_the_listed_tfds_sets_are_what_the_list_says(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    for name, (pixels, classes) in data.TFDS_DATASETS.items():
+        builder = tfds.builder(name, file_format="array_record", data_dir=tmp_path)
+        image_key, label_key = builder.info.supervised_keys or ("image", "label")
+        image, label = (builder.info.features[k] for k in (image_key, label_key))
+        assert image.np_dtype == np.uint8
+        assert image.shape[:2] == (pixels, pixels) and image.shape[2] in (1, 3)
+        assert label.num_classes == classes, name
+
+
 def test_unknown_name_without_tfds(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(data.DataError, match="known: digits.*TFDS is not installed"):
