@@ -552,7 +552,8 @@ def _load_tfds(
             f"TFDS does not accept the data set {name!r} ({known}): {str(error)[:600]}"
         ) from error
 
-    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    # There may be a third: weights of the examples, or (places365_small) file names.
+    image_key, label_key, *_ = builder.info.supervised_keys or ("image", "label")
     features = builder.info.features
     is_dict = isinstance(features, tfds.features.FeaturesDict)
     features: dict[str, Any] = dict(features.items()) if is_dict else {}
