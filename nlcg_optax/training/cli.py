@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"unknown argument {text!r}: set fields by --config.FIELD=VALUE"
             )
     listing = args.list_configs or args.list_datasets
-    if args.workdir is None and not listing:
+    if not args.workdir and not listing:
         parser.error("--workdir=FOLDER is needed: where checkpoints and metrics go")
     numbers = (args.num_processes, args.process_id)
     if args.coordinator is None and numbers != (None, None):
