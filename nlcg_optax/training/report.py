@@ -234,17 +234,15 @@ class Report:
             tqdm.tqdm.write(text, file=self._out)
             self._out.flush()
 
-    def table(
-        self, rows: Sequence[tuple[str, str]], verbosity: str = "normal", width: int = 9
-    ) -> None:
+    def table(self, rows: Sequence[tuple[str, str]], width: int = 9) -> None:
         """Prints rows of a name and a text."""
         for name, text in rows:
-            self.line(f"  {self.paint(f'{name:<{width}}', 'dim')}  {text}", verbosity)
+            self.line(f"  {self.paint(f'{name:<{width}}', 'dim')}  {text}")
 
     def loading(self, config: ConfigDict) -> None:
         """Says that a run begins, and in the verbose case with what."""
-        name = self.paint(f"nlcg-optax {nlcg_optax.__version__}", "bold")
-        self.line(f"{name}: loading {config.dataset.name}")
+        ours = self.paint(f"nlcg-optax {nlcg_optax.__version__}", "bold")
+        self.line(f"{ours}: loading {config.dataset.name}")
         if self._level < VERBOSITIES.index("verbose"):
             return
         versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
