@@ -22,9 +22,11 @@ def terminal(printed):
     termios.tcsetwinsize(inside, (24, 120))
     with os.fdopen(inside, "w") as file:
         yield file
-        file.flush()
-        printed.append(os.read(outside, 2**16).decode())
-    os.close(outside)
+    written = b""
+    with os.fdopen(outside, "rb", buffering=0) as other, contextlib.suppress(OSError):
+        while part := other.read(2**16):  # the end of a terminal is an OSError on Linux
+            written += part
+    printed.append(written.decode())
 
 
 def tell(verbosity="normal", out=None, err=None):
