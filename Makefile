@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/train.py --config=configs/digits_resnet8.py --workdir=$(WORKDIR) $(ARGS)
+	$(BIN)/nlcg-train --config=digits_resnet8 --workdir=$(WORKDIR) $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """ResNet-32 on CIFAR-10 by the recipe of arXiv:1812.02886, at batch 4,096.
 
-python examples/train.py --config=configs/cifar10_resnet32.py --workdir=runs/cifar10
+nlcg-train --config=cifar10_resnet32 --workdir=runs/cifar10
+
+Needs: cifar10 of TFDS (downloaded by the first run), and an accelerator.
 
 Result: not measured here (it needs the data set, and an accelerator).
 """

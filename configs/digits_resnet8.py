@@ -1,9 +1,11 @@
 """ResNet-8 on scikit-learn's digits, full batch: the default, made for a laptop.
 
-python examples/train.py --config=configs/digits_resnet8.py --workdir=runs/digits
+nlcg-train --config=digits_resnet8 --workdir=runs/digits
 
-Result (jax 0.10.2, one CPU core): test accuracy 0.9861, 0.9917, 0.9944 (seeds 0 to 2),
-mean 0.9907.
+Needs: nothing but a CPU and two minutes; the images come with scikit-learn.
+
+Result (jax 0.10.2, one CPU core): test accuracy 0.9889, 0.9972, 0.9972 (seeds 0 to 2),
+mean 0.9944.
 """
 
 from nlcg_optax.training.config import base_config

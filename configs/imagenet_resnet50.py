@@ -1,6 +1,8 @@
 """ResNet-50 v1.5 on ImageNet, 90 epochs at batch 65,536 (arXiv:1812.02886).
 
-python examples/train.py --config=configs/imagenet_resnet50.py --workdir=runs/imagenet
+nlcg-train --config=imagenet_resnet50 --workdir=runs/imagenet
+
+Needs: imagenet2012 of TFDS (its files downloaded by hand), and a pod: docs/scaling.md.
 
 The paper does not publish all of this recipe: rate, boundaries and penalty are those of
 the usual 90-epoch ResNet-50 training, with the paper's linear rule for the rate.

@@ -1,4 +1,4 @@
-"""Trains a ResNet with NLCG: see `python examples/train.py --help`."""
+"""The command `nlcg-train` where it is not installed: see `--help`."""
 
 import sys
 

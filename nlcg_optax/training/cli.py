@@ -1,12 +1,41 @@
-"""The command line: ``examples/train.py --config=configs/x.py --workdir=runs/x``."""
+"""The command line: ``nlcg-train --config=digits_resnet8 --workdir=runs/a``."""
 
 import argparse
+import importlib
+import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 
-from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
+DEFAULT_CONFIG = "digits_resnet8"
+
+_DESCRIPTION = """\
+Trains an image classifier with NLCG, or with a peer of it. The same command again goes
+on where the run in its folder stopped.
+
+  %(prog)s --workdir=runs/a
+      a ResNet-8 on digits: no download, two minutes on a CPU
+  %(prog)s --workdir=runs/b --config=cifar10_resnet32
+      another config: --list-configs
+  %(prog)s --workdir=runs/c --config.optimizer.name=momentum \\
+      --config.optimizer.learning_rate=0.3
+      with other values: any field of the config can be set so
+"""
+
+_EPILOG = """\
+exit code:
+    0  the run is complete, or SIGTERM has stopped it and its progress is saved
+    1  something went wrong that is none of the below (a traceback says what)
+    2  a mistake in the arguments, the config or the data, or a package is missing
+    3  the loss was not finite; what came before is saved
+    4  a file cannot be written or read: a full disk, a damaged checkpoint
+  130  Ctrl-C has stopped the run and its progress is saved
+
+Lines are printed to standard output, errors and the progress bar to standard error.
+Colours and the bar are for terminals alone; NO_COLOR=1 turns colours off.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,42 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code, 0 when the run is complete or SIGTERM has stopped it with its
-      progress saved, 130 after Ctrl-C (saved too), 2 for a mistake in the config or the
-      data, 3 for a loss that was not finite, 4 for a file that cannot be written or
-      read (a full disk, a damaged checkpoint). Anything else that goes wrong raises; of
-      several processes the one that it happens to prints it and ends with 1, which ends
-      the others.
+      progress saved, 130 after Ctrl-C (saved too), 2 for a mistake in the arguments,
+      the config or the data, or if a package of the ``[train]`` extra is missing, 3
+      for a loss that was not finite, 4 for a file that cannot be written or read (a
+      full disk, a damaged checkpoint). Anything else that goes wrong raises; of several
+      processes the one that it happens to prints it and ends with 1, which ends the
+      others.
     """
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Trains a ResNet with NLCG (or a peer) from a config file.",
-        epilog="Any field of the config can be set: --config.optimizer.learning_rate="
-        "0.5. A name that does not exist lists those that do.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        default="configs/digits_resnet8.py",
-        metavar="FILE",
-        help="config file (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workdir",
-        required=True,
-        metavar="FOLDER",
-        help="where checkpoints, metrics and curves go, and what a run resumes from",
-    )
-    several = parser.add_argument_group(
-        "several processes", "The same command is started once for each of them."
-    )
-    several.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="address of the first process, free there; or 'auto' on a cluster that "
-        "tells (Cloud TPU, Slurm, Open MPI, Kubernetes)",
-    )
-    several.add_argument("--num_processes", type=int, metavar="N", help="how many")
-    several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
+    parser = _parser()
     args, rest = parser.parse_known_args(argv)
     overrides = [text.removeprefix("--config.") for text in rest]
     for text in rest:
@@ -60,17 +61,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(
                 f"unknown argument {text!r}: set fields by --config.FIELD=VALUE"
             )
+    listing = args.list_configs or args.list_datasets
+    if not args.workdir and not listing:
+        parser.error("--workdir=FOLDER is needed: where checkpoints and metrics go")
     numbers = (args.num_processes, args.process_id)
     if args.coordinator is None and numbers != (None, None):
         parser.error("--num_processes and --process_id need --coordinator=HOST:PORT")
 
     # Late, so that --help and mistakes answer at once.
+    try:
+        importlib.import_module("nlcg_optax.training.loop")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "nlcg_optax":
+            raise
+        print(
+            f"error: training needs the package {error.name!r}, which is missing: "
+            "pip install 'nlcg-optax[train]'",
+            file=sys.stderr,
+        )
+        return 2
     from nlcg_optax.training import distributed
+    from nlcg_optax.training.config import ConfigError
+
+    if args.list_configs:
+        _list_configs()
+    if args.list_datasets:
+        _list_datasets()
+    if listing:
+        return 0
 
     try:
         if args.coordinator is not None:
             distributed.initialize(args.coordinator, *numbers)
-        code = _train(args.config, overrides, args.workdir)
+        code = _train(args.config, overrides, args.workdir, args.verbosity)
     except ConfigError as error:
         return _report(error, 2)
     except Exception:
@@ -84,15 +107,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _train(path: str, overrides: Sequence[str], workdir: str) -> int:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --workdir=FOLDER [--config=NAME] [--config.FIELD=VALUE ...] "
+        "[options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="FOLDER",
+        help="where checkpoints, metrics and curves go, and what a run resumes from",
+    )
+    parser.add_argument(
+        "--config",
+        default=DEFAULT_CONFIG,
+        metavar="NAME",
+        help="a built-in config, or a file that ends in .py (default: %(default)s); a "
+        "wrong --config.FIELD=VALUE lists the fields",
+    )
+    lists = parser.add_argument_group("lists, instead of training")
+    lists.add_argument(
+        "--list-configs", action="store_true", help="the built-in configs"
+    )
+    lists.add_argument(
+        "--list-datasets", action="store_true", help="the data sets there are"
+    )
+    amount = parser.add_argument_group("how much is printed")
+    amount = amount.add_mutually_exclusive_group()
+    amount.add_argument(
+        *("-q", "--quiet"),
+        dest="verbosity",
+        action="store_const",
+        const="quiet",
+        default="normal",
+        help="warnings, errors and the last line alone",
+    )
+    amount.add_argument(
+        *("-v", "--verbose"),
+        dest="verbosity",
+        action="store_const",
+        const="verbose",
+        help="also versions, the whole config, and every step",
+    )
+    several = parser.add_argument_group(
+        "several processes", "The same command is started once for each of them."
+    )
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of the first process, free there; or 'auto' on a cluster that "
+        "tells (Cloud TPU, Slurm, Open MPI, Kubernetes)",
+    )
+    several.add_argument("--num_processes", type=int, metavar="N", help="how many")
+    several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
+    return parser
+
+
+def _train(name: str, overrides: Sequence[str], workdir: str, verbosity: str) -> int:
     from nlcg_optax.training.checkpoint import CheckpointError
+    from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
     from nlcg_optax.training.data import DataError
     from nlcg_optax.training.loop import NonFiniteLossError, train_and_evaluate
 
     try:
-        config = load_config(path)
+        config = load_config(name)
         apply_overrides(config, overrides)
-        result = train_and_evaluate(config, workdir)
+        result = train_and_evaluate(config, workdir, verbosity)
     except (ConfigError, DataError) as error:
         return _report(error, 2)
     except NonFiniteLossError as error:
@@ -112,6 +195,72 @@ def _several_processes() -> bool:
 def _report(error: Exception, code: int) -> int:
     import jax
 
+    from nlcg_optax.training.report import paint
+
     process = f"process {jax.process_index()}: " if _several_processes() else ""
-    print(f"{process}error: {error}", file=sys.stderr)
+    label = paint("error:", "red", sys.stderr)
+    print(f"{process}{label} {error}", file=sys.stderr)
     return code
+
+
+def _list_configs() -> None:
+    from nlcg_optax.training.config import builtin_configs
+    from nlcg_optax.training.report import paint
+
+    configs = builtin_configs()
+    for config in configs:
+        default = " (the default)" * (config.name == DEFAULT_CONFIG)
+        print(paint(config.name, "bold", sys.stdout) + default)
+        print(f"  {config.description}")
+        print(f"  needs {config.needs}")
+    print(
+        f"\nThey are files in {configs[0].path.parent}; a copy is the start of your "
+        "own: --config=mine.py"
+    )
+
+
+def _list_datasets() -> None:
+    from nlcg_optax.training.data import TFDS_DATASETS
+    from nlcg_optax.training.report import paint
+
+    def heading(text: str) -> str:
+        return paint(text, "bold", sys.stdout)
+
+    folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    print(
+        f"""\
+{heading("digits")}
+  1,797 grey images of 8×8 pixels, 10 classes
+  needs nothing; read from the installed scikit-learn
+
+{heading("folder")}
+  your own images, JPEG or PNG
+  needs --config.dataset.data_dir=DIR, and --config.dataset.image_size=PIXELS where
+  their sizes differ; read from DIR/train/<class>/ and DIR/test/<class>/ (or val/,
+  validation/)
+
+{heading("any image classification set of TensorFlow Datasets, by its name there")}
+  needs a network for the first run, which downloads and prepares it (for many that
+  also takes TensorFlow: pip install tensorflow), or the files that another machine
+  has prepared; read from {folder}, or --config.dataset.data_dir=DIR
+
+  pixels    name (classes)"""
+    )
+    groups: dict[int, list[str]] = {}
+    for name, (pixels, classes) in TFDS_DATASETS.items():
+        # One is to be broken between names alone.
+        text = f"{name} ({classes:,})".replace(" ", "\xa0")
+        groups.setdefault(pixels or sys.maxsize, []).append(text)
+    for pixels, names in sorted(groups.items()):
+        sizes = "differ" if pixels == sys.maxsize else f"{pixels}×{pixels}"
+        lines = textwrap.wrap(", ".join(names), 74)
+        for size, line in zip([sizes] + [""] * len(lines), lines, strict=False):
+            print(f"  {size:<8}  " + line.replace("\xa0", " "))
+    print(
+        """
+  Where they differ, --config.dataset.image_size=PIXELS is needed. The files of
+  imagenet2012 must be downloaded by hand. Any other set there will do that has an
+  image, a label, and a split to test on.
+
+Choose one by --config.dataset.name=NAME."""
+    )

@@ -1,13 +1,14 @@
 """Configuration of a run: the fields, config files, and overrides.
 
-A config file defines `get_config()`, which fills in :func:`base_config`.
+A config file defines `get_config()`, which fills in :func:`base_config`. Some are built
+in: those in the folder ``configs`` of the repository.
 """
 
 import ast
 import importlib.util
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
@@ -110,18 +111,66 @@ def base_config() -> ConfigDict:
     return config.lock()
 
 
-def load_config(path: str | pathlib.Path) -> ConfigDict:
+class BuiltinConfig(NamedTuple):
+    """A config file that comes with the package.
+
+    Attributes:
+      name: by which :func:`load_config` knows it.
+      path: the file.
+      description: what it trains, in a line.
+      needs: what that takes.
+    """
+
+    name: str
+    path: pathlib.Path
+    description: str
+    needs: str
+
+
+def builtin_configs() -> list[BuiltinConfig]:
+    """The built-in config files, by name.
+
+    Example:
+      >>> [config.name for config in builtin_configs() if "digits" in config.name]
+      ['digits_resnet8']
+    """
+    here = pathlib.Path(__file__).resolve().parent
+    # A wheel has the folder beside this file, a checkout at the top.
+    folders = (here / "configs", here.parents[1] / "configs")
+    paths = next((list(f.glob("*.py")) for f in folders if f.is_dir()), [])
+    configs = []
+    for path in sorted(paths, key=lambda path: path.stem.split("_")):
+        paragraphs = (ast.get_docstring(ast.parse(path.read_text())) or "").split(
+            "\n\n"
+        )
+        needs = [text for text in paragraphs if text.startswith("Needs: ")]
+        needs = " ".join("".join(needs).removeprefix("Needs: ").split())
+        configs.append(BuiltinConfig(path.stem, path, paragraphs[0], needs))
+    return configs
+
+
+def load_config(name: str | pathlib.Path) -> ConfigDict:
     """Runs `get_config()` of a config file.
+
+    Args:
+      name: path of the file, which ends in ``.py``, or name of a built-in one.
 
     Raises:
       ConfigError: if there is no such file, or it does not define `get_config`.
+
+    Example:
+      >>> load_config("digits_resnet8").dataset.name
+      'digits'
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.py"))
+    path = pathlib.Path(name)
+    builtin = {config.name: config.path for config in builtin_configs()}
+    path = builtin.get(str(name), path)
+    if path.suffix != ".py" or not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.suffix else []
         raise ConfigError(
-            f"There is no config file {str(path)!r}. "
-            + (f"Beside it there are: {', '.join(near)}." if near else "")
+            f"There is no config {str(name)!r}: expected a file that ends in .py"
+            + (f" (beside it there are {', '.join(near)})" if near else "")
+            + f", or one of {', '.join(builtin)}."
         )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert spec is not None and spec.loader is not None

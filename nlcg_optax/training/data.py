@@ -37,6 +37,43 @@ DATASETS = (
     "~/tensorflow_datasets",
 )
 
+# Sets of TFDS with an image, a label, and a split to test on: height and width (None:
+# they differ from image to image) and the number of classes. Any other will do that has
+# these; the names are for who looks for one.
+TFDS_DATASETS: dict[str, tuple[int | None, int]] = {
+    "beans": (500, 3),
+    "caltech101": (None, 102),
+    "caltech_birds2011": (None, 200),
+    "cars196": (None, 196),
+    "cassava": (None, 5),
+    "cifar10": (32, 10),
+    "cifar100": (32, 100),
+    "cmaterdb": (32, 10),
+    "dtd": (None, 47),
+    "emnist": (28, 62),
+    "fashion_mnist": (28, 10),
+    "food101": (None, 101),
+    "horses_or_humans": (300, 2),
+    "i_naturalist2017": (None, 5089),
+    "imagenet2012": (None, 1000),
+    "imagenet_resized/32x32": (32, 1000),
+    "imagenet_resized/64x64": (64, 1000),
+    "imagenette": (None, 10),
+    "imagewang": (None, 20),
+    "kmnist": (28, 10),
+    "mnist": (28, 10),
+    "oxford_flowers102": (None, 102),
+    "oxford_iiit_pet": (None, 37),
+    "patch_camelyon": (96, 2),
+    "places365_small": (256, 365),
+    "rock_paper_scissors": (300, 3),
+    "smallnorb": (96, 5),
+    "stanford_dogs": (None, 120),
+    "stl10": (96, 10),
+    "sun397": (None, 397),
+    "svhn_cropped": (32, 10),
+}
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -516,7 +553,8 @@ def _load_tfds(
             f"TFDS does not accept the data set {name!r} ({known}): {str(error)[:600]}"
         ) from error
 
-    image_key, label_key = builder.info.supervised_keys or ("image", "label")
+    # There may be a third: weights of the examples, or (places365_small) file names.
+    image_key, label_key, *_ = builder.info.supervised_keys or ("image", "label")
     features = builder.info.features
     is_dict = isinstance(features, tfds.features.FeaturesDict)
     features: dict[str, Any] = dict(features.items()) if is_dict else {}

@@ -12,7 +12,15 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from nlcg_optax.training import data, distributed, metrics, models, optimizers, steps
+from nlcg_optax.training import (
+    data,
+    distributed,
+    metrics,
+    models,
+    optimizers,
+    report,
+    steps,
+)
 from nlcg_optax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -49,7 +57,9 @@ class Result(NamedTuple):
     state: steps.TrainState
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Result:
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | pathlib.Path, verbosity: str = "normal"
+) -> Result:
     """Trains as the config says, or goes on with what the folder holds.
 
     The folder receives ``config.json``, ``metrics.jsonl``, ``tensorboard/``,
@@ -64,6 +74,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
     Args:
       config: see :func:`nlcg_optax.training.config.base_config`.
       workdir: folder of the run, made if need be.
+      verbosity: what is printed, see :class:`nlcg_optax.training.report.Report`.
 
     Raises:
       ConfigError: for a config that cannot be used, or that is not the one of the run
@@ -74,6 +85,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
       NonFiniteLossError: if the loss was not finite.
     """
     workdir = pathlib.Path(workdir)
+    told: Any = metrics.Silence()
+    if distributed.is_first():
+        told = report.Report(verbosity)
+    told.loading(config)
     if jax.process_count() > 1:
         distributed.check_same_config(config)
     mesh = create_mesh(config)
@@ -99,13 +114,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
     next_batch, step_fn = make_input(config, dataset, model, tx, schedule, mesh, start)
     evaluate = make_evaluation(config, dataset, model, mesh)
     metrics_path = workdir / "metrics.jsonl"
-    writer, progress = metrics.Silence(), metrics.Silence()
+    writer: Any = metrics.Silence()
     if distributed.is_first():
         writer = metrics.MetricsWriter(workdir, resume_step=start)
-        progress = metrics.Progress(total_steps, start, config.batch_size)
-    progress.line(_description(config, dataset, mesh, state, total_steps))
-    if start:
-        progress.line(f"resumed from the checkpoint of step {start:,} in {workdir}")
+    told.start(
+        report.summary(
+            config, dataset, mesh, state, steps_per_epoch, total_steps, start, workdir
+        ),
+        total=total_steps,
+        initial=start,
+        steps_per_epoch=steps_per_epoch,
+        batch_size=config.batch_size,
+    )
 
     def due(step: int, every_epochs: float) -> bool:
         """Whether a multiple of so many epochs ends with (or within) this step."""
@@ -117,6 +137,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
         row = {name: float(value) for name, value in jax.device_get(values).items()}
         if step % config.log_every_steps == 0 or not _is_finite(row):
             writer.write(step, "train", row)
+            told.step(step, row)
         if not _is_finite(row):
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
@@ -140,7 +161,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
         with contextlib.ExitStack() as stack:
             stack.callback(draw_curves)
             stack.callback(checkpoints.close)
-            stack.callback(progress.close)
+            stack.callback(told.close)
             stack.callback(writer.close)
 
     results: dict[str, dict[str, float]] = {}
@@ -152,6 +173,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
             while step < total_steps and not stopping:
                 batch = next_batch(step)
                 waited = time.monotonic() - clock
+                if step == start:
+                    told.compiling()
+                    clock = time.monotonic()
+                    memory = step_fn.compile(state, batch)
+                    seconds = time.monotonic() - clock
+                    told.compiled(
+                        report.memory_row(memory, mesh.local_devices[0]), seconds
+                    )
+                    clock = time.monotonic() - waited
                 state, values = step_fn(state, batch)
                 step += 1
                 # Reading the metrics of the step before keeps the device busy.
@@ -161,19 +191,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
                 saving = due(step, config.checkpoint_every_epochs)
                 if evaluation or saving:
                     shown, pending = record(*pending), None
+                told.update(shown, time.monotonic() - clock, waited)
                 if evaluation:
                     results = evaluate(state)
                     for split, row in results.items():
                         writer.write(step, split, row)
                     writer.flush()
-                    progress.line(_evaluation_line(step, total_steps, shown, results))
+                    told.evaluation(step, shown, results)
                 if saving:
                     writer.flush()
                     checkpoints.save(step, state)
                     saved = step
-                now = time.monotonic()
-                progress.update(shown, now - clock, waited)
-                clock = now
+                clock = time.monotonic()
                 stopping = interrupts.reached(step)
             if pending:
                 record(*pending)
@@ -197,19 +226,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | pathlib.Path) -> Resul
         raise
     received = interrupts.received if stopping else None
     if received and step < total_steps:
-        progress.line(
-            f"{received.name}: stopped after step {step:,} of "
-            f"{total_steps:,}, saved in {checkpoints.path}. The same command goes on "
-            "from there."
-        )
+        told.stopped(received.name, step, checkpoints.path)
         return Result(step, received, results, state)
     if not results:  # the run was complete already
         results = evaluate(state)
-        progress.line(_evaluation_line(step, total_steps, None, results))
-    progress.line(
-        f"done: curves in {workdir / 'curves.png'}, metrics in {metrics_path}, "
-        f"checkpoint in {checkpoints.path}"
-    )
+        told.evaluation(step, None, results)
+    if distributed.is_first():
+        rows = metrics.read_metrics(metrics_path)
+        told.end(results, rows, workdir, checkpoints.path)
     return Result(step, None, results, state)
 
 
@@ -250,28 +274,6 @@ def _count_steps(config: ConfigDict, num_train: int, mesh: Mesh) -> tuple[float,
     return steps_per_epoch, total_steps
 
 
-def _description(
-    config: ConfigDict,
-    dataset: data.Dataset,
-    mesh: Mesh,
-    state: steps.TrainState,
-    total_steps: int,
-) -> str:
-    """What is about to run, in a line."""
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    parts = config.microbatches
-    shape = " × ".join(f"{axis} {n}" for axis, n in mesh.shape.items() if n > 1)
-    return (
-        f"{config.model.name} ({parameters:,} parameters) on {dataset.name} "
-        f"({len(dataset.train):,} training images, "
-        f"{'×'.join(map(str, dataset.image_shape))}), {config.optimizer.name}, "
-        f"batch {config.batch_size:,}{f' in {parts} parts' if parts > 1 else ''}, "
-        f"{total_steps:,} steps, {mesh.size} {jax.devices()[0].platform} device(s)"
-        + (f" ({shape})" if shape else "")
-        + (f" of {n} processes" if (n := jax.process_count()) > 1 else "")
-    )
-
-
 def load_dataset(config: ConfigDict) -> data.Dataset:
     """Loads the data set that a config names."""
     options = config.dataset
@@ -303,6 +305,39 @@ def create_model(config: ConfigDict, num_classes: int) -> Any:
         raise ConfigError(f"model: {error}") from error
 
 
+class Update:
+    """A jitted training step: a function of the state and its input.
+
+    It returns the new state and the metrics. The state is donated.
+
+    Args:
+      step: the function.
+      constants: what it takes beside the state and its input.
+    """
+
+    def __init__(self, step: Callable[..., Any], *constants: Any):
+        """Compiles nothing yet."""
+        self._jitted = jax.jit(step, donate_argnums=0)
+        self._run: Callable[..., Any] = self._jitted
+        self._constants = constants
+
+    def compile(self, state: steps.TrainState, batch: Any) -> Any:
+        """Compiles the step for calls with such arguments, and runs nothing.
+
+        Returns:
+          What the compiler says of its memory on each device, or None.
+        """
+        compiled = self._jitted.lower(state, batch, *self._constants).compile()
+        self._run = compiled
+        return compiled.memory_analysis()
+
+    def __call__(
+        self, state: steps.TrainState, batch: Any
+    ) -> tuple[steps.TrainState, steps.Metrics]:
+        """Takes the step."""
+        return self._run(state, batch, *self._constants)
+
+
 def make_input(
     config: ConfigDict,
     dataset: data.Dataset,
@@ -311,7 +346,7 @@ def make_input(
     schedule: optax.Schedule,
     mesh: Mesh,
     start: int,
-) -> tuple[Callable[[int], Any], Callable[..., Any]]:
+) -> tuple[Callable[[int], Any], Update]:
     """The two halves of a training step: its input, and the jitted update.
 
     A split in memory lies on every device, and a batch is the indices of its images; a
@@ -319,8 +354,7 @@ def make_input(
     work on. Both follow from the step alone.
 
     Returns:
-      A function of the step to its input, and a function of the state and that input to
-      the new state and the metrics. The state is donated.
+      A function of the step to its input, and the update of the state by that input.
     """
     split = dataset.train
     layout = BatchLayout(mesh, config.batch_size, config.microbatches)
@@ -338,10 +372,7 @@ def make_input(
             image_size=config.dataset.image_size,
             train=True,
         )
-        return (
-            lambda step: layout.put(next(batches)),
-            jax.jit(train_step, donate_argnums=0),
-        )
+        return lambda step: layout.put(next(batches)), Update(train_step)
 
     images, labels = put_replicated((split.images, split.labels), mesh)
 
@@ -349,13 +380,11 @@ def make_input(
         batch = {"image": images[indices], "label": labels[indices]}
         return train_step(state, batch)
 
-    jitted = jax.jit(gathering_step, donate_argnums=0)
-
     def indices(step: int) -> jax.Array:
         chosen = data.batch_indices(step, config.batch_size, len(split), config.seed)
         return layout.put(chosen[layout.places])
 
-    return indices, lambda state, chosen: jitted(state, chosen, images, labels)
+    return indices, Update(gathering_step, images, labels)
 
 
 def make_evaluation(
@@ -403,15 +432,3 @@ def make_evaluation(
 
 def _is_finite(row: dict[str, float]) -> bool:
     return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-
-
-def _evaluation_line(
-    step: int,
-    total_steps: int,
-    train: dict[str, float] | None,
-    results: dict[str, dict[str, float]],
-) -> str:
-    parts = [f"step {step:>{len(f'{total_steps:,}')},} of {total_steps:,}"]
-    for name, row in (({"train": train} if train else {}) | results).items():
-        parts.append(f"{name} loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}")
-    return "; ".join(parts)

@@ -1,15 +1,13 @@
-"""What a run leaves behind for people: metrics, curves, progress."""
+"""What a run leaves behind for people: metrics and curves."""
 
 import contextlib
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
-import tqdm
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -92,7 +90,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
 
 
 class Silence:
-    """Stands in for a writer or a bar in all processes but the first."""
+    """Stands in for a writer or a report in all processes but the first."""
 
     def __getattr__(self, name: str) -> Any:
         """Any method, which does nothing."""
@@ -184,59 +182,3 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
-
-
-class Progress:
-    """A progress bar on a terminal, plain lines elsewhere.
-
-    Args:
-      total: steps of the whole run.
-      initial: steps taken already.
-      batch_size: images a step.
-      file: where to; standard error by default.
-    """
-
-    def __init__(
-        self, total: int, initial: int, batch_size: int, file: TextIO | None = None
-    ):
-        """Starts the bar."""
-        self._file = file or sys.stderr
-        self._batch_size = batch_size
-        self._bar = tqdm.tqdm(
-            total=total,
-            initial=initial,
-            unit="step",
-            dynamic_ncols=True,
-            file=self._file,
-            disable=not self._file.isatty(),
-            bar_format="{percentage:3.0f}%|{bar}| {n}/{total} [{elapsed}<{remaining}, "
-            "{rate_fmt}{postfix}]",
-        )
-
-    def update(
-        self, metrics: Mapping[str, float] | None, seconds: float, waited: float = 0.0
-    ) -> None:
-        """Advances by one step.
-
-        Args:
-          metrics: of that step or the one before, or None.
-          seconds: that the step took.
-          waited: seconds of these that its input took.
-        """
-        if metrics is not None:
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}, "
-                f"{self._batch_size / max(seconds, 1e-9):,.0f} images/s, "
-                f"input {waited / max(seconds, 1e-9):.0%}",
-                refresh=False,
-            )
-        self._bar.update()
-
-    def line(self, text: str) -> None:
-        """Prints a line above the bar."""
-        tqdm.tqdm.write(text, file=self._file)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Ends the bar."""
-        self._bar.close()

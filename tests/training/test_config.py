@@ -49,8 +49,14 @@ def test_value_that_does_not_fit(override):
 
 def test_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "near.py").write_text("")
-    with pytest.raises(ConfigError, match="no config file.*near.py"):
+    with pytest.raises(ConfigError, match=r"no config .*far.py.*near.py.*digits_res"):
         config_lib.load_config(tmp_path / "far.py")
+
+
+def test_unknown_name_lists_the_built_in_ones():
+    known = "cifar10_resnet32, cifar100_resnet32, digits_resnet8, imagenet_resnet50"
+    with pytest.raises(ConfigError, match=f"no config 'digits'.*one of {known}"):
+        config_lib.load_config("digits")
 
 
 def test_file_without_get_config(tmp_path):
@@ -60,12 +66,17 @@ def test_file_without_get_config(tmp_path):
 
 
 def test_every_committed_config_loads(request):
-    paths = sorted((request.config.rootpath / "configs").glob("*.py"))
-    assert len(paths) >= 4
+    builtin = {config.path: config for config in config_lib.builtin_configs()}
+    paths = set((request.config.rootpath / "configs").glob("*.py"))
+    assert len(paths) >= 4 and builtin.keys() == paths
     fields = set(config_lib.known_fields(config_lib.base_config()))
     for path in paths:
         config = config_lib.load_config(path)
+        assert config_lib.load_config(path.stem).to_dict() == config.to_dict()
+        assert builtin[path].name == path.stem
+        assert builtin[path].description and "\n" not in builtin[path].description
+        assert config.dataset.name in builtin[path].needs + builtin[path].name
         assert set(config_lib.known_fields(config)) == fields, path
         source = path.read_text()
-        assert f"--config=configs/{path.name}" in source
+        assert f"nlcg-train --config={path.stem} --workdir=runs/" in source
         assert "esult: not measured here" in source or "Result (" in source, path

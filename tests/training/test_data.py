@@ -250,7 +250,10 @@ def encode(image):
     return buffer.getvalue()
 
 
-def write_tfds(root, name, splits, shape=(None, None, 3), label="class"):
+KEYS = ("image", "label")
+
+
+def write_tfds(root, name, splits, shape=(None, None, 3), label="class", keys=KEYS):
     """A TFDS data set on disk: PNGs, as TFDS itself encodes with TensorFlow."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -263,7 +266,7 @@ def write_tfds(root, name, splits, shape=(None, None, 3), label="class"):
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
+            supervised_keys=keys,
         )
 
     def generate(self, examples):
@@ -328,7 +331,7 @@ def test_secret_test_labels_are_passed_over(tmp_path):
         "test": examples(3, 100, label=-1),
         "validation": examples(5, 200),
     }
-    write_tfds(tmp_path, "secret", splits)
+    write_tfds(tmp_path, "secret", splits, keys=(*KEYS, "image"))  # a third one
     dataset = data.load("secret", data_dir=tmp_path, in_memory="no")
     assert len(dataset.test) == 5
     expected = {image.tobytes() for image, _ in splits["validation"]}
@@ -374,6 +377,17 @@ def test_unknown_name_lists_the_known_ones(tmp_path):
         data.load("digit", data_dir=tmp_path)
     with pytest.raises(data.DataError, match="known: digits"):
         data.load("../digits", data_dir=tmp_path)
+
+
+def test_the_listed_tfds_sets_are_what_the_list_says(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    for name, (pixels, classes) in data.TFDS_DATASETS.items():
+        builder = tfds.builder(name, file_format="array_record", data_dir=tmp_path)
+        image_key, label_key, *_ = builder.info.supervised_keys or ("image", "label")
+        image, label = (builder.info.features[k] for k in (image_key, label_key))
+        assert image.np_dtype == np.uint8
+        assert image.shape[:2] == (pixels, pixels) and image.shape[2] in (1, 3)
+        assert label.num_classes == classes, name
 
 
 def test_unknown_name_without_tfds(monkeypatch):

@@ -1,5 +1,6 @@
 """Several devices and several processes: one run, the same numbers."""
 
+import re
 import signal
 import socket
 import time
@@ -59,14 +60,16 @@ def four_devices(tmp_path_factory):
 def test_two_processes_are_one_with_as_many_devices(four_devices, tmp_path):
     first, second = tiny.finish(*start_two(tmp_path))
     assert_same_run(tmp_path, four_devices, rtol=1e-5)
-    assert "4 cpu device(s) (data 4) of 2 processes" in first
-    assert "done: curves in" in first
+    assert "4 × cpu, 2 processes; mesh data=4, fsdp=1" in first
+    assert "40 images, 10 per device" in first
+    assert "done: test accuracy" in first
     # The second prints nothing of its own (Gloo tells what it is connected to).
     assert not [line for line in second.splitlines() if "[Gloo]" not in line]
 
 
 def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
     """8 devices, then 4 with the state split over 2 of them, then 1."""
+    states = []
     for epochs, devices, args in ((2, 8, ()), (4, 4, SPLIT_IN_TWO), (5, 1, ())):
         # Each part ends where a shorter run would have: the schedule is constant.
         args = (*args, f"--config.num_epochs={epochs}")
@@ -76,8 +79,16 @@ def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
                 tmp_path, *args, "--config.schedule.name=constant", devices=devices
             )
         )
-        assert f"{devices} cpu device(s)" in output
+        axes = (
+            "data=2, fsdp=2" if args[0] in SPLIT_IN_TWO else f"data={devices}, fsdp=1"
+        )
+        assert f"{devices} × cpu, 1 process; mesh {axes}" in output
+        assert f"40 images, {40 // devices} per device" in output
         assert ("resumed from" in output) == (devices < 8)
+        (state,) = re.findall(r"state +([\d.]+) kB per device", output)
+        states.append(float(state))
+    # The middle part had it split in two, but for what two do not divide.
+    assert states[0] == states[2] and 0.5 < states[1] / states[0] < 0.6
     whole = tmp_path / "whole"
     tiny.finish(tiny.start(whole, "--config.schedule.name=constant"))
     assert len(rows(tmp_path)) > 12

@@ -1,4 +1,3 @@
-import io
 import math
 
 import pytest
@@ -46,24 +45,3 @@ def test_curves_are_drawn_whatever_there_is(tmp_path, rows):
     ]
     metrics.plot_curves(data, tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_progress_is_silent_but_for_lines_where_there_is_no_terminal():
-    out = io.StringIO()
-    progress = metrics.Progress(total=3, initial=0, batch_size=10, file=out)
-    progress.update({"loss": 1.0, "accuracy": 0.5}, seconds=0.1)
-    progress.line("evaluated")
-    progress.close()
-    assert out.getvalue() == "evaluated\n"
-
-
-def test_progress_shows_loss_accuracy_and_speed_on_a_terminal():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    out = Terminal()
-    progress = metrics.Progress(total=3, initial=0, batch_size=10, file=out)
-    progress.update({"loss": 1.0, "accuracy": 0.5}, seconds=0.1)
-    progress.close()
-    assert "loss 1.0000, accuracy 0.5000, 100 images/s" in out.getvalue()

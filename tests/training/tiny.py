@@ -1,6 +1,6 @@
 """A run small enough for tests: a tiny model on a few digits.
 
-As a program it is `examples/train.py` with that model:
+As a program it is `nlcg-train` with that model:
 `python tiny.py --workdir=FOLDER [--config.FIELD=VALUE ...]`.
 """
 
