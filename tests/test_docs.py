@@ -62,11 +62,11 @@ def test_files_that_markdown_links_to_exist():
         if any(path.is_relative_to(folder) for folder in made):
             continue
         links = re.findall(r"\[[^\]]*\]\(([^)#\s]+)(?:#\S*)?\)", path.read_text())
-        missing += [
-            f"{path.relative_to(ROOT)}: {link}"
-            for link in links
-            if "://" not in link and not (path.parent / link).exists()
-        ]
+        for link in links:
+            target = path.parent / link
+            # Sphinx checks the links to what it makes.
+            if "://" not in link and target.parent not in made and not target.exists():
+                missing.append(f"{path.relative_to(ROOT)}: {link}")
     assert not missing
 
 
