@@ -39,7 +39,6 @@ def test_runs(path, tmp_path, monkeypatch):
         + " --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join(sys.path),
         # Jupyter's and IPython's own files; the kernel is this Python's.
-        "JUPYTER_PLATFORM_DIRS": "1",
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),
         "JUPYTER_DATA_DIR": str(tmp_path / "data"),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"),
