@@ -65,6 +65,7 @@ SHOWN = {
     "benchmarks/update_cost/history.md": "results/update_cost.md",
     "benchmarks/update_cost/results.md": "results/update_cost.md",
     "benchmarks/update_cost/step.md": "results/update_cost.md",
+    "examples/notebooks/README.md": "notebooks/index.md",
 }
 # Sections of the README are parts of several pages.
 README_SECTIONS = {
@@ -155,7 +156,7 @@ def relink(text: str, source: pathlib.Path, page: pathlib.Path) -> str:
             return before + relative(DOCS / README_SECTIONS[section]) + after
         if not target or not path.is_file():
             return match[0]  # Sphinx will say so
-        if path.is_relative_to(NOTEBOOKS):
+        if path.is_relative_to(NOTEBOOKS) and path.suffix == ".ipynb":
             path = DOCS / "notebooks" / path.name
         elif path.is_relative_to(ROOT) and not path.is_relative_to(DOCS):
             shown = SHOWN.get(path.relative_to(ROOT).as_posix())
