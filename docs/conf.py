@@ -107,14 +107,13 @@ def bring_in() -> None:
         key=lambda path: (not path.name.startswith("nlcg"), path.name),  # first steps
     )
     pages = {f"notebooks/{p.name}": p.read_text(encoding="utf-8") for p in notebooks}
-    text = "They are in `examples/notebooks`, and shown here as they ran."
-    if not notebooks:
-        text = "This version has none."
     pages["notebooks/index.md"] = _contents(
-        "Notebooks", text, [path.stem for path in notebooks]
+        "Notebooks",
+        "They are in `examples/notebooks`, and shown here as they ran.",
+        [path.stem for path in notebooks],
     )
 
-    names = [n for n in ("CHANGELOG.md", "CONTRIBUTING.md") if (ROOT / n).exists()]
+    names = ("CHANGELOG.md", "CONTRIBUTING.md")
     pages |= {SHOWN[name]: f"```{{include}} ../../{name}\n```\n" for name in names}
     citation = '```{include} ../../README.md\n:start-after: "## Citation"\n```'
     pages["project/index.md"] = _contents(
@@ -132,7 +131,7 @@ def bring_in() -> None:
 
 def _contents(title: str, text: str, entries: list[str]) -> str:
     """A page that leads to others."""
-    tree = "\n".join(["```{toctree}", *entries, "```", ""]) if entries else ""
+    tree = "\n".join(["```{toctree}", *entries, "```", ""])
     return f"# {title}\n\n{text}\n\n{tree}"
 
 

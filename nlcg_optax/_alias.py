@@ -165,7 +165,7 @@ def nlcg(
         axis_name=axis_name,
     )
     scale = optax.scale_by_learning_rate(learning_rate)
-    if isinstance(step_rule, optax.GradientTransformation):
+    if line_search:
         if displacement != "params":
             raise ValueError(
                 f"displacement={displacement!r} is not valid with a transformation as "

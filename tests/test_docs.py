@@ -24,8 +24,6 @@ WITH_SNIPPETS = [
 @pytest.mark.standard_promotion  # Flax promotes
 @pytest.mark.parametrize("name", WITH_SNIPPETS)
 def test_snippets_run_in_order(name):
-    if name == "equinox":
-        pytest.importorskip("equinox")
     path = PAGES[name]
     blocks = snippets.snippets(snippets.expanded(path))
     snippets.run(blocks, path)
@@ -71,8 +69,6 @@ def test_files_that_markdown_links_to_exist():
 
 
 def test_sphinx_builds_without_warnings(tmp_path):
-    for package in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
-        pytest.importorskip(package, reason="the extra [docs] is not installed")
     built = subprocess.run(
         [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-n", "-W", "--keep-going"]
         + ["-d", tmp_path / "doctrees", DOCS, tmp_path / "html"],

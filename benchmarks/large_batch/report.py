@@ -15,7 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from workloads import ABLATION, OPTIMIZERS, WORKLOADS
+from workloads import OPTIMIZERS, WORKLOADS, Workload
 
 # With what NLCG is compared; in an ablation, all others are variants of it.
 PEERS = [name for name in OPTIMIZERS if not name.startswith("nlcg")]
@@ -23,9 +23,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 Rows = list[dict[str, Any]]
 
 
-def group(rows: Rows) -> dict[tuple[str, int], Rows]:
-    """Rows by optimizer and batch size, each run once, in the order of the table."""
-    names = list(OPTIMIZERS | ABLATION)
+def group(rows: Rows, workload: Workload) -> dict[tuple[str, int], Rows]:
+    """Rows by optimizer and batch size, each run once, in the workload's order."""
+    names = list(workload.optimizers)
     groups: dict[tuple[str, int], dict] = {}
     for row in rows:
         cell = (row["phase"], row["learning_rate"], row["schedule"], row["seed"])
@@ -92,13 +92,14 @@ def by_batch_size(groups: dict[tuple[str, int], Rows], cell: Any) -> list[str]:
 
 def section(name: str, rows: Rows) -> list[str]:
     """The Markdown of a workload."""
+    workload = WORKLOADS[name](None)
     command = f"python benchmarks/large_batch/sweep.py --workload={name}"
-    if WORKLOADS[name](None).config.dataset.name == "folder":
+    if workload.config.dataset.name == "folder":
         command += " --data_dir=FOLDER"
     lines = [f"## {name}", ""]
     if not rows:
         return [*lines, f"Not measured; `{command}` does.", ""]
-    groups = group(rows)
+    groups = group(rows, workload)
     curves = {key: curve(of_group) for key, of_group in groups.items()}
 
     def target(size: int) -> float | None:
@@ -163,7 +164,7 @@ def section(name: str, rows: Rows) -> list[str]:
         ),
         ("Tuning runs:", tuning_cell),
     ]
-    if has_plots(name):
+    if compares_batch_sizes(workload):
         for title, cell in parts:
             lines += [title, "", *by_batch_size(groups, cell), ""]
         lines += [
@@ -198,9 +199,9 @@ def section(name: str, rows: Rows) -> list[str]:
     return lines
 
 
-def has_plots(name: str) -> bool:
-    """Whether there are batch sizes to compare."""
-    return len(WORKLOADS[name](None).batch_sizes) > 1
+def compares_batch_sizes(workload: Workload) -> bool:
+    """Whether there is something to plot against the batch size."""
+    return len(workload.batch_sizes) > 1
 
 
 def environments(rows: Rows) -> str:
@@ -231,7 +232,7 @@ def style(name: str, index: int) -> dict[str, Any]:
 
 def plot(name: str, rows: Rows, folder: pathlib.Path) -> None:
     """Accuracy against batch size, and loss against step at the largest batch."""
-    groups = group(rows)
+    groups = group(rows, WORKLOADS[name](None))
     sizes = sorted({size for _, size in groups})
     names = list(dict.fromkeys(optimizer for optimizer, _ in groups))
     # An opaque white page is readable wherever it is shown.
@@ -280,7 +281,7 @@ def report(results: pathlib.Path, folder: pathlib.Path) -> str:
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text.splitlines()]
         lines += section(name, rows)
-        if rows and has_plots(name):
+        if rows and compares_batch_sizes(WORKLOADS[name](None)):
             plot(name, rows, folder)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "results.md").write_text(text)
