@@ -23,6 +23,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
+from problems import paper  # noqa: E402
 
 import nlcg_optax  # noqa: E402
 from nlcg_optax import _parallel, _tree  # noqa: E402
@@ -118,7 +119,7 @@ DIVISIBLE = ("w", "c")
 
 OPTIMIZERS = {
     "nlcg": lambda axis: nlcg_optax.nlcg_paper(0.05, axis_name=axis),
-    "nlcg-hager_zhang-online": lambda axis: nlcg_optax.nlcg_paper(
+    "nlcg-hager_zhang-online": lambda axis: paper(
         0.05,
         beta_rule="hager_zhang",  # it needs every inner product
         beta_bounds=(-2.0, 2.0),
@@ -126,9 +127,7 @@ OPTIMIZERS = {
         step_rule="online",
         axis_name=axis,
     ),
-    "nlcg-small": lambda axis: nlcg_optax.nlcg_paper(
-        0.05, displacement="direction", track_cosine=False, axis_name=axis
-    ),
+    "nlcg-small": lambda axis: paper(0.05, track_cosine=False, axis_name=axis),
     "lars": lambda axis: optax.chain(
         nlcg_optax.scale_by_lars(0.5, axis_name=axis),
         nlcg_optax.nlcg_paper(0.05, preconditioner=None, axis_name=axis),
@@ -548,10 +547,10 @@ def collectives(step, *arguments):
 COUNTED = {
     "sgd": lambda axis: optax.sgd(0.1),
     "nlcg": lambda axis: nlcg_optax.nlcg_paper(0.1, axis_name=axis),
-    "nlcg-hager_zhang": lambda axis: nlcg_optax.nlcg_paper(
+    "nlcg-hager_zhang": lambda axis: paper(
         0.1, beta_rule="hager_zhang", beta_bounds=(-2.0, 2.0), axis_name=axis
     ),
-    "nlcg-online-restarts": lambda axis: nlcg_optax.nlcg_paper(
+    "nlcg-online-restarts": lambda axis: paper(
         0.1,
         step_rule="online",
         restart_on_ascent=True,
