@@ -26,8 +26,8 @@ import json
 import os
 import pathlib
 import platform
-import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +41,9 @@ import optax
 import nlcg_optax
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import compiled  # noqa: E402
+
 RATE = 1e-4
 
 
@@ -185,22 +188,6 @@ def init(case: Case, tx: Any, params: Any) -> Any:
     return tx.init(params)
 
 
-# What the entry computation's instructions do without a kernel.
-NO_KERNEL = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
-    *("all-reduce-done", "copy-done", "async-done"),
-}
-
-
-def kernels(program: str) -> int:
-    """Instructions of the entry computation that do something."""
-    entry = re.search(r"^ENTRY .*?^}", program, re.MULTILINE | re.DOTALL)
-    assert entry is not None
-    # %name = type[shape]{layout} opcode(...
-    opcodes = re.findall(r" = (?:\(.*?\) |\S+ )([a-z][\w-]*)\(", entry[0])
-    return sum(opcode not in NO_KERNEL for opcode in opcodes)
-
-
 def array_bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree) if x.ndim)
 
@@ -209,14 +196,14 @@ def array_bytes(tree: Any) -> int:
 class Subject:
     """A compiled step, what it works on, and the times it took."""
 
-    compiled: Any
+    step: Any
     params: Any
     state: Any
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def run(self, grads: Any, loss: Any) -> None:
         start = time.perf_counter()
-        self.params, self.state = self.compiled(self.params, self.state, grads, loss)
+        self.params, self.state = self.step(self.params, self.state, grads, loss)
         jax.block_until_ready((self.params, self.state))
         self.seconds.append(time.perf_counter() - start)
 
@@ -228,8 +215,8 @@ def compile_step(case: Case, tx: Any, params: Any, grads: Any, loss: Any):
         params, state, grads, loss
     )
     traced = time.perf_counter()
-    compiled = lowered.compile()
-    return compiled, traced - start, time.perf_counter() - traced
+    step = lowered.compile()
+    return step, traced - start, time.perf_counter() - traced
 
 
 def memory_subject(grads: Any, in_place: bool) -> Subject:
@@ -241,8 +228,8 @@ def memory_subject(grads: Any, in_place: bool) -> Subject:
 
     jitted = jax.jit(touch, donate_argnums=0, keep_unused=True)
     target = jax.tree.map(jnp.copy, grads)
-    compiled = jitted.lower(target, (), grads, jnp.float32(0)).compile()
-    return Subject(compiled, target, ())
+    step = jitted.lower(target, (), grads, jnp.float32(0)).compile()
+    return Subject(step, target, ())
 
 
 def measure(tree: str, dtype: str, names: list[str], rounds: int) -> list[dict]:
@@ -264,9 +251,9 @@ def measure(tree: str, dtype: str, names: list[str], rounds: int) -> list[dict]:
         # A small one before: the first one of all initializes things.
         small = fill(tiny(), kind, 1.0, 0)
         compile_step(case, tx, small, small, loss)
-        compiled, trace_s, compile_s = compile_step(case, tx, params, grads[0], loss)
+        step, trace_s, compile_s = compile_step(case, tx, params, grads[0], loss)
         state = jax.jit(lambda p, case=case, tx=tx: init(case, tx, p))(params)
-        cost = compiled.cost_analysis() or {}
+        program = compiled.read(step)
         row = {
             "tree": tree,
             "dtype": dtype,
@@ -275,16 +262,16 @@ def measure(tree: str, dtype: str, names: list[str], rounds: int) -> list[dict]:
             "leaves": len(jax.tree.leaves(params)),
             "trace_s": trace_s,
             "compile_s": compile_s,
-            "kernels": kernels(compiled.as_text()),
-            "bytes_accessed": cost.get("bytes accessed"),
+            "kernels": program.kernels,
+            "bytes_accessed": program.bytes_accessed,
             "state_bytes_per_parameter": array_bytes(state) / size,
-            "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+            "temporary_bytes": program.temporary_bytes,
         }
         if case.accesses is not None:
             p, g, s = case.accesses
             row["must_move"] = size * ((p + g) * kind.itemsize + 4 * s)
         rows.append(row)
-        subjects[name] = Subject(compiled, jax.tree.map(jnp.copy, params), state)
+        subjects[name] = Subject(step, jax.tree.map(jnp.copy, params), state)
     del params
     for r in range(rounds + 2):
         for subject in subjects.values():
