@@ -5,6 +5,7 @@ Times are measured in `benchmarks/update_cost`, never here.
 
 import math
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +26,8 @@ def written(value):
     return repr(value).replace(repr(RMS), "RMS")
 
 
-def compiled(tx, shapes):
-    """The jitted, donated step of an optimizer, without running it."""
+def read(tx, shapes):
+    """What is read off the jitted, donated step of an optimizer, and its text."""
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     state = jax.eval_shape(tx.init, params)
     loss = jax.ShapeDtypeStruct((), jnp.float32)
@@ -36,7 +37,8 @@ def compiled(tx, shapes):
         return optax.apply_updates(params, updates), state
 
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params, loss)
-    return lowered, lowered.compile()
+    program = lowered.compile()
+    return compiled.read(program), program.as_text()
 
 
 @pytest.mark.parametrize(
@@ -108,20 +110,17 @@ def test_bytes_of_the_compiled_program(options, accesses, temporaries):
         pytest.skip("XLA's fusions, and its estimates, are another backend's")
     if jax.__version_info__ < (0, 10):
         pytest.skip("XLA fused otherwise before: 28 accesses where it is 23 now")
-    _, program = compiled(paper(0.1, **options), [(SIZE,)])
-    cost = program.cost_analysis()
-    assert cost["bytes accessed"] <= accesses * 4 * SIZE
+    program, _ = read(paper(0.1, **options), [(SIZE,)])
+    assert program.bytes_accessed <= accesses * 4 * SIZE
     # Nothing is copied before it is overwritten (but by the step rule, which takes back
     # part of a direction that the new one replaces).
-    temporary = program.memory_analysis().temp_size_in_bytes
-    assert temporary < (temporaries + 0.1) * 4 * SIZE
+    assert program.temporary_bytes < (temporaries + 0.1) * 4 * SIZE
 
 
 def test_the_program_grows_with_the_leaves_and_not_with_their_square():
     tx = paper(0.1, track_cosine=False)
     few, many = (
-        compiled(tx, [(8 + i,) for i in range(n)])[1].as_text().count(" add(")
-        for n in (5, 20)
+        read(tx, [(8 + i,) for i in range(n)])[1].count(" add(") for n in (5, 20)
     )
     # Before, the sum over the leaves was in the kernels of every leaf.
     assert few > 20

@@ -1,4 +1,4 @@
-"""Run by `test_linesearch.py` in a process with two devices; not a test by itself."""
+"""Run by `test_hager_zhang.py` in a process with two devices; not a test by itself."""
 
 import jax
 

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import math
-import re
 import types
 import unittest.mock
 
@@ -17,6 +16,7 @@ import jax
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+import compiled  # noqa: E402
 import flax.linen as nn  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
@@ -523,25 +523,20 @@ def lost_sums():
 
 # What the compiled steps communicate.
 
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
-    r"|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
 
 def collectives(step, *arguments):
     """Of each kind in a compiled step: their number, their results' elements, and how
     many are small: of 32 elements at most.
     """
-    found = {}
-    for shapes, kind in COLLECTIVE.findall(step.lower(*arguments).compile().as_text()):
-        elements = sum(
-            math.prod(int(n) for n in sizes.split(",") if n)
-            for sizes in re.findall(r"\[([\d,]*)\]", shapes)
+    program = compiled.read(step.lower(*arguments).compile())
+    return {
+        kind: (
+            total.count,
+            total.elements,
+            sum(c.elements <= 32 for c in program.collectives if c.kind == kind),
         )
-        count, total, small = found.get(kind, (0, 0, 0))
-        found[kind] = (count + 1, total + elements, small + (elements <= 32))
-    return found
+        for kind, total in program.by_kind().items()
+    }
 
 
 COUNTED = {
@@ -611,7 +606,7 @@ def communication():
             tree,
         )
 
-    def compiled(door, step, in_specs, out_specs, arguments):
+    def communicated(door, step, in_specs, out_specs, arguments):
         if door == "shard_map":
             step = jax.shard_map(
                 step, mesh=mesh, in_specs=in_specs, out_specs=out_specs
@@ -653,7 +648,7 @@ def communication():
 
                 key = f"{name}, {door}, {layout}"
                 if layout == "sharded" and name != "sgd":
-                    found[f"update, {key}"] = compiled(
+                    found[f"update, {key}"] = communicated(
                         door,
                         alone,
                         (specs, states, specs, P()),
@@ -661,7 +656,7 @@ def communication():
                         (params, state, params, loss),
                     )
                 if name in ("sgd", "nlcg", ORTHOGONALIZING):
-                    found[f"step, {key}"] = compiled(
+                    found[f"step, {key}"] = communicated(
                         door,
                         whole,
                         (specs, states, rows),
