@@ -1,0 +1,618 @@
+"""Which device orthogonalizes which matrix, by counting, and how it gets there.
+
+Matrices of one shape are stacked. A stack is worked on
+
+- by **each** device as a whole (a little work, that is not worth a message);
+- **spread**: each matrix by one device, to which it is sent, and from which it comes
+  back, in one exchange of the whole stack;
+- or **split**: all devices have their part of the longer side of each matrix, and add
+  up its Gram matrix: for few, long ones.
+
+The iteration works on Gram matrices, so stacks whose matrices have one small side share
+it, each device being given as many of their matrices as any other, or one less.
+
+Under `jit` the exchange is a sharding constraint (:class:`Global`), in a `shard_map` it
+is an `all_to_all` (:class:`Mapped`).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nlcg_optax import _tree
+from nlcg_optax.preconditioners import _newton_schulz
+
+# What a device could compute while it sends a byte, and while it waits for a collective
+# that sends next to nothing: round numbers for chips of today (docs/scaling.md) and
+# float32 at the highest precision. Only the choice between placements depends on them.
+OPERATIONS_PER_BYTE = 200
+OPERATIONS_PER_COLLECTIVE = 1e9
+
+How = Literal["each", "spread", "split"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Matrices of one shape, to be counted.
+
+    Attributes:
+      count: how many.
+      small, long: their sides; those of a part, where they are several side by side.
+      parts: how many.
+      itemsize: bytes of an element.
+      sharded: whether they lie split over the devices; None where nobody knows.
+      splittable: whether the longer side can be split.
+    """
+
+    count: int
+    small: int
+    long: int
+    parts: int = 1
+    itemsize: int = 4
+    sharded: bool | None = None
+    splittable: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Where the matrices of several stacks are.
+
+    Each device has so many slots; a row is one slot of each. A stack fills some rows
+    and, with the rest, part of one that it may share with the rests of other stacks.
+
+    Attributes:
+      full: for each stack, the rows that it fills.
+      row: for each stack, the number of the shared row with its rest; None for no rest.
+      offset: for each stack, the first device of the rest.
+      shared: how many rows are shared.
+    """
+
+    full: tuple[int, ...]
+    row: tuple[int | None, ...]
+    offset: tuple[int, ...]
+    shared: int
+
+    @classmethod
+    def fit(cls, counts: Sequence[int], devices: int) -> "Slots":
+        """As few rows as can be, by first fit."""
+        rows, offsets = [], []
+        used: list[int] = []
+        for count in counts:
+            rest = count % devices
+            row, offset = None, 0
+            if rest:
+                fits = (i for i, n in enumerate(used) if n + rest <= devices)
+                row = next(fits, len(used))
+                if row == len(used):
+                    used.append(0)
+                offset = used[row]
+                used[row] += rest
+            rows.append(row)
+            offsets.append(offset)
+        full = tuple(count // devices for count in counts)
+        return cls(full, tuple(rows), tuple(offsets), len(used))
+
+    @property
+    def rows(self) -> int:
+        return sum(self.full) + self.shared
+
+    def rows_of(self, i: int) -> int:
+        """The rows of which a stack has a part."""
+        return self.full[i] + (self.row[i] is not None)
+
+    def rows_from(self, x: jax.Array, i: int, devices: int) -> jax.Array:
+        """From the matrices of a stack, [count, ...], to [rows, devices, ...]."""
+        full = self.full[i] * devices
+        # Neighbours stay together, as layers that are split over devices are.
+        rows = x[:full].reshape(devices, self.full[i], *x.shape[1:]).swapaxes(0, 1)
+        if self.row[i] is None:
+            return rows
+        after = devices - self.offset[i] - (x.shape[0] - full)
+        fill = [(self.offset[i], after)] + [(0, 0)] * (x.ndim - 1)
+        rest = jnp.pad(x[full:], fill)[None]
+        return jnp.concatenate([rows, rest]) if full else rest
+
+    def rows_to(self, rows: jax.Array, i: int, count: int) -> jax.Array:
+        """And back."""
+        full = self.full[i]
+        x = rows[:full].swapaxes(0, 1)
+        x = x.reshape(full * rows.shape[1], *rows.shape[2:])
+        if self.row[i] is None:
+            return x
+        start = self.offset[i]
+        rest = rows[full, start : start + count - x.shape[0]]
+        return jnp.concatenate([x, rest]) if full else rest
+
+    def add(self, operation: Callable, stacks: Sequence[jax.Array]) -> jax.Array:
+        """One array of all rows, from those of each stack."""
+        parts = [x[:n] for x, n in zip(stacks, self.full, strict=True) if n]
+        for row in range(self.shared):
+            rests = [
+                x[n:]
+                for x, n, i in zip(stacks, self.full, self.row, strict=True)
+                if i == row
+            ]
+            parts.append(functools.reduce(operation, rests))
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def pick(self, x: jax.Array, i: int) -> jax.Array:
+        """The rows of a stack, from an array of all."""
+        start, row = sum(self.full[:i]), self.row[i]
+        parts = [x[start : start + self.full[i]]] if self.full[i] else []
+        if row is not None:
+            row += sum(self.full)
+            parts.append(x[row : row + 1])
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def choose(
+    stacks: Sequence[Stack], devices: int, iterations: int, copies: int = 1
+) -> tuple[float, list[How]]:
+    """How to work on each of the stacks of one small side, and what it costs.
+
+    Args:
+      stacks: the stacks.
+      devices: over how many devices they may be spread or split.
+      iterations: steps of the iteration.
+      copies: on how many of them there is a copy of each element.
+
+    Returns:
+      The operations of a device, messages counted as operations; and how.
+    """
+
+    def cost(how: Sequence[How]) -> float:
+        return _cost(stacks, how, devices, iterations, copies)
+
+    found: list[list[How]] = []
+    starts: list[How] = ["each"] if devices == 1 else ["each", "spread"]
+    for start in starts:
+        how: list[How] = [start] * len(stacks)
+        for i in [*range(len(stacks))] * (2 if devices > 1 else 0):
+            options: list[How] = ["each", "spread"]
+            if stacks[i].splittable:
+                options.append("split")
+            changed = [[*how[:i], option, *how[i + 1 :]] for option in options]
+            how = min(changed, key=cost)
+        found.append(how)
+    best = min(found, key=cost)
+    return cost(best), best
+
+
+def _cost(
+    stacks: Sequence[Stack],
+    how: Sequence[How],
+    devices: int,
+    iterations: int,
+    copies: int,
+) -> float:
+    spread = [i for i, choice in enumerate(how) if choice == "spread"]
+    placed = Slots.fit([stacks[i].count for i in spread], devices)
+    total = 0.0
+    for i, (stack, choice) in enumerate(zip(stacks, how, strict=True)):
+        iterating = _newton_schulz.iteration_operations(stack.small, iterations)
+        outside = _newton_schulz.outer_operations(stack.small, stack.long)
+        matrices = stack.count * stack.parts
+        size = matrices * stack.small * stack.long * stack.itemsize
+        sent, messages = 0.0, 0
+        if choice == "each":
+            total += matrices * (iterating + outside)
+            if stack.sharded:
+                sent, messages = size, 1
+        elif choice == "split":
+            total += matrices * (iterating + outside / devices)
+            sent = 2 * matrices * stack.small**2 * stack.itemsize
+            sent += 0 if stack.sharded else size
+            messages = 1 if stack.sharded else 2
+        else:
+            rows = placed.rows_of(spread.index(i))
+            if i == spread[0]:
+                total += placed.rows * stack.parts * iterating
+            total += rows * stack.parts * outside
+            sent, messages = size, 1
+            if stack.sharded:
+                sent, messages = 2 * size * rows / stack.count, 2
+                if copies > 1:
+                    sent, messages = sent + 2 * size * copies / devices, 3
+        total += OPERATIONS_PER_BYTE * sent + OPERATIONS_PER_COLLECTIVE * messages
+    return total
+
+
+class Matrix(NamedTuple):
+    """How the axes of a leaf make it a matrix, or several.
+
+    Attributes:
+      rows: the axes that, together, count rows.
+      columns: the axes that, together, count columns.
+      batch: the axes that count matrices: layers of a scan, experts.
+      parts: matrices side by side along the columns, as in a kernel that makes queries,
+        keys and values at once.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    parts: int = 1
+
+
+class Leaf(NamedTuple):
+    """A leaf that is to be orthogonalized.
+
+    Attributes:
+      value: the array.
+      matrix: what it is.
+      sharded: in a `shard_map`, the axes over which it is sharded, and along which of
+        its own each of them goes.
+      everywhere: whether it is known to be whole on every device, or not; None where
+        only the compiler knows.
+    """
+
+    value: jax.Array
+    matrix: Matrix
+    sharded: Mapping[_tree.AxisName, int] = {}
+    everywhere: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Leaves that are stacked, as items: their axes are first the rows, then columns.
+
+    Attributes:
+      matrix: what the leaves are.
+      numbers: which leaves, and how many items each has.
+      item: shape of an item, as far as this device has it.
+      sharded: the mapped axes over which items are sharded, and along which of theirs.
+      layered: whether this is one leaf with axes that count matrices.
+      wide: whether there are no more rows than columns (in one of the parts).
+      stack: to be counted.
+    """
+
+    matrix: Matrix
+    numbers: tuple[tuple[int, int], ...]
+    item: tuple[int, ...]
+    sharded: dict[_tree.AxisName, int]
+    layered: bool
+    wide: bool
+    stack: Stack
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of a leaf in the order in which they are stacked."""
+        return (*self.matrix.batch, *self.matrix.rows, *self.matrix.columns)
+
+    def items(self, leaves: Sequence[Leaf]) -> jax.Array:
+        """All items, of shape [count, *item]."""
+        stacked = [
+            leaves[i].value.transpose(self.order).reshape(-1, *self.item)
+            for i, _ in self.numbers
+        ]
+        return jnp.concatenate(stacked) if len(stacked) > 1 else stacked[0]
+
+    def leaves(self, items: jax.Array, leaves: Sequence[Leaf]) -> list[jax.Array]:
+        """The leaves again."""
+        result, start = [], 0
+        for i, count in self.numbers:
+            shape = leaves[i].value.shape
+            x = items[start : start + count].reshape([shape[a] for a in self.order])
+            result.append(x.transpose([self.order.index(a) for a in range(len(shape))]))
+            start += count
+        return result
+
+    def matrices(self, items: jax.Array) -> jax.Array:
+        """Of items [k, d, *item] the matrices [k, d, parts, small side, long side]."""
+        shape, parts = items.shape[2:], self.matrix.parts
+        rows = math.prod(shape[: len(self.matrix.rows)])
+        columns = math.prod(shape[len(self.matrix.rows) :]) // parts
+        x = items.reshape(*items.shape[:2], rows, parts, columns).swapaxes(2, 3)
+        return x if self.wide else x.mT
+
+    def unmatrices(self, x: jax.Array, item: Sequence[int]) -> jax.Array:
+        """And back."""
+        x = (x if self.wide else x.mT).swapaxes(2, 3)
+        return x.reshape(*x.shape[:2], *item)
+
+
+def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
+    """Stacks leaves of one shape; lists together what may share an iteration."""
+    stacks: dict[Any, list[tuple[int, int]]] = {}
+    for i, leaf in enumerate(leaves):
+        matrix, shape = leaf.matrix, leaf.value.shape
+        axes = (*matrix.rows, *matrix.columns)
+        sharded = tuple(
+            (a, axes.index(d)) for a, d in leaf.sharded.items() if d in axes
+        )
+        layers = tuple(a for a, d in leaf.sharded.items() if d not in axes)
+        count = math.prod(shape[axis] for axis in matrix.batch)
+        key = (
+            matrix,
+            tuple(shape[axis] for axis in axes),
+            leaf.value.dtype,
+            sharded,
+            layers,
+            leaf.everywhere,
+            i if matrix.batch else None,
+        )
+        stacks.setdefault(key, []).append((i, count))
+    bundles: dict[Any, list[Group]] = {}
+    for key, numbers in stacks.items():
+        matrix, item, dtype, sharded, layers, everywhere, layered = key
+        whole = list(item)
+        for axis, dim in sharded:
+            whole[dim] *= jax.lax.axis_size(axis)
+        n = len(matrix.rows)
+        rows = math.prod(whole[:n])
+        columns = math.prod(whole[n:]) // matrix.parts
+        wide = rows <= columns
+        # Which of an item's axes are of the longer side, and may be split.
+        along = range(n, len(item)) if wide else range(n)
+        stack = Stack(
+            count=sum(count for _, count in numbers),
+            small=min(rows, columns),
+            long=max(rows, columns),
+            parts=matrix.parts,
+            itemsize=dtype.itemsize,
+            sharded=None if everywhere is None else not everywhere,
+            splittable=all(dim in along for _, dim in sharded)
+            and (not sharded or matrix.parts == 1 or not wide),
+        )
+        made = Group(
+            matrix,
+            tuple(numbers),
+            item,
+            dict(sharded),
+            layered is not None,
+            wide,
+            stack,
+        )
+        shared = (stack.small, stack.parts, dtype, frozenset(dict(sharded)), layers)
+        bundles.setdefault(shared, []).append(made)
+    return list(bundles.values())
+
+
+def orthogonalize(
+    leaves: Sequence[Leaf],
+    iterations: int,
+    mesh: Any = None,
+    axes: Sequence[_tree.AxisName] = (),
+) -> list[jax.Array]:
+    """0.2 √max(m, n) times the polar factors of all matrices of some leaves.
+
+    Args:
+      leaves: the leaves, in the dtype of the arithmetic.
+      iterations: steps of the iteration.
+      mesh: the mesh over whose automatic axes to place the work; None for none.
+      axes: the mapped axes (of size 2 and more) over which to.
+
+    Returns:
+      Arrays of the shapes of the leaves.
+    """
+    results: list[Any] = [None] * len(leaves)
+    for bundle in group(leaves):
+        place, how = _place(bundle, leaves, iterations, mesh, axes)
+        for choice in ("each", "spread", "split"):
+            groups = [g for g, h in zip(bundle, how, strict=True) if h == choice]
+            if not groups:
+                continue
+            made = _work(choice, groups, leaves, iterations, place)
+            for g, items in zip(groups, made, strict=True):
+                arrays = g.leaves(items, leaves)
+                for (i, _), x in zip(g.numbers, arrays, strict=True):
+                    results[i] = x
+    return results
+
+
+def _place(
+    bundle: Sequence[Group],
+    leaves: Sequence[Leaf],
+    iterations: int,
+    mesh: Any,
+    axes: Sequence[_tree.AxisName],
+) -> tuple[Any, list[How]]:
+    """Over which devices to place a bundle, and how."""
+    stacks = [g.stack for g in bundle]
+    if not axes:
+        place = Global(mesh)
+        return place, choose(stacks, place.devices, iterations)[1]
+    # Along an axis that splits the layers, each device has matrices of its own.
+    stacks = [
+        dataclasses.replace(s, splittable=s.splittable and s.sharded) for s in stacks
+    ]
+    leaf = leaves[bundle[0].numbers[0][0]]
+    layers = {a for a, d in leaf.sharded.items() if d in leaf.matrix.batch}
+    sharded = [a for a in axes if a in bundle[0].sharded]
+    least = Mapped(sharded, sharded)
+    most = Mapped([a for a in axes if a not in layers], sharded)
+    few = choose(stacks, least.devices, iterations)
+    many = choose(stacks, most.devices, iterations, most.devices // least.devices)
+    return (most, many[1]) if many[0] < few[0] else (least, few[1])
+
+
+def _work(
+    choice: How, groups: Sequence[Group], leaves: Sequence[Leaf], iterations: int, place
+) -> list[jax.Array]:
+    """The polar factors of all items of some groups, of shape [count, *item]."""
+    scales = [0.2 * math.sqrt(g.stack.long) for g in groups]
+    items = [g.items(leaves) for g in groups]
+    if choice == "spread":
+        slots = Slots.fit([g.stack.count for g in groups], place.devices)
+        items = [
+            place.spread(slots.rows_from(x, i, place.devices), g)
+            for i, (g, x) in enumerate(zip(groups, items, strict=True))
+        ]
+    else:
+        slots = Slots.fit([g.stack.count for g in groups], 1)
+        if choice == "each":
+            items = [place.whole(x, g) for g, x in zip(groups, items, strict=True)]
+        items = [x[:, None] for x in items]
+    xs = [g.matrices(x) for g, x in zip(groups, items, strict=True)]
+    reductions = {}
+    if choice == "split":
+        xs = [place.split(x) for x in xs]
+        reductions = {"largest": place.largest, "total": place.total}
+    ys = _newton_schulz.polar_factors(
+        xs, iterations, scales, add=slots.add, pick=slots.pick, **reductions
+    )
+    results = []
+    for i, (g, x, y) in enumerate(zip(groups, items, ys, strict=True)):
+        if choice == "split":
+            y = place.unsplit(y, g)
+        y = g.unmatrices(y, x.shape[2:])
+        if choice == "spread":
+            y = slots.rows_to(place.unspread(y, g), i, g.stack.count)
+        else:
+            y = y[:, 0]
+            y = place.unwhole(y, g) if choice == "each" else y
+        results.append(y)
+    return results
+
+
+class Global:
+    """Exchanges under `jit`, by sharding constraints.
+
+    Args:
+      mesh: the mesh; None for one device.
+    """
+
+    def __init__(self, mesh: Any):
+        self.mesh = mesh
+        self.axes: tuple[str, ...] = ()
+        if mesh is not None:
+            kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+            self.axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
+        self.devices = math.prod(mesh.shape[name] for name in self.axes)
+
+    def spread(self, rows: jax.Array, group: Group) -> jax.Array:
+        """Puts axis 1 of [rows, devices, ...] over the devices."""
+        if not group.layered:
+            # Else the compiler would take the stack apart while it is made.
+            rows = self._constrain(rows, None, None, *self._anywhere(rows, 2))
+        return self._to_devices(rows)
+
+    def unspread(self, rows: jax.Array, group: Group) -> jax.Array:
+        """And back to where the compiler finds best, but for the first two axes."""
+        rows = self._to_devices(rows)
+        if group.layered:  # the layers of a leaf may well stay where they are
+            return rows
+        return self._constrain(rows, None, None, *self._anywhere(rows, 2))
+
+    def _to_devices(self, rows: jax.Array) -> jax.Array:
+        # With an axis for each of the mesh's the compiler moves one after the other.
+        sizes = [self.mesh.shape[axis] for axis in self.axes]
+        x = rows.reshape(rows.shape[0], *sizes, *rows.shape[2:])
+        x = self._constrain(x, None, *self.axes, *[None] * (rows.ndim - 2))
+        return x.reshape(rows.shape)
+
+    def _anywhere(self, x: jax.Array, start: int) -> list[Any]:
+        return [P.UNCONSTRAINED] * (x.ndim - start)
+
+    def whole(self, x: jax.Array, group: Group) -> jax.Array:
+        """The stack, whole on every device."""
+        del group
+        return self._constrain(x, *[None] * x.ndim)
+
+    def unwhole(self, x: jax.Array, group: Group) -> jax.Array:
+        """This device's part of the stack."""
+        del group
+        return x
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """Matrices with their last axis over the devices, filled up with zeros."""
+        fill = -x.shape[-1] % self.devices
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, fill)])
+        return self._constrain(x, *[None] * (x.ndim - 1), self.axes)
+
+    def unsplit(self, x: jax.Array, group: Group) -> jax.Array:
+        """Without the zeros."""
+        return x[..., : group.stack.long]
+
+    def replicate(self, x: jax.Array) -> jax.Array:
+        """The sum (or largest) over devices, which the compiler adds to this."""
+        return self._constrain(x, *[None] * x.ndim)
+
+    largest = total = replicate
+
+    def _constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
+        if self.devices == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
+
+
+class Mapped:
+    """Exchanges inside a `shard_map`, of leaves sharded over its axes.
+
+    Args:
+      axes: the mapped axes over which to spread.
+      sharded: those along which the leaves are sharded.
+    """
+
+    def __init__(
+        self, axes: Sequence[_tree.AxisName], sharded: Sequence[_tree.AxisName]
+    ):
+        self.axes, self.sharded = tuple(axes), tuple(sharded)
+        self.sizes = [jax.lax.axis_size(axis) for axis in self.axes]
+        self.devices = math.prod(self.sizes)
+
+    def spread(self, rows: jax.Array, group: Group) -> jax.Array:
+        """From [rows, devices, ...] to the [rows, 1, ...] of this device, whole."""
+        x = rows.reshape(rows.shape[0], *self.sizes, *rows.shape[2:])
+        for i, axis in enumerate(self.axes, start=1):
+            if axis in group.sharded:
+                dim = 1 + len(self.axes) + group.sharded[axis]
+                x = jax.lax.all_to_all(x, axis, i, dim, tiled=True)
+            else:  # every device has all
+                index = jax.lax.axis_index(axis)
+                x = jax.lax.dynamic_index_in_dim(x, index, i)
+        return x.reshape(rows.shape[0], 1, *x.shape[1 + len(self.axes) :])
+
+    def unspread(self, rows: jax.Array, group: Group) -> jax.Array:
+        """And back."""
+        ones = [1] * len(self.axes)
+        x = rows.reshape(rows.shape[0], *ones, *rows.shape[2:])
+        for i, axis in reversed(list(enumerate(self.axes, start=1))):
+            if axis in group.sharded:
+                dim = 1 + len(self.axes) + group.sharded[axis]
+                x = jax.lax.all_to_all(x, axis, dim, i, tiled=True)
+            else:
+                # The sum, unlike a gather, is known to be the same on all devices.
+                shape = (*x.shape[:i], self.sizes[i - 1], *x.shape[i + 1 :])
+                axes = tuple(_tree.varying_axes(x))
+                zeros = _tree.vary(jnp.zeros(shape, x.dtype), axes)
+                index = jax.lax.axis_index(axis)
+                x = jax.lax.dynamic_update_index_in_dim(zeros, x, index, i)
+                x = jax.lax.psum(x, axis)
+        return x.reshape(rows.shape[0], self.devices, *x.shape[1 + len(self.axes) :])
+
+    def whole(self, x: jax.Array, group: Group) -> jax.Array:
+        """The stack, whole on every device."""
+        for axis, dim in group.sharded.items():
+            x = jax.lax.all_gather(x, axis, axis=1 + dim, tiled=True)
+        return x
+
+    def unwhole(self, x: jax.Array, group: Group) -> jax.Array:
+        """This device's part of the stack."""
+        for axis, dim in reversed(group.sharded.items()):
+            size = x.shape[1 + dim] // jax.lax.axis_size(axis)
+            start = jax.lax.axis_index(axis) * size
+            x = jax.lax.dynamic_slice_in_dim(x, start, size, 1 + dim)
+        return x
+
+    def split(self, x: jax.Array) -> jax.Array:
+        """Matrices whose last axis is over the devices already."""
+        return x
+
+    def unsplit(self, x: jax.Array, group: Group) -> jax.Array:
+        """This device's part of the matrices."""
+        del group
+        return x
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        return jax.lax.pmax(x, self.sharded)
+
+    def total(self, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, self.sharded)
