@@ -2,23 +2,90 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# a x + b x³ + c x⁵ maps (0, 1] towards 1, and small values fast (Muon's choice).
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+Coefficients = Sequence[tuple[float, float, float]]
+
+# Of a x + b x³ + c x⁵. Muon's maps (0, 1] towards 1, and small values fast. Those of
+# Polar Express (Amsel et al., arXiv:2505.16932) are each the best that can follow the
+# ones before, here for five steps and singular values of at least 1/500 of the bound
+# (`benchmarks/orthogonalization/coefficients.py` computes them).
+MUON = ((3.4445, -4.7750, 2.0315),)
+POLAR_EXPRESS = (
+    (8.253595227743643, -23.50322074147463, 17.233118511300717),
+    (4.055362684994962, -2.935300513752399, 0.547050881969206),
+    (3.7307534901767996, -2.7897420303056277, 0.5442611269073386),
+    (2.808983598362529, -2.0965465180030503, 0.46591534682373165),
+    (2.0027032206820636, -1.385578578850389, 0.3887952625970629),
+    (1.875, -1.25, 0.375),
+)
+# By so much all steps but the last allow for values that rounding leaves above 1.
+SAFETY = 1.01
 # Elements of the Gram matrices that are iterated on at a time, to bound the memory.
 CHUNK = 2**24
+# Smaller products of symmetric result are made whole.
+HERMITIAN_BLOCK = 256
+HALF = ("bfloat16", "float16")
 
 
-def polar_factor(x: jax.Array, iterations: int, scale: float = 1.0) -> jax.Array:
+def coefficients_of(name: str | Coefficients, iterations: int) -> Coefficients:
+    """The coefficients of each step; the last are used again where steps are left."""
+    if name == "muon":
+        return MUON * iterations
+    if name == "polar_express":
+        known = POLAR_EXPRESS + POLAR_EXPRESS[-1:] * iterations
+        safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in known]
+        return (*safe[: iterations - 1], known[iterations - 1])
+    known = tuple(tuple(step) for step in name)
+    return (known + known[-1:] * iterations)[:iterations]
+
+
+class Method(NamedTuple):
+    """How to iterate.
+
+    Attributes:
+      coefficients: of each step.
+      precision: of the products.
+    """
+
+    coefficients: Coefficients
+    precision: str = "highest"
+
+
+def segments(method: Method) -> list[Coefficients]:
+    """The steps that are done on one Gram matrix.
+
+    In half precision rounding soon gives the iterated Gram matrix eigenvalues below
+    zero, which the steps after would blow up. Made anew of X it has none. In float16
+    this is needed once, after two steps (as in Dao-AILab/gram-newton-schulz), in
+    bfloat16, whose rounding is eight times coarser, after every step.
+    """
+    steps = method.coefficients
+    if method.precision == "float16":
+        return [part for part in (steps[:2], steps[2:]) if part]
+    if method.precision == "bfloat16":
+        return [[step] for step in steps]
+    return [steps]
+
+
+def polar_factor(
+    x: jax.Array,
+    iterations: int = 5,
+    scale: float = 1.0,
+    coefficients: str | Coefficients = "polar_express",
+    precision: str = "highest",
+) -> jax.Array:
     """The orthogonal polar factor (XXᴴ)^(-1/2) X, approximately, times a scale.
 
     Args:
       x: matrices, real or complex, of shape [..., m, n].
       iterations: steps of the iteration.
       scale: what the singular values are to be.
+      coefficients: see `coefficients_of`.
+      precision: of the products: ``"highest"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
       Matrices of the shape of `x`; zero where `x` is.
@@ -26,14 +93,15 @@ def polar_factor(x: jax.Array, iterations: int, scale: float = 1.0) -> jax.Array
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     stacked = x.reshape(-1, *x.shape[-2:])
-    (y,) = polar_factors([stacked], iterations, [scale])
+    method = Method(coefficients_of(coefficients, iterations), precision)
+    (y,) = polar_factors([stacked], method, [scale])
     y = y.reshape(x.shape)
     return y if wide else y.mT
 
 
 def polar_factors(
     xs: Sequence[jax.Array],
-    iterations: int,
+    method: Method,
     scales: Sequence[float],
     *,
     add: Callable[..., jax.Array] | None = None,
@@ -45,7 +113,7 @@ def polar_factors(
 
     Args:
       xs: stacks, of shape [k, ..., m, n] with m <= n; k and n may differ.
-      iterations: steps of the iteration.
+      method: the iteration.
       scales: for each stack, what the singular values are to be.
       add: from an operation and stacks of shape [k, ...] to the one stack in which they
         share slots, combined by the operation where they share one: but one of them
@@ -71,53 +139,129 @@ def polar_factors(
     peak = largest(add(jnp.maximum, peaks))
     peak = jnp.where(peak == 0, 1, peak)
     xs = [x / pick(peak, i).astype(x.dtype) for i, x in enumerate(xs)]
-    gram = total(add(jnp.add, [_multiply(x, x.conj().mT) for x in xs]))
-    # The squared Frobenius norm.
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None].real
-    trace = jnp.where(trace == 0, 1, trace)
-    gram = gram / trace.astype(gram.dtype)
-    size = max(1, CHUNK // max(1, math.prod(gram.shape[1:])))
-    chunks = [
-        newton_schulz(gram[i : i + size], iterations)
-        for i in range(0, gram.shape[0], size)
-    ]
-    factor = jnp.concatenate(chunks) if len(chunks) > 1 else chunks[0]
-    factor = factor / jnp.sqrt(trace).astype(gram.dtype)
-    return [
-        _multiply(pick(factor, i) * jnp.asarray(scale, x.dtype), x)
-        for i, (x, scale) in enumerate(zip(xs, scales, strict=True))
-    ]
+    precision, parts = method.precision, segments(method)
+    for number, steps in enumerate(parts):
+        grams = [_hermitian(x, x.conj().mT, precision) for x in xs]
+        gram = total(add(jnp.add, grams))
+        size = max(1, CHUNK // max(1, math.prod(gram.shape[1:])))
+        chunks = [
+            newton_schulz(gram[i : i + size], steps, precision, normalize=number == 0)
+            for i in range(0, gram.shape[0], size)
+        ]
+        factor, root = (
+            jnp.concatenate(column) if len(column) > 1 else column[0]
+            for column in zip(*chunks, strict=True)
+        )
+        last = number == len(parts) - 1
+        xs = [
+            # Scaled after the product: half precision has no room for it before.
+            _multiply(pick(factor, i), x, precision)
+            * ((scales[i] if last else 1.0) / pick(root, i))
+            for i, x in enumerate(xs)
+        ]
+    return list(xs)
 
 
-def newton_schulz(gram: jax.Array, iterations: int) -> jax.Array:
+def newton_schulz(
+    gram: jax.Array,
+    coefficients: Coefficients,
+    precision: str = "highest",
+    *,
+    normalize: bool = True,
+) -> tuple[jax.Array, jax.Array]:
     """The matrix by which the iteration multiplies X, given its Gram matrix.
 
     All factors are polynomials of the Gram matrix, the smaller of the two that X has:
-    X itself is read twice, and communicated once where it is sharded.
+    X itself is read twice, and communicated once where it is sharded. They commute, so
+    all products are symmetric.
+
+    Args:
+      gram: matrices XXᴴ, of shape [..., m, m].
+      coefficients: of each step.
+      precision: of the products.
+      normalize: whether the iteration is to start from X by its Schatten norm of order
+        8, which the square of the Gram matrix tells: an upper bound of the largest
+        singular value, closer than the Frobenius norm, for nothing.
+
+    Returns:
+      The matrix, and what to divide the product by, of shape [..., 1, 1].
     """
-    a, b, c = COEFFICIENTS
+    root = jnp.ones((*gram.shape[:-2], 1, 1), gram.dtype)
+    if normalize:
+        # First by its own norm, so that the square stays in the range of the numbers.
+        norm = _norm(gram)
+        gram, root = gram / norm, jnp.sqrt(norm)
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     factor = None
-    for i in range(iterations):
-        square = _multiply(gram, gram)
-        step = a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
-        factor = step if factor is None else _multiply(factor, step)
-        if i < iterations - 1:
-            gram = _multiply(_multiply(step, gram), step)
+    for i, (a, b, c) in enumerate(coefficients):
+        square = _hermitian(gram, gram, precision)
+        if i == 0 and normalize:
+            bound = jnp.sqrt(_norm(square))
+            gram, square = gram / bound, square / bound**2
+            root = root * jnp.sqrt(bound)
+        step = a * identity + b * gram + c * square
+        factor = step if factor is None else _hermitian(factor, step, precision)
+        if i < len(coefficients) - 1:
+            gram = _hermitian(step, _hermitian(step, gram, precision), precision)
     assert factor is not None
-    return factor
+    return factor, root
 
 
-def iteration_operations(small: int, iterations: int) -> float:
-    """Operations of `newton_schulz` for one Gram matrix."""
-    products = iterations + (iterations - 1) + 2 * (iterations - 1)
-    return products * 2.0 * small**3
+def _norm(x: jax.Array) -> jax.Array:
+    """The Frobenius norm, but 1 of zero."""
+    total = jnp.sum(jnp.square(jnp.abs(x)), (-2, -1), keepdims=True)
+    return jnp.sqrt(jnp.where(total == 0, 1, total)).astype(x.dtype)
 
 
-def outer_operations(small: int, long: int) -> float:
-    """Operations of making one Gram matrix, and of multiplying X with the factor."""
-    return 2 * 2.0 * small**2 * long
+def operations(small: int, long: int, method: Method) -> tuple[float, float]:
+    """Operations for one matrix: on its Gram matrix, and those on the matrix itself."""
+    parts = segments(method)
+    products = sum(4 * len(part) - 3 for part in parts)
+    part = _hermitian_part(small)
+    inner = products * part * 2.0 * small**3
+    outer = len(parts) * (part + 1) * 2.0 * small**2 * long
+    return inner, outer
 
 
-def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-    # The errors of bfloat16 products would grow by 3.44 squared with each iteration.
+def _hermitian_part(size: int) -> float:
+    """Which part of a product is computed where it is known to be symmetric."""
+    if size < HERMITIAN_BLOCK or size % 2:
+        return 1.0
+    return 1 / 4 + _hermitian_part(size // 2) / 2
+
+
+def _hermitian(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+    """The product of [..., p, m] and [..., m, p], where it is Hermitian."""
+    p = a.shape[-2]
+    if p < HERMITIAN_BLOCK or p % 2:
+        return _multiply(a, b, precision)
+    half = p // 2
+    above = _multiply(a[..., :half, :], b[..., half:], precision)
+    diagonal = _hermitian(
+        a.reshape(*a.shape[:-2], 2, half, a.shape[-1]),
+        b.reshape(*b.shape[:-1], 2, half).swapaxes(-3, -2),
+        precision,
+    )
+    upper = jnp.concatenate([diagonal[..., 0, :, :], above], -1)
+    lower = jnp.concatenate([above.conj().mT, diagonal[..., 1, :, :]], -1)
+    return jnp.concatenate([upper, lower], -2)
+
+
+def _multiply(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+    if precision == "highest" or a.dtype != jnp.float32:
+        return _exactly(a, b)
+
+    def on_matrix_units(a, b):
+        a, b = a.astype(precision), b.astype(precision)
+        return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+    def on_cpu(a, b):  # which does not have all of these products: their rounding
+        kind = jnp.finfo(precision)
+        a, b = (jax.lax.reduce_precision(x, kind.nexp, kind.nmant) for x in (a, b))
+        return _exactly(a, b)
+
+    return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=on_matrix_units)
+
+
+def _exactly(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from nlcg_optax import _tree
 from nlcg_optax.preconditioners import _newton_schulz
+from nlcg_optax.preconditioners._newton_schulz import Method
 
 # What a device could compute while it sends a byte, and while it waits for a collective
 # that sends next to nothing: round numbers for chips of today (docs/scaling.md) and
@@ -153,14 +154,14 @@ class Slots:
 
 
 def choose(
-    stacks: Sequence[Stack], devices: int, iterations: int, copies: int = 1
+    stacks: Sequence[Stack], devices: int, method: Method, copies: int = 1
 ) -> tuple[float, list[How]]:
     """How to work on each of the stacks of one small side, and what it costs.
 
     Args:
       stacks: the stacks.
       devices: over how many devices they may be spread or split.
-      iterations: steps of the iteration.
+      method: the iteration.
       copies: on how many of them there is a copy of each element.
 
     Returns:
@@ -168,7 +169,7 @@ def choose(
     """
 
     def cost(how: Sequence[How]) -> float:
-        return _cost(stacks, how, devices, iterations, copies)
+        return _cost(stacks, how, devices, method, copies)
 
     found: list[list[How]] = []
     starts: list[How] = ["each"] if devices == 1 else ["each", "spread"]
@@ -189,15 +190,14 @@ def _cost(
     stacks: Sequence[Stack],
     how: Sequence[How],
     devices: int,
-    iterations: int,
+    method: Method,
     copies: int,
 ) -> float:
     spread = [i for i, choice in enumerate(how) if choice == "spread"]
     placed = Slots.fit([stacks[i].count for i in spread], devices)
     total = 0.0
     for i, (stack, choice) in enumerate(zip(stacks, how, strict=True)):
-        iterating = _newton_schulz.iteration_operations(stack.small, iterations)
-        outside = _newton_schulz.outer_operations(stack.small, stack.long)
+        iterating, outside = _newton_schulz.operations(stack.small, stack.long, method)
         matrices = stack.count * stack.parts
         size = matrices * stack.small * stack.long * stack.itemsize
         sent, messages = 0.0, 0
@@ -377,7 +377,7 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
 
 def orthogonalize(
     leaves: Sequence[Leaf],
-    iterations: int,
+    method: Method,
     mesh: Any = None,
     axes: Sequence[_tree.AxisName] = (),
 ) -> list[jax.Array]:
@@ -385,7 +385,7 @@ def orthogonalize(
 
     Args:
       leaves: the leaves, in the dtype of the arithmetic.
-      iterations: steps of the iteration.
+      method: the iteration.
       mesh: the mesh over whose automatic axes to place the work; None for none.
       axes: the mapped axes (of size 2 and more) over which to.
 
@@ -394,12 +394,12 @@ def orthogonalize(
     """
     results: list[Any] = [None] * len(leaves)
     for bundle in group(leaves):
-        place, how = _place(bundle, leaves, iterations, mesh, axes)
+        place, how = _place(bundle, leaves, method, mesh, axes)
         for choice in ("each", "spread", "split"):
             groups = [g for g, h in zip(bundle, how, strict=True) if h == choice]
             if not groups:
                 continue
-            made = _work(choice, groups, leaves, iterations, place)
+            made = _work(choice, groups, leaves, method, place)
             for g, items in zip(groups, made, strict=True):
                 arrays = g.leaves(items, leaves)
                 for (i, _), x in zip(g.numbers, arrays, strict=True):
@@ -410,7 +410,7 @@ def orthogonalize(
 def _place(
     bundle: Sequence[Group],
     leaves: Sequence[Leaf],
-    iterations: int,
+    method: Method,
     mesh: Any,
     axes: Sequence[_tree.AxisName],
 ) -> tuple[Any, list[How]]:
@@ -418,7 +418,7 @@ def _place(
     stacks = [g.stack for g in bundle]
     if not axes:
         place = Global(mesh)
-        return place, choose(stacks, place.devices, iterations)[1]
+        return place, choose(stacks, place.devices, method)[1]
     # Along an axis that splits the layers, each device has matrices of its own.
     stacks = [
         dataclasses.replace(s, splittable=s.splittable and s.sharded) for s in stacks
@@ -428,13 +428,13 @@ def _place(
     sharded = [a for a in axes if a in bundle[0].sharded]
     least = Mapped(sharded, sharded)
     most = Mapped([a for a in axes if a not in layers], sharded)
-    few = choose(stacks, least.devices, iterations)
-    many = choose(stacks, most.devices, iterations, most.devices // least.devices)
+    few = choose(stacks, least.devices, method)
+    many = choose(stacks, most.devices, method, most.devices // least.devices)
     return (most, many[1]) if many[0] < few[0] else (least, few[1])
 
 
 def _work(
-    choice: How, groups: Sequence[Group], leaves: Sequence[Leaf], iterations: int, place
+    choice: How, groups: Sequence[Group], leaves: Sequence[Leaf], method: Method, place
 ) -> list[jax.Array]:
     """The polar factors of all items of some groups, of shape [count, *item]."""
     scales = [0.2 * math.sqrt(g.stack.long) for g in groups]
@@ -456,7 +456,7 @@ def _work(
         xs = [place.split(x) for x in xs]
         reductions = {"largest": place.largest, "total": place.total}
     ys = _newton_schulz.polar_factors(
-        xs, iterations, scales, add=slots.add, pick=slots.pick, **reductions
+        xs, method, scales, add=slots.add, pick=slots.pick, **reductions
     )
     results = []
     for i, (g, x, y) in enumerate(zip(groups, items, ys, strict=True)):

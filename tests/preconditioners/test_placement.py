@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-WORKER = pathlib.Path(__file__).parents[1] / "workers" / "orthogonalization.py"
+WORKER = pathlib.Path(__file__).parents[1] / "workers" / "placement.py"
 
 
 @pytest.fixture(scope="module")
