@@ -35,11 +35,11 @@ def coefficients_of(name: str | Coefficients, iterations: int) -> Coefficients:
     """The coefficients of each step; the last are used again where steps are left."""
     if name == "muon":
         return MUON * iterations
-    if name == "polar_express":
+    if isinstance(name, str):
         known = POLAR_EXPRESS + POLAR_EXPRESS[-1:] * iterations
         safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in known]
         return (*safe[: iterations - 1], known[iterations - 1])
-    known = tuple(tuple(step) for step in name)
+    known = tuple((a, b, c) for a, b, c in name)
     return (known + known[-1:] * iterations)[:iterations]
 
 
@@ -94,18 +94,17 @@ def polar_factor(
     x = x if wide else x.mT
     stacked = x.reshape(-1, *x.shape[-2:])
     method = Method(coefficients_of(coefficients, iterations), precision)
-    (y,) = polar_factors([stacked], method, [scale])
-    y = y.reshape(x.shape)
+    (y,) = polar_factors([stacked], method)
+    y = scale * y.reshape(x.shape)
     return y if wide else y.mT
 
 
 def polar_factors(
     xs: Sequence[jax.Array],
     method: Method,
-    scales: Sequence[float],
     *,
-    add: Callable[..., jax.Array] | None = None,
-    pick: Callable[[jax.Array, int], jax.Array] | None = None,
+    add: Callable[..., jax.Array] = lambda _, stacks: stacks[0],
+    pick: Callable[[jax.Array, int], jax.Array] = lambda stack, _: stack,
     largest: Callable[[jax.Array], jax.Array] = lambda x: x,
     total: Callable[[jax.Array], jax.Array] = lambda gram: gram,
 ) -> list[jax.Array]:
@@ -114,10 +113,9 @@ def polar_factors(
     Args:
       xs: stacks, of shape [k, ..., m, n] with m <= n; k and n may differ.
       method: the iteration.
-      scales: for each stack, what the singular values are to be.
       add: from an operation and stacks of shape [k, ...] to the one stack in which they
         share slots, combined by the operation where they share one: but one of them
-        is zero there. By default no two share one.
+        is zero there. By default there is but one stack.
       pick: from the one stack to the slots of the stack of a number.
       largest: the largest of something over devices that have parts of each matrix.
       total: the sum of something over those.
@@ -125,15 +123,6 @@ def polar_factors(
     Returns:
       Stacks of the shapes of `xs`.
     """
-    ends = [sum(x.shape[0] for x in xs[: i + 1]) for i in range(len(xs))]
-    if add is None or pick is None:
-
-        def add(_, stacks):
-            return jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
-
-        def pick(stack, i):
-            return stack[ends[i] - xs[i].shape[0] : ends[i]]
-
     # Squares of very small or large entries would leave the range.
     peaks = [jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in xs]
     peak = largest(add(jnp.maximum, peaks))
@@ -148,15 +137,12 @@ def polar_factors(
             newton_schulz(gram[i : i + size], steps, precision, normalize=number == 0)
             for i in range(0, gram.shape[0], size)
         ]
-        factor, root = (
-            jnp.concatenate(column) if len(column) > 1 else column[0]
-            for column in zip(*chunks, strict=True)
-        )
-        last = number == len(parts) - 1
+        factor, root = chunks[0]
+        if len(chunks) > 1:
+            factor, root = (jnp.concatenate(x) for x in zip(*chunks, strict=True))
         xs = [
             # Scaled after the product: half precision has no room for it before.
-            _multiply(pick(factor, i), x, precision)
-            * ((scales[i] if last else 1.0) / pick(root, i))
+            _multiply(pick(factor, i), x, precision) / pick(root, i)
             for i, x in enumerate(xs)
         ]
     return list(xs)

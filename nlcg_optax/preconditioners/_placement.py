@@ -17,6 +17,7 @@ is an `all_to_all` (:class:`Mapped`).
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -50,6 +51,8 @@ class Stack:
       itemsize: bytes of an element.
       sharded: whether they lie split over the devices; None where nobody knows.
       splittable: whether the longer side can be split.
+      elements: of all matrices, without the zeros that lengthen some of them; None for
+        no such.
     """
 
     count: int
@@ -59,6 +62,12 @@ class Stack:
     itemsize: int = 4
     sharded: bool | None = None
     splittable: bool = True
+    elements: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all matrices, zeros among them."""
+        return self.count * self.parts * self.small * self.long * self.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +150,7 @@ class Slots:
                 if i == row
             ]
             parts.append(functools.reduce(operation, rests))
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        return _concatenate(parts)
 
     def pick(self, x: jax.Array, i: int) -> jax.Array:
         """The rows of a stack, from an array of all."""
@@ -150,7 +159,7 @@ class Slots:
         if row is not None:
             row += sum(self.full)
             parts.append(x[row : row + 1])
-        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+        return _concatenate(parts)
 
 
 def choose(
@@ -199,7 +208,7 @@ def _cost(
     for i, (stack, choice) in enumerate(zip(stacks, how, strict=True)):
         iterating, outside = _newton_schulz.operations(stack.small, stack.long, method)
         matrices = stack.count * stack.parts
-        size = matrices * stack.small * stack.long * stack.itemsize
+        size = stack.bytes
         sent, messages = 0.0, 0
         if choice == "each":
             total += matrices * (iterating + outside)
@@ -216,7 +225,12 @@ def _cost(
                 total += placed.rows * stack.parts * iterating
             total += rows * stack.parts * outside
             sent, messages = size, 1
-            if stack.sharded:
+            if stack.sharded is None:
+                # Either may be so. Replicated matrices pay, in both, for what they are.
+                elements = stack.elements
+                sent = size if elements is None else elements * stack.itemsize
+                sent += 2 * size * rows / stack.count
+            elif stack.sharded:
                 sent, messages = 2 * size * rows / stack.count, 2
                 if copies > 1:
                     sent, messages = sent + 2 * size * copies / devices, 3
@@ -239,6 +253,11 @@ class Matrix(NamedTuple):
     columns: tuple[int, ...]
     batch: tuple[int, ...] = ()
     parts: int = 1
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All axes, in the order in which matrices are stacked."""
+        return (*self.batch, *self.rows, *self.columns)
 
 
 class Leaf(NamedTuple):
@@ -264,55 +283,82 @@ class Group:
     """Leaves that are stacked, as items: their axes are first the rows, then columns.
 
     Attributes:
-      matrix: what the leaves are.
-      numbers: which leaves, and how many items each has.
+      matrices: what each of the leaves is.
+      numbers: which leaves these are, and how many items each has.
       item: shape of an item, as far as this device has it.
       sharded: the mapped axes over which items are sharded, and along which of theirs.
       layered: whether this is one leaf with axes that count matrices.
       wide: whether there are no more rows than columns (in one of the parts).
       stack: to be counted.
+      simple: whether a leaf has one axis of rows and one of columns, in this order.
+      chunks: shorter matrices are made as long as the others by zeros at the end of
+        each of so many parts, which is where devices have theirs.
     """
 
-    matrix: Matrix
+    matrices: tuple[Matrix, ...]
     numbers: tuple[tuple[int, int], ...]
     item: tuple[int, ...]
     sharded: dict[_tree.AxisName, int]
     layered: bool
     wide: bool
     stack: Stack
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The axes of a leaf in the order in which they are stacked."""
-        return (*self.matrix.batch, *self.matrix.rows, *self.matrix.columns)
+    simple: bool
+    chunks: int = 1
 
     def items(self, leaves: Sequence[Leaf]) -> jax.Array:
         """All items, of shape [count, *item]."""
-        stacked = [
-            leaves[i].value.transpose(self.order).reshape(-1, *self.item)
-            for i, _ in self.numbers
-        ]
-        return jnp.concatenate(stacked) if len(stacked) > 1 else stacked[0]
+        # Those of one shape first: a stack may have to be moved to be lengthened.
+        stacks: dict[Any, list[jax.Array]] = {}
+        for (i, count), matrix in zip(self.numbers, self.matrices, strict=True):
+            x = leaves[i].value.transpose(matrix.order)
+            x = x.reshape(count, *x.shape[len(matrix.batch) :])
+            stacks.setdefault(x.shape[1:], []).append(x)
+        return _concatenate([self._lengthen(_concatenate(x)) for x in stacks.values()])
 
     def leaves(self, items: jax.Array, leaves: Sequence[Leaf]) -> list[jax.Array]:
-        """The leaves again."""
+        """The leaves again, scaled."""
         result, start = [], 0
-        for i, count in self.numbers:
-            shape = leaves[i].value.shape
-            x = items[start : start + count].reshape([shape[a] for a in self.order])
-            result.append(x.transpose([self.order.index(a) for a in range(len(shape))]))
-            start += count
+        members = zip(self.numbers, self.matrices, strict=True)
+        for long, alike in itertools.groupby(
+            members, lambda m: leaves[m[0][0]].value.shape[m[1].order[-1]]
+        ):
+            alike = list(alike)
+            total = sum(count for (_, count), _ in alike)
+            x = self._shorten(items[start : start + total], long)
+            scale = 0.2 * math.sqrt(self.stack.long * long // self.item[-1])
+            if not self.simple:
+                scale = 0.2 * math.sqrt(self.stack.long)
+            x, start = scale * x, start + total
+            for (i, count), matrix in alike:
+                shape = [leaves[i].value.shape[axis] for axis in matrix.order]
+                back = [matrix.order.index(axis) for axis in range(len(shape))]
+                result.append(x[:count].reshape(shape).transpose(back))
+                x = x[count:]
         return result
 
-    def matrices(self, items: jax.Array) -> jax.Array:
+    def _lengthen(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] == self.item[-1]:
+            return x
+        fill = (self.item[-1] - x.shape[-1]) // self.chunks
+        x = x.reshape(*x.shape[:-1], self.chunks, -1)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, fill)])
+        return x.reshape(*x.shape[:-2], -1)
+
+    def _shorten(self, x: jax.Array, long: int) -> jax.Array:
+        if x.shape[-1] == long:
+            return x
+        x = x.reshape(*x.shape[:-1], self.chunks, -1)[..., : long // self.chunks]
+        return x.reshape(*x.shape[:-2], -1)
+
+    def to_matrices(self, items: jax.Array) -> jax.Array:
         """Of items [k, d, *item] the matrices [k, d, parts, small side, long side]."""
-        shape, parts = items.shape[2:], self.matrix.parts
-        rows = math.prod(shape[: len(self.matrix.rows)])
-        columns = math.prod(shape[len(self.matrix.rows) :]) // parts
+        shape, parts = items.shape[2:], self.stack.parts
+        n = len(self.matrices[0].rows)
+        rows, columns = math.prod(shape[:n]), math.prod(shape[n:]) // parts
         x = items.reshape(*items.shape[:2], rows, parts, columns).swapaxes(2, 3)
         return x if self.wide else x.mT
 
-    def unmatrices(self, x: jax.Array, item: Sequence[int]) -> jax.Array:
+    def from_matrices(self, x: jax.Array, item: Sequence[int]) -> jax.Array:
         """And back."""
         x = (x if self.wide else x.mT).swapaxes(2, 3)
         return x.reshape(*x.shape[:2], *item)
@@ -320,9 +366,13 @@ class Group:
 
 def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
     """Stacks leaves of one shape; lists together what may share an iteration."""
-    stacks: dict[Any, list[tuple[int, int]]] = {}
+    stacks: dict[Any, list[tuple[int, Matrix, int]]] = {}
     for i, leaf in enumerate(leaves):
         matrix, shape = leaf.matrix, leaf.value.shape
+        simple = len(matrix.rows) == len(matrix.columns) == matrix.parts == 1
+        if simple and _whole(leaf, matrix.rows[0]) > _whole(leaf, matrix.columns[0]):
+            # Its transpose, which may stand in one stack with others.
+            matrix = matrix._replace(rows=matrix.columns, columns=matrix.rows)
         axes = (*matrix.rows, *matrix.columns)
         sharded = tuple(
             (a, axes.index(d)) for a, d in leaf.sharded.items() if d in axes
@@ -330,7 +380,7 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
         layers = tuple(a for a, d in leaf.sharded.items() if d not in axes)
         count = math.prod(shape[axis] for axis in matrix.batch)
         key = (
-            matrix,
+            (len(matrix.batch), len(matrix.rows), len(matrix.columns), matrix.parts),
             tuple(shape[axis] for axis in axes),
             leaf.value.dtype,
             sharded,
@@ -338,41 +388,76 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
             leaf.everywhere,
             i if matrix.batch else None,
         )
-        stacks.setdefault(key, []).append((i, count))
+        stacks.setdefault(key, []).append((i, matrix, count))
     bundles: dict[Any, list[Group]] = {}
-    for key, numbers in stacks.items():
-        matrix, item, dtype, sharded, layers, everywhere, layered = key
+    for key, members in stacks.items():
+        (_, n, _, parts), item, dtype, sharded, layers, everywhere, layered = key
         whole = list(item)
         for axis, dim in sharded:
             whole[dim] *= jax.lax.axis_size(axis)
-        n = len(matrix.rows)
-        rows = math.prod(whole[:n])
-        columns = math.prod(whole[n:]) // matrix.parts
+        rows, columns = math.prod(whole[:n]), math.prod(whole[n:]) // parts
         wide = rows <= columns
         # Which of an item's axes are of the longer side, and may be split.
         along = range(n, len(item)) if wide else range(n)
+        inside = all(dim in along for _, dim in sharded)
         stack = Stack(
-            count=sum(count for _, count in numbers),
+            count=sum(count for *_, count in members),
             small=min(rows, columns),
             long=max(rows, columns),
-            parts=matrix.parts,
+            parts=parts,
             itemsize=dtype.itemsize,
             sharded=None if everywhere is None else not everywhere,
-            splittable=all(dim in along for _, dim in sharded)
-            and (not sharded or matrix.parts == 1 or not wide),
+            splittable=inside and (not sharded or parts == 1 or not wide),
         )
         made = Group(
-            matrix,
-            tuple(numbers),
-            item,
-            dict(sharded),
-            layered is not None,
-            wide,
-            stack,
+            matrices=tuple(matrix for _, matrix, _ in members),
+            numbers=tuple((i, count) for i, _, count in members),
+            item=item,
+            sharded=dict(sharded),
+            layered=layered is not None,
+            wide=wide,
+            stack=stack,
+            simple=len(item) == 2 and parts == 1 and layered is None and inside,
         )
-        shared = (stack.small, stack.parts, dtype, frozenset(dict(sharded)), layers)
+        shared = (stack.small, parts, dtype, frozenset(dict(sharded)), layers)
         bundles.setdefault(shared, []).append(made)
     return list(bundles.values())
+
+
+def _concatenate(stacks: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
+
+
+def _whole(leaf: Leaf, dim: int) -> int:
+    """The length of an axis, over all devices."""
+    sizes = [jax.lax.axis_size(a) for a, d in leaf.sharded.items() if d == dim]
+    return leaf.value.shape[dim] * math.prod(sizes)
+
+
+def merge(one: Group, other: Group, devices: int) -> Group | None:
+    """One group of both, the shorter matrices filled up with zeros; None if unlike."""
+    alike = one.simple and other.simple and one.sharded == other.sharded
+    if not alike or one.stack.sharded != other.stack.sharded:
+        return None
+    lengths = [one.item[1], other.item[1]]
+    chunks = math.gcd(one.chunks, other.chunks)
+    if not one.sharded:  # as the compiler may have split it
+        chunks = devices if all(n % devices == 0 for n in lengths) else 1
+    stacks = one.stack, other.stack
+    elements = [s.elements or s.count * s.small * s.long for s in stacks]
+    return dataclasses.replace(
+        one,
+        matrices=one.matrices + other.matrices,
+        numbers=one.numbers + other.numbers,
+        item=(one.item[0], max(lengths)),
+        stack=dataclasses.replace(
+            one.stack,
+            count=sum(s.count for s in stacks),
+            long=max(s.long for s in stacks),
+            elements=sum(elements),
+        ),
+        chunks=chunks,
+    )
 
 
 def orthogonalize(
@@ -394,7 +479,7 @@ def orthogonalize(
     """
     results: list[Any] = [None] * len(leaves)
     for bundle in group(leaves):
-        place, how = _place(bundle, leaves, method, mesh, axes)
+        place, bundle, how = _place(bundle, leaves, method, mesh, axes)
         for choice in ("each", "spread", "split"):
             groups = [g for g, h in zip(bundle, how, strict=True) if h == choice]
             if not groups:
@@ -408,36 +493,62 @@ def orthogonalize(
 
 
 def _place(
-    bundle: Sequence[Group],
+    bundle: list[Group],
     leaves: Sequence[Leaf],
     method: Method,
     mesh: Any,
     axes: Sequence[_tree.AxisName],
-) -> tuple[Any, list[How]]:
-    """Over which devices to place a bundle, and how."""
-    stacks = [g.stack for g in bundle]
+) -> tuple[Any, list[Group], list[How]]:
+    """Over which devices to place a bundle, in which groups, and how each of them."""
     if not axes:
         place = Global(mesh)
-        return place, choose(stacks, place.devices, method)[1]
-    # Along an axis that splits the layers, each device has matrices of its own.
-    stacks = [
-        dataclasses.replace(s, splittable=s.splittable and s.sharded) for s in stacks
+        _, groups, how = _plan(bundle, place.devices, method)
+        return place, groups, how
+    bundle = [
+        dataclasses.replace(
+            g,
+            stack=dataclasses.replace(
+                g.stack, splittable=g.stack.splittable and bool(g.sharded)
+            ),
+        )
+        for g in bundle
     ]
+    # Along an axis that splits the layers, each device has matrices of its own.
     leaf = leaves[bundle[0].numbers[0][0]]
     layers = {a for a, d in leaf.sharded.items() if d in leaf.matrix.batch}
     sharded = [a for a in axes if a in bundle[0].sharded]
     least = Mapped(sharded, sharded)
     most = Mapped([a for a in axes if a not in layers], sharded)
-    few = choose(stacks, least.devices, method)
-    many = choose(stacks, most.devices, method, most.devices // least.devices)
-    return (most, many[1]) if many[0] < few[0] else (least, few[1])
+    few = _plan(bundle, least.devices, method)
+    many = _plan(bundle, most.devices, method, most.devices // least.devices)
+    return (most, *many[1:]) if many[0] < few[0] else (least, *few[1:])
+
+
+def _plan(
+    bundle: list[Group], devices: int, method: Method, copies: int = 1
+) -> tuple[float, list[Group], list[How]]:
+    """What the best that was found costs, its groups, and how to work on each."""
+    groups = sorted(bundle, key=lambda g: g.stack.long)
+    cost, how = choose([g.stack for g in groups], devices, method, copies)
+    if devices == 1:
+        return cost, groups, how
+    while True:
+        found = []
+        for i, pair in enumerate(itertools.pairwise(groups)):
+            if (merged := merge(*pair, devices)) is not None:
+                changed = [*groups[:i], merged, *groups[i + 2 :]]
+                stacks = [g.stack for g in changed]
+                found.append((*choose(stacks, devices, method, copies), changed))
+        best = min(found, key=lambda plan: plan[0], default=None)
+        if best is None or best[0] >= cost:
+            return cost, groups, how
+        cost, how, groups = best
 
 
 def _work(
     choice: How, groups: Sequence[Group], leaves: Sequence[Leaf], method: Method, place
 ) -> list[jax.Array]:
     """The polar factors of all items of some groups, of shape [count, *item]."""
-    scales = [0.2 * math.sqrt(g.stack.long) for g in groups]
     items = [g.items(leaves) for g in groups]
     if choice == "spread":
         slots = Slots.fit([g.stack.count for g in groups], place.devices)
@@ -450,19 +561,19 @@ def _work(
         if choice == "each":
             items = [place.whole(x, g) for g, x in zip(groups, items, strict=True)]
         items = [x[:, None] for x in items]
-    xs = [g.matrices(x) for g, x in zip(groups, items, strict=True)]
+    xs = [g.to_matrices(x) for g, x in zip(groups, items, strict=True)]
     reductions = {}
     if choice == "split":
         xs = [place.split(x) for x in xs]
         reductions = {"largest": place.largest, "total": place.total}
     ys = _newton_schulz.polar_factors(
-        xs, method, scales, add=slots.add, pick=slots.pick, **reductions
+        xs, method, add=slots.add, pick=slots.pick, **reductions
     )
     results = []
     for i, (g, x, y) in enumerate(zip(groups, items, ys, strict=True)):
         if choice == "split":
             y = place.unsplit(y, g)
-        y = g.unmatrices(y, x.shape[2:])
+        y = g.from_matrices(y, x.shape[2:])
         if choice == "spread":
             y = slots.rows_to(place.unspread(y, g), i, g.stack.count)
         else:
@@ -485,7 +596,8 @@ class Global:
         if mesh is not None:
             kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
             self.axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
-        self.devices = math.prod(mesh.shape[name] for name in self.axes)
+        self.sizes = [mesh.shape[name] for name in self.axes] if mesh else []
+        self.devices = math.prod(self.sizes)
 
     def spread(self, rows: jax.Array, group: Group) -> jax.Array:
         """Puts axis 1 of [rows, devices, ...] over the devices."""
@@ -503,8 +615,7 @@ class Global:
 
     def _to_devices(self, rows: jax.Array) -> jax.Array:
         # With an axis for each of the mesh's the compiler moves one after the other.
-        sizes = [self.mesh.shape[axis] for axis in self.axes]
-        x = rows.reshape(rows.shape[0], *sizes, *rows.shape[2:])
+        x = rows.reshape(rows.shape[0], *self.sizes, *rows.shape[2:])
         x = self._constrain(x, None, *self.axes, *[None] * (rows.ndim - 2))
         return x.reshape(rows.shape)
 

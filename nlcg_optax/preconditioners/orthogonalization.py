@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.sharding import AxisType
 
 from nlcg_optax import _check, _tree
@@ -80,12 +81,12 @@ def scale_by_orthogonalization(
     The polar factor is approximated by five steps of a Newton–Schulz iteration,
     :math:`X \leftarrow P X` with :math:`P = a + b A + c A^2` and :math:`A = X X^\top`,
     from X = G over its Schatten norm of order 8, which is an upper bound of the largest
-    singular value. As :math:`A \leftarrow P A P`, all but the first and the last product
-    are those of matrices as small as the smaller side of G, and symmetric. The
+    singular value. As :math:`A \leftarrow P A P`, all but the first and the last
+    product are those of matrices as small as the smaller side of G, and symmetric. The
     coefficients of each step are those of Polar Express (Amsel et al.,
     arXiv:2505.16932) for singular values of at least 1/500 of the bound, which end
-    within 2.5% of 1; smaller ones end below. Muon's, the same in each step, let all end
-    between 0.68 and 1.21.
+    between 0.96 and 1.03; smaller ones end below. Muon's, the same in each step, let
+    all end between 0.68 and 1.21.
 
     On several devices each matrix is worked on by one of them, wherever that takes less
     time than that each of them does all: matrices of one shape travel together, once
@@ -96,8 +97,8 @@ def scale_by_orthogonalization(
       decay: γ, in [0, 1).
       epsilon: ε, at least 0.
       iterations: steps of the Newton–Schulz iteration.
-      coefficients: ``"polar_express"``, ``"muon"``, or (a, b, c) for each step. The last
-        are used again where steps are left.
+      coefficients: ``"polar_express"``, ``"muon"``, or (a, b, c) for each step. The
+        last are used again where steps are left.
       precision: of the products of float32 matrices (and of those of 16 bits):
         ``"highest"``, or half precision with sums in float32, ``"float16"`` or
         ``"bfloat16"``, for matrix units that are faster so. The Gram matrix is then
@@ -255,7 +256,7 @@ def _orthogonalize(
         elif mesh is None:
             mesh = jax.sharding.get_abstract_mesh()
             mesh = None if mesh.empty else mesh
-        if not any(isinstance(g, jax.core.Tracer) for g in grads):
+        if not any(isinstance(g, Tracer) for g in grads):
             mesh = None  # outside of `jit` there is no compiler to place anything
 
     def compute(values: Sequence[jax.Array], mesh: Any = mesh) -> list[jax.Array]:
@@ -278,12 +279,10 @@ def _orthogonalize(
     def automatic(values: Sequence[jax.Array]) -> list[jax.Array]:
         return compute(values, jax.sharding.get_abstract_mesh())
 
+    shardings = [jax.typeof(g).sharding for g in grads]
     with jax.sharding.use_abstract_mesh(explicit):
-        return jax.sharding.auto_axes(
-            automatic,
-            axes=names,
-            out_sharding=[jax.typeof(g).sharding for g in grads],
-        )(values)
+        run: Any = jax.sharding.auto_axes(automatic, axes=names, out_sharding=shardings)
+        return run(values)
 
 
 def _check_coefficients(coefficients: Any) -> None:
@@ -373,7 +372,7 @@ def _find_shards(
 
 def _check_devices(path: Any, x: Any, mesh: Any) -> None:
     """Raises if a leaf lies on devices that the mesh does not have."""
-    if not isinstance(mesh, jax.sharding.Mesh) or isinstance(x, jax.core.Tracer):
+    if not isinstance(mesh, jax.sharding.Mesh) or isinstance(x, Tracer):
         return
     if isinstance(x, jax.Array) and x.committed:
         missing = x.sharding.device_set - set(mesh.devices.flat)
