@@ -305,7 +305,7 @@ class Group:
     simple: bool
     chunks: int = 1
 
-    def items(self, leaves: Sequence[Leaf]) -> jax.Array:
+    def items(self, leaves: Sequence[Leaf], place: Any) -> jax.Array:
         """All items, of shape [count, *item]."""
         # Those of one shape first: a stack may have to be moved to be lengthened.
         stacks: dict[Any, list[jax.Array]] = {}
@@ -313,9 +313,12 @@ class Group:
             x = leaves[i].value.transpose(matrix.order)
             x = x.reshape(count, *x.shape[len(matrix.batch) :])
             stacks.setdefault(x.shape[1:], []).append(x)
-        return _concatenate([self._lengthen(_concatenate(x)) for x in stacks.values()])
+        whole = (_concatenate(alike) for alike in stacks.values())
+        return _concatenate([self._lengthen(x, place) for x in whole])
 
-    def leaves(self, items: jax.Array, leaves: Sequence[Leaf]) -> list[jax.Array]:
+    def leaves(
+        self, items: jax.Array, leaves: Sequence[Leaf], place: Any
+    ) -> list[jax.Array]:
         """The leaves again, scaled."""
         result, start = [], 0
         members = zip(self.numbers, self.matrices, strict=True)
@@ -324,31 +327,34 @@ class Group:
         ):
             alike = list(alike)
             total = sum(count for (_, count), _ in alike)
-            x = self._shorten(items[start : start + total], long)
+            x = self._shorten(items[start : start + total], long, place)
             scale = 0.2 * math.sqrt(self.stack.long * long // self.item[-1])
             if not self.simple:
                 scale = 0.2 * math.sqrt(self.stack.long)
-            x, start = scale * x, start + total
+            x, start, first = scale * x, start + total, 0
             for (i, count), matrix in alike:
                 shape = [leaves[i].value.shape[axis] for axis in matrix.order]
                 back = [matrix.order.index(axis) for axis in range(len(shape))]
-                result.append(x[:count].reshape(shape).transpose(back))
-                x = x[count:]
+                one = x[first : first + count]
+                result.append(one.reshape(shape).transpose(back))
+                first += count
         return result
 
-    def _lengthen(self, x: jax.Array) -> jax.Array:
+    def _lengthen(self, x: jax.Array, place: Any) -> jax.Array:
         if x.shape[-1] == self.item[-1]:
             return x
+        x = place.together(x)
         fill = (self.item[-1] - x.shape[-1]) // self.chunks
         x = x.reshape(*x.shape[:-1], self.chunks, -1)
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, fill)])
-        return x.reshape(*x.shape[:-2], -1)
+        return place.together(x.reshape(*x.shape[:-2], -1))
 
-    def _shorten(self, x: jax.Array, long: int) -> jax.Array:
+    def _shorten(self, x: jax.Array, long: int, place: Any) -> jax.Array:
         if x.shape[-1] == long:
             return x
-        x = x.reshape(*x.shape[:-1], self.chunks, -1)[..., : long // self.chunks]
-        return x.reshape(*x.shape[:-2], -1)
+        x = place.together(x).reshape(*x.shape[:-1], self.chunks, -1)
+        x = x[..., : long // self.chunks]
+        return place.together(x.reshape(*x.shape[:-2], -1))
 
     def to_matrices(self, items: jax.Array) -> jax.Array:
         """Of items [k, d, *item] the matrices [k, d, parts, small side, long side]."""
@@ -486,7 +492,7 @@ def orthogonalize(
                 continue
             made = _work(choice, groups, leaves, method, place)
             for g, items in zip(groups, made, strict=True):
-                arrays = g.leaves(items, leaves)
+                arrays = g.leaves(items, leaves, place)
                 for (i, _), x in zip(g.numbers, arrays, strict=True):
                     results[i] = x
     return results
@@ -549,7 +555,7 @@ def _work(
     choice: How, groups: Sequence[Group], leaves: Sequence[Leaf], method: Method, place
 ) -> list[jax.Array]:
     """The polar factors of all items of some groups, of shape [count, *item]."""
-    items = [g.items(leaves) for g in groups]
+    items = [g.items(leaves, place) for g in groups]
     if choice == "spread":
         slots = Slots.fit([g.stack.count for g in groups], place.devices)
         items = [
@@ -621,6 +627,10 @@ class Global:
 
     def _anywhere(self, x: jax.Array, start: int) -> list[Any]:
         return [P.UNCONSTRAINED] * (x.ndim - start)
+
+    def together(self, x: jax.Array) -> jax.Array:
+        """A stack whose first axis stays whole, so that it is moved as one."""
+        return self._constrain(x, None, *self._anywhere(x, 1))
 
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
         """The stack, whole on every device."""
@@ -698,6 +708,9 @@ class Mapped:
                 x = jax.lax.dynamic_update_index_in_dim(zeros, x, index, i)
                 x = jax.lax.psum(x, axis)
         return x.reshape(rows.shape[0], self.devices, *x.shape[1 + len(self.axes) :])
+
+    def together(self, x: jax.Array) -> jax.Array:
+        return x
 
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
         """The stack, whole on every device."""
