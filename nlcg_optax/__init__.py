@@ -2,6 +2,7 @@
 
 from nlcg_optax import beta
 from nlcg_optax._alias import DisplacementState, nlcg, nlcg_paper
+from nlcg_optax._curvature import Curvature, gauss_newton, hessian
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._direction import (
     ConjugateDirectionState,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConjugateDirectionState",
+    "Curvature",
     "DiagonalBfgsState",
     "Displacement",
     "DisplacementState",
@@ -47,6 +49,8 @@ __all__ = [
     "OrthogonalizationState",
     "beta",
     "diagnostics",
+    "gauss_newton",
+    "hessian",
     "minimize",
     "nlcg",
     "nlcg_paper",
