@@ -66,7 +66,6 @@ ABLATION: Optimizers = {
     "Hager–Zhang": _variant("beta_rule=hager_zhang"),
     "Dai–Kou": _variant("beta_rule=dai_kou"),
     "no look-ahead": _variant("nesterov=False"),
-    "restart on ascent": _variant("restart_on_ascent=True"),
     "no step rule": _variant("step_rule=none"),
     "step rule online": _variant("step_rule=online"),
     "preconditioner: none": _variant("preconditioner=none", rate=0.4),

@@ -80,10 +80,7 @@ def base_config() -> ConfigDict:
             preconditioner="orthogonalization",
             step_rule="step",  # step, online, none
             beta_bounds=(0.0, 0.9),
-            restart_on_ascent=False,
             nesterov=True,
-            period=5,
-            threshold=1.0,
             epsilon=1e-8,
         )
     )
