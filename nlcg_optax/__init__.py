@@ -32,6 +32,10 @@ from nlcg_optax.step_sizes.loss_feedback import (
     LossFeedbackState,
     scale_by_loss_feedback,
 )
+from nlcg_optax.step_sizes.quadratic_model import (
+    QuadraticModelState,
+    scale_by_quadratic_model,
+)
 
 __version__ = "0.1.0"
 
@@ -46,6 +50,7 @@ __all__ = [
     "LossFeedbackState",
     "MinimizeResult",
     "OrthogonalizationState",
+    "QuadraticModelState",
     "beta",
     "diagnostics",
     "gauss_newton",
@@ -61,4 +66,5 @@ __all__ = [
     "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
     "scale_by_orthogonalization",
+    "scale_by_quadratic_model",
 ]
