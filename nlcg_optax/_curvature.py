@@ -3,13 +3,27 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _parallel, _tree
+
+
+class Images(NamedTuple):
+    """What becomes of some directions in the model; all but the first stacked.
+
+    Attributes:
+      outputs: the model's outputs, the same for all directions.
+      tangents: how the outputs change along each direction.
+      directions: the directions.
+    """
+
+    outputs: Any
+    tangents: Any
+    directions: Any
 
 
 @jax.tree_util.register_static
@@ -17,32 +31,37 @@ from nlcg_optax import _check, _tree
 class Curvature:
     r"""The curvature of a loss, seen along a few directions at a time.
 
-    :func:`gauss_newton` and :func:`hessian` make one; any function of the same kind
-    may be wrapped as well. It is a constant to `jax.jit`, so that a step may be jitted
-    that takes one as an argument.
+    Made by :func:`gauss_newton` or :func:`hessian`, and passed to `update` as the
+    keyword argument ``curvature``. Called with the parameters and a sequence of k trees
+    like them it gives the matrix of their inner products :math:`d_i^\top C d_j`, real,
+    symmetric, of shape [k, k]. To `jax.jit` it is a constant.
 
     Attributes:
-      products: maps the parameters and a sequence of k trees like them to the real,
-        symmetric matrix of inner products :math:`d_i^\top C d_j`, of shape [k, k].
-
-    >>> import jax.numpy as jnp
-    >>> import nlcg_optax
-    >>> matrix = jnp.array([[2.0, 1.0], [1.0, 3.0]])
-    >>> def products(params, directions):
-    ...     stacked = jnp.stack(directions)
-    ...     return stacked @ matrix @ stacked.T
-    >>> curvature = nlcg_optax.Curvature(products)
-    >>> d, e = jnp.array([1.0, 0.0]), jnp.array([1.0, -1.0])
-    >>> print(curvature(jnp.zeros(2), [d, e]))
-    [[2. 1.]
-     [1. 3.]]
+      push: maps the parameters and stacked directions to their :class:`Images`.
+      inner: maps the parameters and the images of two stacks of directions to the
+        matrix of inner products between them.
+      pull: maps the parameters and the image of one direction (still stacked) to the
+        tree :math:`C d`.
     """
 
-    products: Callable[[Any, Sequence[Any]], jax.Array]
+    push: Callable[[Any, Any], Images]
+    inner: Callable[[Any, Images, Images], jax.Array]
+    pull: Callable[[Any, Images], Any]
 
     def __call__(self, params: Any, directions: Sequence[Any]) -> jax.Array:
-        """The matrix of inner products of some directions, as `products` has it."""
-        return self.products(params, directions)
+        """The matrix of inner products of some directions."""
+        if not jax.tree.leaves(params):  # an empty group of `optax.partition`
+            return jnp.zeros([len(directions)] * 2)
+        images = self.push(params, stack(params, directions))
+        matrix = self.inner(params, images, images)
+        return 0.5 * (matrix + matrix.T)
+
+    def times(self, params: Any, direction: Any) -> Any:
+        r"""The product :math:`C d` with one direction, a tree like it.
+
+        It takes a backward pass, and on several devices an all-reduce of its size.
+        """
+        return self.pull(params, self.push(params, stack(params, [direction])))
 
 
 def gauss_newton(
@@ -121,11 +140,12 @@ def gauss_newton(
      [42. 78.]]
     """
     _check.number("l2", l2, minimum=0)
+    run = _on_whole(outputs_fn, params)
 
-    def products(complete: Any, params: Any, stacked: Any, inputs: Any) -> jax.Array:
-        def push(direction: Any) -> Any:
+    def push(params: Any, stacked: Any, *inputs: Any) -> Images:
+        def along(direction: Any) -> Any:
             outputs, tangent = jax.jvp(
-                lambda params: outputs_fn(complete(params), *inputs),
+                lambda params: run(params, *inputs),
                 (params,),
                 (direction,),
                 has_aux=has_aux,
@@ -134,54 +154,65 @@ def gauss_newton(
             return outputs, tangent
 
         # The outputs do not depend on the direction: they are computed once.
-        outputs, tangents = jax.vmap(push, out_axes=(None, 0))(stacked)
+        outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
-        outputs, tangents = _vary((outputs, tangents), axis_name)
+        return Images(*_vary((outputs, tangents), axis_name), stacked)
+
+    def curved(images: Images, *inputs: Any) -> Any:
+        """H J d, its conjugate for complex outputs (as `jax.grad` has it)."""
 
         def loss(outputs: Any) -> jax.Array:
             value = _check_loss(loss_fn(outputs, *inputs), "loss_fn", _GAUSS_NEWTON)
             return _vary(value, axis_name)
 
-        def curve(tangent: Any) -> Any:
-            return jax.jvp(jax.grad(loss), (outputs,), (tangent,))[1]
+        def along(tangent: Any) -> Any:
+            return jax.jvp(jax.grad(loss), (images.outputs,), (tangent,))[1]
 
-        # For complex outputs the conjugate, as `jax.grad` has it.
-        curved = jax.vmap(curve)(tangents)
+        return jax.vmap(along)(images.tangents)
+
+    def inner(params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
         dtype = _tree.scalar_dtype(params)
-        dots = [
-            _inner(u, h, dtype)
-            for u, h in zip(
-                jax.tree.leaves(tangents), jax.tree.leaves(curved), strict=True
-            )
-        ]
+        pairs = zip(
+            jax.tree.leaves(a.tangents),
+            jax.tree.leaves(curved(b, *inputs)),
+            strict=True,
+        )
+        dots = [_inner(u, h, dtype) for u, h in pairs]
         return sum(dots[1:], start=dots[0])
 
-    def penalty(complete: Any, params: Any, stacked: Any) -> jax.Array:
-        whole = complete(params)
-        mask = l2_mask(whole) if callable(l2_mask) else l2_mask
-        mask = jax.tree.map(
-            lambda keep, part: jax.tree.map(lambda _: bool(keep), part),
-            True if mask is None else mask,
-            whole,
+    def weighed(params: Any, image: Images, *inputs: Any) -> jax.Array:
+        """The sum of the outputs, each times its H J d: its gradient is Jᵀ H J d."""
+        outputs = run(params, *inputs)
+        outputs = outputs[0] if has_aux else outputs
+        weights = curved(image, *inputs)
+        products = jax.tree.map(
+            lambda y, h: jnp.sum(jnp.real(h[0] * y)), outputs, weights
         )
-        penalized = jax.tree.map(
+        dtype = _tree.scalar_dtype(params)
+        return sum(
+            (x.astype(dtype) for x in jax.tree.leaves(products)), jnp.zeros([], dtype)
+        )
+
+    def penalized(stacked: Any, part: Any) -> Any:
+        """The directions, but None where there is no penalty."""
+        mask = _on_whole(l2_mask, params)(part) if callable(l2_mask) else l2_mask
+        mask = jax.tree.map(
+            lambda keep, leaves: jax.tree.map(lambda _: bool(keep), leaves),
+            True if mask is None else mask,
+            part if params is None else params,
+        )
+        return jax.tree.map(
             lambda d, keep: d if not _is_masked(d) and keep else None,
             stacked,
             mask,
             is_leaf=_is_masked,
         )
-        leaves, dtype = jax.tree.leaves(penalized), _tree.scalar_dtype(params)
-        count = len(jax.tree.leaves(stacked)[0])
-        # A leaf that is split over devices is summed over them, not averaged.
-        dots = [_inner(jnp.conj(d), d, dtype) * _shards(d, axis_name) for d in leaves]
-        return jnp.asarray(l2, dtype) * sum(dots, start=jnp.zeros([count] * 2, dtype))
 
     # Where there is no penalty no inner product of parameters is taken.
-    penalized = not isinstance(l2, int | float) or l2 > 0
-    return _curvature(
-        products, penalty if penalized else None, microbatches, params, axis_name
-    )
+    none = isinstance(l2, int | float) and l2 == 0
+    penalty = None if none else (l2, penalized)
+    return _curvature(push, inner, weighed, penalty, microbatches, axis_name)
 
 
 def hessian(
@@ -227,23 +258,32 @@ def hessian(
     [[ 6. 10.]
      [10. 16.]]
     """
+    run = _on_whole(value_fn, params)
 
-    def products(complete: Any, params: Any, stacked: Any, inputs: Any) -> jax.Array:
-        def value(params: Any) -> jax.Array:
-            value = value_fn(complete(params), *inputs)
-            return _check_loss(value, "value_fn", _HESSIAN)
+    def value(params: Any, *inputs: Any) -> jax.Array:
+        return _check_loss(run(params, *inputs), "value_fn", _HESSIAN)
 
+    def push(params: Any, stacked: Any, *inputs: Any) -> Images:
+        del params, inputs
+        return Images((), (), stacked)
+
+    def inner(params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
         def second(d: Any, e: Any) -> jax.Array:
             def slope(params: Any) -> jax.Array:
-                return jax.jvp(value, (params,), (d,))[1]
+                return jax.jvp(lambda x: value(x, *inputs), (params,), (d,))[1]
 
             return jax.jvp(slope, (params,), (e,))[1]
 
         rows = jax.vmap(second, (None, 0))
-        matrix = jax.vmap(rows, (0, None))(stacked, stacked)
+        matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
         return matrix.astype(_tree.scalar_dtype(params))
 
-    return _curvature(products, None, microbatches, params, axis_name)
+    def slope(params: Any, image: Images, *inputs: Any) -> jax.Array:
+        """The derivative along the direction: its gradient is H d."""
+        direction = jax.tree.map(lambda x: x[0], image.directions)
+        return jax.jvp(lambda x: value(x, *inputs), (params,), (direction,))[1]
+
+    return _curvature(push, inner, slope, None, microbatches, axis_name)
 
 
 _GAUSS_NEWTON = (
@@ -254,60 +294,146 @@ _HESSIAN = "`nlcg_optax.hessian(lambda params: loss(model(params, x), y).mean())
 
 
 def _curvature(
-    products: Callable[..., jax.Array],
-    penalty: Callable[..., jax.Array] | None,
+    push: Callable[..., Images],
+    inner: Callable[..., jax.Array],
+    scalar: Callable[..., jax.Array],
+    penalty: tuple[Any, Callable[[Any, Any], Any]] | None,
     microbatches: Any | None,
-    whole: Any | None,
     axis_name: _tree.AxisName | None,
 ) -> Curvature:
-    """What both kinds have in common: checks, microbatches, and the mean over devices.
+    """What both kinds have in common: microbatches, a penalty, the mean over devices.
 
     Args:
-      products: maps a function that completes parameters, parameters, stacked
-        directions, and a tuple of further inputs to a matrix.
-      penalty: the same without inputs, for what depends on the parameters alone.
+      push: as in `Curvature`, with a microbatch as a further argument, if there is one.
+      inner: the same, on one device.
+      scalar: maps the arguments of `pull` to the number whose gradient is C d.
+      penalty: its coefficient, and what picks the leaves that it applies to.
       microbatches: as in `gauss_newton`.
-      whole: as `params` in `gauss_newton`.
       axis_name: as in `gauss_newton`.
     """
 
-    def complete(part: Any) -> Any:
-        """Fills the places that `optax.masked` emptied."""
+    def switch(tangents: Any) -> Any:
+        """Exchanges the axes of the directions and of the microbatches."""
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tangents)
+
+    def pushed(params: Any, stacked: Any) -> Images:
+        if microbatches is None:
+            return push(params, stacked)
+
+        def one(part: Any) -> Any:
+            return push(params, stacked, part)[:2]
+
+        outputs, tangents = jax.lax.map(one, microbatches)
+        return Images(outputs, switch(tangents), stacked)
+
+    def matrix(params: Any, a: Images, b: Images) -> jax.Array:
+        if microbatches is None:
+            total = inner(params, a, b)
+        else:
+
+            def one(inputs: Any) -> jax.Array:
+                part, outputs, u, v = inputs
+                us, vs = (
+                    Images(outputs, u, a.directions),
+                    Images(outputs, v, b.directions),
+                )
+                return inner(params, us, vs, part)
+
+            parts = (microbatches, a.outputs, switch(a.tangents), switch(b.tangents))
+            total = jnp.mean(jax.lax.map(one, parts), axis=0)
+        if penalty is not None:
+            factor, penalized = penalty
+            dots = [
+                # A leaf that is split over devices is summed over them, not averaged.
+                _inner(jnp.conj(d), e, total.dtype) * _shards(d, axis_name)
+                for d, e in zip(
+                    jax.tree.leaves(penalized(a.directions, params)),
+                    jax.tree.leaves(penalized(b.directions, params)),
+                    strict=True,
+                )
+            ]
+            total += jnp.asarray(factor, total.dtype) * sum(dots, jnp.zeros_like(total))
+        if axis_name is not None:
+            axes = _tree.bound_axes(axis_name)
+            total = jax.lax.pmean(_vary(total, axis_name), axes)
+        return total
+
+    def pull(params: Any, image: Images) -> Any:
+        def whole(params: Any) -> jax.Array:
+            if microbatches is None:
+                return scalar(params, image)
+
+            # Each microbatch runs forward again, rather than keep all of them.
+            @jax.checkpoint
+            def add(total: jax.Array, inputs: Any) -> Any:
+                part, outputs, u = inputs
+                one = scalar(params, Images(outputs, u, image.directions), part)
+                return total + _vary(one, axis_name), None
+
+            zero = _vary(jnp.zeros([], _tree.scalar_dtype(params)), axis_name)
+            parts = (microbatches, image.outputs, switch(image.tangents))
+            total, _ = jax.lax.scan(add, zero, parts)
+            return total / len(jax.tree.leaves(microbatches)[0])
+
+        if axis_name is None:
+            product = jax.grad(whole)(params)
+        else:
+            _, product = _parallel.pmean_value_and_grad(whole, axis_name)(params)
+        product = jax.tree.map(jnp.conj, product)
+        if penalty is None:
+            return product
+        factor, penalized = penalty
+
+        def add_penalty(p: jax.Array, d: jax.Array | None) -> jax.Array:
+            return p if d is None else p + _tree.real_scalar(factor, p.dtype) * d[0]
+
         return jax.tree.map(
-            lambda x, other: other if _is_masked(x) else x,
-            part,
-            part if whole is None else whole,
+            add_penalty,
+            product,
+            penalized(image.directions, params),
             is_leaf=_is_masked,
         )
 
-    def matrix(params: Any, directions: Sequence[Any]) -> jax.Array:
-        leaves = jax.tree.leaves(params, is_leaf=_is_masked)
-        if whole is None and any(_is_masked(leaf) for leaf in leaves):
-            raise ValueError(
-                "The optimizer is shown part of the parameters only (optax.masked or "
-                "optax.partition), but the model needs all: pass them as "
-                "`gauss_newton(..., params=params)` or `hessian(..., params=params)`."
-            )
-        dtype = _tree.scalar_dtype(params)
-        if not jax.tree.leaves(params):  # an empty group of `optax.partition`
-            return jnp.zeros([len(directions)] * 2, dtype)
-        params = jax.tree.map(jnp.asarray, params)
-        tangents = [_tangent(i, params, d) for i, d in enumerate(directions)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
-        if microbatches is None:
-            total = products(complete, params, stacked, ())
-        else:
-            rows = jax.lax.map(
-                lambda part: products(complete, params, stacked, (part,)), microbatches
-            )
-            total = jnp.mean(rows, axis=0)
-        if penalty is not None:
-            total = total + penalty(complete, params, stacked)
-        if axis_name is not None:
-            total = jax.lax.pmean(_vary(total, axis_name), _tree.bound_axes(axis_name))
-        return 0.5 * (total + total.T)
+    return Curvature(pushed, matrix, pull)
 
-    return Curvature(matrix)
+
+def stack(params: Any, directions: Sequence[Any]) -> Any:
+    """Stacks directions, in the dtypes of the parameters.
+
+    Raises:
+      ValueError: if one does not match the parameters.
+    """
+    tangents = [_tangent(i, params, d) for i, d in enumerate(directions)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
+
+
+def join(a: Images, b: Images) -> Images:
+    """The images of two stacks of directions as those of one."""
+
+    def concatenate(x: Any, y: Any) -> Any:
+        return jax.tree.map(lambda u, v: jnp.concatenate([u, v]), x, y)
+
+    return Images(
+        a.outputs,
+        concatenate(a.tangents, b.tangents),
+        concatenate(a.directions, b.directions),
+    )
+
+
+def combine(images: Images, coefficients: jax.Array) -> Images:
+    """The image of a linear combination of directions."""
+
+    def total(x: jax.Array) -> jax.Array:
+        lifted = _tree.lift(x)
+        weights = _tree.scalar_like(coefficients, lifted)
+        weights = jnp.reshape(weights, (-1,) + (1,) * (x.ndim - 1))
+        return jnp.sum(weights * lifted, axis=0, keepdims=True).astype(x.dtype)
+
+    return Images(
+        images.outputs,
+        jax.tree.map(total, images.tangents),
+        jax.tree.map(total, images.directions),
+    )
 
 
 def _is_masked(x: Any) -> bool:
@@ -326,6 +452,30 @@ def _vary(tree: Any, axis_name: _tree.AxisName | None) -> Any:
         return _tree.vary(x, [axis for axis in axes if axis in constant])
 
     return jax.tree.map(vary, tree)
+
+
+def _on_whole(fun: Callable[..., Any], whole: Any | None) -> Callable[..., Any]:
+    """`fun` of parameters with places that `optax.masked` emptied, filled again."""
+
+    def on_whole(part: Any, *inputs: Any) -> Any:
+        masked = map(_is_masked, jax.tree.leaves(part, is_leaf=_is_masked))
+        if whole is None:
+            if not any(masked):
+                return fun(part, *inputs)
+            raise ValueError(
+                "The optimizer is shown part of the parameters only (optax.masked or "
+                "optax.partition), but the model needs all: pass them as "
+                "`gauss_newton(..., params=params)` or `hessian(..., params=params)`."
+            )
+        filled = jax.tree.map(
+            lambda x, other: other if _is_masked(x) else x,
+            part,
+            whole,
+            is_leaf=_is_masked,
+        )
+        return fun(filled, *inputs)
+
+    return on_whole
 
 
 def _tangent(index: int, params: Any, direction: Any) -> Any:

@@ -86,11 +86,33 @@ def along(matrix, directions=DIRECTIONS):
     return d @ matrix @ d.T
 
 
-def close(got, expected, rtol=1e-10):
+@jax.jit
+def both(curvature, params, directions):
+    """The matrix, and its last row from the product with the last direction."""
+    matrix = curvature(params, directions)
+    product = curvature.times(params, directions[-1])
+    for leaf, x in zip(jax.tree.leaves(product), jax.tree.leaves(params), strict=True):
+        assert leaf.shape == x.shape and leaf.dtype == x.dtype
+
+    def inner(direction):
+        return sum(
+            jnp.sum(jnp.real(jnp.conj(d) * p)).astype(matrix.dtype)
+            for d, p in zip(
+                jax.tree.leaves(direction), jax.tree.leaves(product), strict=True
+            )
+        )
+
+    return matrix, jnp.stack([inner(d) for d in directions])
+
+
+def close(curvature, params, directions, expected, rtol=1e-10):
+    # A constant to `jit`, so that it may be an argument.
+    got, row = both(curvature, params, directions)
     assert got.dtype == jnp.float64
     largest = abs(np.asarray(expected)).max()
     np.testing.assert_allclose(got, got.T, rtol=1e-14, atol=1e-14 * largest)
     np.testing.assert_allclose(got, expected, rtol=rtol, atol=rtol * largest)
+    np.testing.assert_allclose(row, expected[-1], rtol=rtol, atol=rtol * largest)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -99,10 +121,7 @@ def test_gauss_newton_is_the_dense_matrix(loss, count, x64):
     loss_fn, row_curvature = LOSSES[loss]
     curvature = nlcg_optax.gauss_newton(model, loss_fn)
     expected = along(dense_gauss_newton(row_curvature), DIRECTIONS[:count])
-    close(curvature(PARAMS, DIRECTIONS[:count]), expected)
-    # A constant to `jit`, so that it may be an argument.
-    called = jax.jit(lambda curvature, *args: curvature(*args))
-    close(called(curvature, PARAMS, DIRECTIONS[:count]), expected)
+    close(curvature, PARAMS, DIRECTIONS[:count], expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -117,7 +136,7 @@ def test_hessian_is_the_dense_matrix(loss, x64):
         [[np.reshape(blocks[a][b], (sizes[a], sizes[b])) for b in names] for a in names]
     )
     curvature = nlcg_optax.hessian(value_fn)
-    close(jax.jit(curvature)(PARAMS, DIRECTIONS), along(dense))
+    close(curvature, PARAMS, DIRECTIONS, along(dense))
 
 
 def test_of_a_loss_that_is_convex_in_linear_outputs_both_are_the_same(x64):
@@ -127,10 +146,8 @@ def test_of_a_loss_that_is_convex_in_linear_outputs_both_are_the_same(x64):
     loss_fn, _ = LOSSES["softmax cross-entropy"]
     hidden = [{"hidden": d["hidden"]} for d in DIRECTIONS]
     args = ({"hidden": PARAMS["hidden"]}, hidden)
-    close(
-        nlcg_optax.gauss_newton(outputs_fn, loss_fn)(*args),
-        np.asarray(nlcg_optax.hessian(lambda p: loss_fn(outputs_fn(p)))(*args)),
-    )
+    expected = nlcg_optax.hessian(lambda p: loss_fn(outputs_fn(p)))
+    close(nlcg_optax.gauss_newton(outputs_fn, loss_fn), *args, both(expected, *args)[0])
 
 
 def test_penalty(x64):
@@ -142,7 +159,7 @@ def test_penalty(x64):
     mask = {"hidden": True, "bias": False, "out": True}
     for l2_mask in (mask, lambda params: {name: name != "bias" for name in params}):
         curvature = nlcg_optax.gauss_newton(model, loss_fn, l2=0.3, l2_mask=l2_mask)
-        close(curvature(PARAMS, DIRECTIONS), expected)
+        close(curvature, PARAMS, DIRECTIONS, expected)
     # The parameters as outputs say the same.
     among = nlcg_optax.gauss_newton(
         lambda params: {"logits": model(params), "params": params},
@@ -152,11 +169,13 @@ def test_penalty(x64):
             + 0.15 * jnp.sum(y["params"]["out"] ** 2)
         ),
     )
-    close(among(PARAMS, DIRECTIONS), expected)
+    close(among, PARAMS, DIRECTIONS, expected)
     whole = nlcg_optax.gauss_newton(model, loss_fn, l2=0.3)
     identity = np.eye(no_bias.size)
     close(
-        whole(PARAMS, DIRECTIONS),
+        whole,
+        PARAMS,
+        DIRECTIONS,
         along(dense_gauss_newton(row_curvature) + 0.3 * identity),
     )
 
@@ -168,7 +187,7 @@ def test_auxiliary_outputs_are_ignored(x64):
         loss_fn,
         has_aux=True,
     )
-    close(curvature(PARAMS, DIRECTIONS), along(dense_gauss_newton(row_curvature)))
+    close(curvature, PARAMS, DIRECTIONS, along(dense_gauss_newton(row_curvature)))
 
 
 @pytest.mark.parametrize("kind", ["gauss_newton", "hessian"])
@@ -198,10 +217,8 @@ def test_microbatches_are_averaged(kind, x64):
             **options,
         )
 
-    close(
-        make(None, microbatches=parts)(PARAMS, DIRECTIONS),
-        np.asarray(make((whole,))(PARAMS, DIRECTIONS)),
-    )
+    expected, _ = both(make((whole,)), PARAMS, DIRECTIONS)
+    close(make(None, microbatches=parts), PARAMS, DIRECTIONS, expected)
 
 
 COMPLEX = {"w": np.array([1.0 + 2.0j, -0.5 + 0.25j]), "b": np.array([0.3, -1.0])}
@@ -241,12 +258,14 @@ def test_complex_parameters_and_outputs(x64):
     dense = jac.T @ jax.hessian(real_loss)(real_outputs(x)) @ jac
     curvature = nlcg_optax.gauss_newton(complex_outputs, complex_loss, l2=0.2)
     close(
-        jax.jit(curvature)(COMPLEX, directions),
+        curvature,
+        COMPLEX,
+        directions,
         np.asarray(d @ (dense + 0.2 * np.eye(6)) @ d.T),
     )
     dense = jax.hessian(lambda v: real_loss(real_outputs(v)))(x)
     curvature = nlcg_optax.hessian(lambda p: complex_loss(complex_outputs(p)))
-    close(curvature(COMPLEX, directions), np.asarray(d @ dense @ d.T))
+    close(curvature, COMPLEX, directions, np.asarray(d @ dense @ d.T))
 
 
 def test_mixed_dtypes_are_summed_in_float32():
@@ -264,13 +283,13 @@ def test_mixed_dtypes_are_summed_in_float32():
     direction = {"half": fine, "single": jnp.float32(2.0)}
     expected = 1001 * (1 + 2.0**-7) ** 2 + 36
     curvature = nlcg_optax.gauss_newton(outputs_fn, loss_fn, l2=1.0)
-    got = curvature(params, [direction])
+    got, _ = both(curvature, params, [direction])
     assert got.dtype == jnp.float32
     penalty = 1001 * (1 + 2.0**-7) ** 2 + 4
     np.testing.assert_allclose(got, [[expected + penalty]], rtol=1e-6)
     # Directions of another precision are taken in the parameters'.
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), direction)
-    np.testing.assert_array_equal(curvature(params, [wide]), got)
+    np.testing.assert_array_equal(both(curvature, params, [wide])[0], got)
 
 
 # --- Transformations of JAX ---------------------------------------------------------
@@ -303,13 +322,11 @@ def test_scan_and_remat(outputs_fn, x64):
     def loss_fn(y):
         return jnp.mean(optax.softmax_cross_entropy(y, jax.nn.one_hot(LABELS % 3, 3)))
 
-    expected = nlcg_optax.gauss_newton(in_a_loop, loss_fn)(LAYERS, LAYER_DIRECTIONS)
-    got = nlcg_optax.gauss_newton(outputs_fn, loss_fn)(LAYERS, LAYER_DIRECTIONS)
-    close(got, np.asarray(expected))
-    expected = nlcg_optax.hessian(lambda w: loss_fn(in_a_loop(w)))
-    got = nlcg_optax.hessian(lambda w: loss_fn(outputs_fn(w)))
     args = (LAYERS, LAYER_DIRECTIONS)
-    close(got(*args), np.asarray(expected(*args)))
+    expected, _ = both(nlcg_optax.gauss_newton(in_a_loop, loss_fn), *args)
+    close(nlcg_optax.gauss_newton(outputs_fn, loss_fn), *args, expected)
+    expected, _ = both(nlcg_optax.hessian(lambda w: loss_fn(in_a_loop(w))), *args)
+    close(nlcg_optax.hessian(lambda w: loss_fn(outputs_fn(w))), *args, expected)
 
 
 @pytest.mark.parametrize("kind", ["gauss_newton", "hessian"])
@@ -324,7 +341,7 @@ def test_vmap_is_a_loop(kind, x64):
     got = jax.jit(jax.vmap(curvature, (0, None)))(stacked, DIRECTIONS)
     for c, one in zip(scales, got, strict=True):
         params = jax.tree.map(lambda x, c=c: c * x, PARAMS)
-        close(one, np.asarray(curvature(params, DIRECTIONS)))
+        close(curvature, params, DIRECTIONS, one)
 
 
 def test_the_model_runs_forward_once_for_all_directions():
@@ -358,7 +375,7 @@ def test_part_of_the_parameters(x64):
     d = np.stack([flat(direction) for direction in directions])
     dense = dense_gauss_newton(row_curvature)[:size, :size] + 0.3 * np.eye(size)
     curvature = nlcg_optax.gauss_newton(model, loss_fn, params=whole, l2=0.3)
-    close(curvature(part, directions), d @ dense @ d.T)
+    close(curvature, part, directions, d @ dense @ d.T)
     curvature = nlcg_optax.gauss_newton(model, loss_fn)
     with pytest.raises(ValueError, match="params=params"):
         curvature(part, directions)

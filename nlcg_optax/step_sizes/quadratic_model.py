@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _tree
-from nlcg_optax._curvature import Curvature
-from nlcg_optax.step_sizes import _small_system
+from nlcg_optax._curvature import Curvature, Images, combine, join, stack
+from nlcg_optax.step_sizes import _small_system, _trust
 
 Preconditioners = (
     optax.GradientTransformation | Sequence[optax.GradientTransformation] | None
@@ -26,8 +26,8 @@ class QuadraticModelState(NamedTuple):
       preconditioner_states: states of the nested preconditioners, a tuple.
       prev_updates: the last steps, with their sign turned, stacked along a leading
         axis.
-      coefficients: of the last step: one for each preconditioned gradient, then one for
-        each past step, the newest first.
+      coefficients: of the last step: of each preconditioned gradient, then of each past
+        step, the newest first, then of each residual direction.
       damping: λ.
       prev_value: the loss where the last step began.
       prev_slope: how far the loss would have fallen by its slope along the last step.
@@ -57,23 +57,33 @@ class QuadraticModelState(NamedTuple):
     nonfinite: jax.typing.ArrayLike
 
 
-# Of Levenberg–Marquardt: λ grows where the loss fell by less than a quarter of what the
-# model promised, and shrinks where it fell by three quarters or more.
-_POOR, _GOOD = 0.25, 0.75
-_GROW, _SHRINK = 2.0, 0.5
-_MIN_DAMPING, _MAX_DAMPING = 1e-4, 1e3
-# A step that is taken back keeps this part of its length, and λ is raised to at least…
+# A step that is taken back keeps this part of its length.
 _CUT = 0.25
-_DAMPING_OF_REJECTED, _GROW_OF_REJECTED = 0.1, 4.0
-# … for a rise of the loss beyond so many predicted decreases and model errors.
-_TOLERATED_DECREASES, _TOLERATED_ERRORS = 1.0, 4.0
-_ERROR_DECAY = 0.8
+
+
+class _Plan(NamedTuple):
+    """A step.
+
+    Attributes:
+      coefficients: of all directions.
+      residual_directions: those that are not known from outside.
+      slope: how far the loss would fall by its slope alone.
+      curvature: the curvature along the step.
+      conjugacy: as in the state.
+    """
+
+    coefficients: jax.Array
+    residual_directions: list[Any]
+    slope: jax.Array
+    curvature: jax.Array
+    conjugacy: jax.Array
 
 
 def scale_by_quadratic_model(
     preconditioner: Preconditioners = None,
     *,
     history: int = 3,
+    residuals: int = 1,
     every: int = 1,
     damping: float = 0.0,
     multiplier: optax.ScalarOrSchedule = 1.0,
@@ -82,6 +92,7 @@ def scale_by_quadratic_model(
 ) -> optax.GradientTransformationExtraArgs:
     r"""TODO"""
     _check.number("history", history, minimum=0, integer=True)
+    _check.number("residuals", residuals, minimum=0, integer=True)
     _check.number("every", every, minimum=1, integer=True)
     _check.number("damping", damping, minimum=0)
     if not callable(multiplier):
@@ -102,7 +113,7 @@ def scale_by_quadratic_model(
             stored=none,
             preconditioner_states=tuple(one.init(params) for one in inner),
             prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
-            coefficients=jnp.zeros([kinds + history], dtype),
+            coefficients=jnp.zeros([kinds + history + residuals], dtype),
             damping=jnp.asarray(damping, dtype),
             prev_value=zero,
             prev_slope=zero,
@@ -129,164 +140,165 @@ def scale_by_quadratic_model(
         loss = _check_loss(value).astype(dtype)
         curvature = _check_curvature(curvature)
 
-        # What became of the last step.
+        verdict = _trust.judge(
+            loss,
+            state.prev_value,
+            state.predicted_decrease,
+            state.damping,
+            state.model_error,
+        )
+
+        def precondition(one: Any, one_state: Any, grad: Any) -> tuple[Any, Any]:
+            extra = {"value": value, "curvature": curvature, **extra_args}
+            return one.update(grad, one_state, params, **extra)
+
+        pairs = zip(inner, state.preconditioner_states, strict=True)
+        results = [precondition(one, one_state, grad) for one, one_state in pairs]
+        preconditioned = [z for z, _ in results]
+        preconditioner_states = tuple(one_state for _, one_state in results)
+
+        def inner_products(directions: list[Any]) -> jax.Array:
+            """Of the gradient with each of the directions."""
+
+            def integrands(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+                return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
+
+            return jnp.stack(
+                _tree.reduce_products(
+                    integrands, grad, *directions, dtype=dtype, axis_name=axis_name
+                )
+            )
+
         newest = (state.stored - 1) % slots
-        actual = state.prev_value - loss
-        pending = state.predicted_decrease > 0
-        tolerated = jnp.maximum(
-            _TOLERATED_DECREASES * state.predicted_decrease,
-            _TOLERATED_ERRORS * state.model_error,
-        )
-        # Not "rose by more": a loss that is no number is no success.
-        rejected = pending & ~(-actual <= tolerated)
-        judged = pending & ~rejected
-        damping = _adapted(state, actual, judged, rejected)
-        error = jnp.abs(state.predicted_decrease - actual)
-        known = state.model_error > 0
-        error = jnp.where(known, jnp.minimum(error, 3 * state.model_error), error)
-        average = state.model_error + (1 - _ERROR_DECAY) * (error - state.model_error)
-        model_error = jnp.where(
-            judged, jnp.where(known, average, error), state.model_error
-        )
-
-        # The directions, and the model along them.
-        preconditioned, preconditioner_states = [], []
-        for one, one_state in zip(inner, state.preconditioner_states, strict=True):
-            z, one_state = one.update(
-                grad, one_state, params, value=value, curvature=curvature, **extra_args
-            )
-            preconditioned.append(z)
-            preconditioner_states.append(one_state)
-        past = [
-            jax.tree.map(lambda x, i=i: x[i], state.prev_updates)
-            for i in range(history)
-        ]
-
-        def along(g: jax.Array, memory: jax.Array, *zs: jax.Array) -> list[jax.Array]:
-            directions = [*zs, *(memory[i] for i in range(history))]
-            return [_tree.real_inner(g, d.astype(g.dtype)) for d in directions]
-
-        slopes = jnp.stack(
-            _tree.reduce_products(
-                along,
-                grad,
-                state.prev_updates,
-                *preconditioned,
-                dtype=dtype,
-                axis_name=axis_name,
-            )
-        )
         # Where each past step is, the newest first.
         places = (state.stored - 1 - jnp.arange(history, dtype=jnp.int32)) % slots
+        past = [
+            jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], state.prev_updates)
+            for i in places
+        ]
 
-        def solve() -> tuple[jax.Array, jax.Array, jax.Array]:
+        def solve() -> _Plan:
             directions = [*preconditioned, *past]
-            matrix = _products(curvature, params, directions, loss).astype(dtype)
-            return _small_system.minimize(slopes, matrix, damping), matrix
+            slopes = inner_products(directions)
+            images = curvature.push(params, stack(params, directions))
+            matrix = _products(curvature, params, images, images, loss).astype(dtype)
+            matrix = 0.5 * (matrix + matrix.T)
+            coefficients = _small_system.minimize(slopes, matrix, verdict.damping)
+            extra = []
+            for _ in range(residuals):
+                # The gradient of the model at its minimum, preconditioned.
+                product = curvature.pull(params, combine(images, coefficients))
+                residual = jax.tree.map(
+                    lambda g, p: (_tree.lift(g) - p.astype(_tree.lift(g).dtype)).astype(
+                        g.dtype
+                    ),
+                    grad,
+                    product,
+                )
+                z, _ = precondition(inner[0], preconditioner_states[0], residual)
+                extra.append(z)
+                image = curvature.push(params, stack(params, [z]))
+                images = join(images, image)
+                row = _products(curvature, params, image, images, loss).astype(dtype)
+                matrix = jnp.block([[matrix, row[:, :-1].T], [row]])
+                slopes = jnp.concatenate([slopes, inner_products([z])])
+                coefficients = _small_system.minimize(slopes, matrix, verdict.damping)
+            coefficients = factor * coefficients
+            return _Plan(
+                coefficients=coefficients,
+                residual_directions=extra,
+                slope=jnp.sum(slopes * coefficients),
+                curvature=_small_system.inner(coefficients, matrix, coefficients),
+                conjugacy=_cosine(coefficients, matrix, len(preconditioned))
+                if history
+                else jnp.zeros([], dtype),
+            )
 
-        def reuse() -> tuple[jax.Array, jax.Array]:
-            zs, us = jnp.split(state.coefficients, [kinds])
-            by_place = jnp.concatenate([zs, jnp.zeros_like(us).at[places].set(us)])
-            return by_place, jnp.zeros([kinds + history] * 2, dtype)
+        def reuse() -> _Plan:
+            # Without the residual directions, which only a new product gives.
+            kept = kinds + history
+            coefficients = state.coefficients.at[kept:].set(0)
+            slopes = inner_products([*preconditioned, *past])
+            slope = jnp.sum(slopes * coefficients[:kept])
+            return _Plan(
+                coefficients=coefficients,
+                residual_directions=[
+                    jax.tree.map(jnp.zeros_like, preconditioned[0])
+                    for _ in range(residuals)
+                ],
+                slope=slope,
+                # What it is at the minimum of a quadratic.
+                curvature=slope,
+                conjugacy=state.conjugacy,
+            )
 
-        if every == 1:
-            fresh = jnp.ones([], bool)
-            coefficients, matrix = solve()
-        else:
-            fresh = state.count % every == 0
-            coefficients, matrix = jax.lax.cond(fresh, solve, reuse)
         factor = multiplier(state.count) if callable(multiplier) else multiplier
-        coefficients = _tree.real_scalar(factor, dtype) * coefficients
-        slope = jnp.sum(slopes * coefficients)
-        # Where it is not known, what it is at the minimum of a quadratic.
-        curved = _small_system.inner(coefficients, matrix, coefficients)
-        curved = jnp.where(fresh, curved, slope)
-        finite = (
-            jnp.isfinite(loss) & jnp.isfinite(slope) & jnp.all(jnp.isfinite(matrix))
-        )
+        factor = _tree.real_scalar(factor, dtype)
+        if every == 1:
+            plan = solve()
+        else:
+            plan = jax.lax.cond(state.count % every == 0, solve, reuse)
+        finite = jnp.isfinite(loss) & jnp.isfinite(plan.slope)
+        finite &= jnp.isfinite(plan.curvature)
+        rejected = verdict.rejected
         accepted = finite & ~rejected
+        moved = accepted | rejected
 
-        # A step that is taken back: the last one, turned round, but for what is kept.
-        back = jnp.where(
-            jnp.arange(slots, dtype=jnp.int32) == newest, _CUT - 1, 0
-        ).astype(dtype)
-        zs, us = jnp.split(coefficients, [kinds])
-        us = jnp.concatenate([us, jnp.zeros([slots - history], dtype)])
-        us = jnp.where(accepted, us, jnp.where(rejected, back, 0))
+        def combine_leaf(g: jax.Array, last: jax.Array, *leaves: jax.Array) -> Any:
+            # A step that is taken back: the last one, turned round, but for a part.
+            last = _tree.lift(last).astype(_tree.lift(g).dtype)
+            back = jnp.where(rejected, (_CUT - 1) * last, 0)
+            total = jnp.zeros_like(last)
+            for i, d in enumerate(leaves):
+                d = _tree.lift(d).astype(total.dtype)
+                total += _tree.scalar_like(plan.coefficients[i], d) * d
+            return jnp.where(accepted, total, back).astype(g.dtype)
 
-        def combine(g: jax.Array, memory: jax.Array, *leaves: jax.Array) -> jax.Array:
-            total = jnp.zeros_like(_tree.lift(g))
-            for i, z in enumerate(leaves):
-                z = _tree.lift(z).astype(total.dtype)
-                # Not 0·z, which may be NaN.
-                total += jnp.where(accepted, _tree.scalar_like(zs[i], z) * z, 0)
-            for i in range(slots):
-                u = _tree.lift(memory[i]).astype(total.dtype)
-                total += _tree.scalar_like(us[i], u) * u
-            return total.astype(g.dtype)
-
-        step = jax.tree.map(combine, grad, state.prev_updates, *preconditioned)
-        place = jnp.where(rejected, newest, state.stored % slots)
+        last = jax.tree.map(lambda x: jnp.asarray(x)[newest], state.prev_updates)
+        step = jax.tree.map(
+            combine_leaf, grad, last, *preconditioned, *past, *plan.residual_directions
+        )
+        place = jnp.where(accepted, state.stored % slots, newest)
 
         def store(memory: jax.Array, u: jax.Array) -> jax.Array:
             memory = jnp.asarray(memory)  # a restored state may be NumPy's
             kept = memory[place]
-            shortened = _tree.lift(kept) * _CUT
-            new = jnp.where(rejected, shortened.astype(kept.dtype), kept)
+            shortened = (_CUT * _tree.lift(kept)).astype(kept.dtype)
+            new = jnp.where(rejected, shortened, kept)
             return memory.at[place].set(jnp.where(accepted, u.astype(kept.dtype), new))
 
         def choose(new: Any, cut: Any, old: Any) -> jax.Array:
             return jnp.where(accepted, new, jnp.where(rejected, cut, old))
 
-        kept_slope, kept_curved = (
-            _CUT * state.prev_slope,
-            _CUT**2 * state.prev_curvature,
-        )
-        by_age = jnp.concatenate([zs, coefficients[kinds:][places]])
-        moved = accepted | rejected
+        cut_slope = _CUT * state.prev_slope
+        cut_curvature = _CUT**2 * state.prev_curvature
         return step, QuadraticModelState(
             count=jnp.where(moved, optax.safe_increment(state.count), state.count),
             stored=state.stored + accepted.astype(jnp.int32),
             preconditioner_states=_tree.where(
-                accepted, tuple(preconditioner_states), state.preconditioner_states
+                accepted, preconditioner_states, state.preconditioner_states
             ),
             prev_updates=jax.tree.map(store, state.prev_updates, step),
-            coefficients=jnp.where(accepted, by_age, state.coefficients),
-            damping=jnp.where(moved, damping, state.damping),
+            coefficients=jnp.where(accepted, plan.coefficients, state.coefficients),
+            damping=jnp.where(moved, verdict.damping, state.damping),
             prev_value=jnp.where(accepted, loss, state.prev_value),
-            prev_slope=choose(slope, kept_slope, state.prev_slope),
-            prev_curvature=choose(curved, kept_curved, state.prev_curvature),
+            prev_slope=choose(plan.slope, cut_slope, state.prev_slope),
+            prev_curvature=choose(plan.curvature, cut_curvature, state.prev_curvature),
             predicted_decrease=choose(
-                slope - 0.5 * curved,
-                kept_slope - 0.5 * kept_curved,
+                plan.slope - 0.5 * plan.curvature,
+                cut_slope - 0.5 * cut_curvature,
                 state.predicted_decrease,
             ),
-            actual_decrease=jnp.where(moved & pending, actual, state.actual_decrease),
-            model_error=jnp.where(moved, model_error, state.model_error),
-            conjugacy=jnp.where(
-                accepted,
-                _cosine(coefficients, matrix, kinds + newest) if history else 0.0,
-                state.conjugacy,
+            actual_decrease=jnp.where(
+                moved & verdict.pending, verdict.actual, state.actual_decrease
             ),
+            model_error=jnp.where(moved, verdict.model_error, state.model_error),
+            conjugacy=jnp.where(accepted, plan.conjugacy, state.conjugacy),
             rejected=state.rejected + rejected.astype(jnp.int32),
             nonfinite=state.nonfinite + (~moved).astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _adapted(
-    state: Any, actual: jax.Array, judged: jax.Array, rejected: jax.Array
-) -> jax.Array:
-    """λ after the last step."""
-    poor = judged & ~(actual >= _POOR * state.predicted_decrease)
-    good = judged & (actual >= _GOOD * state.predicted_decrease)
-    shrunk = _SHRINK * state.damping
-    shrunk = jnp.where(shrunk < _MIN_DAMPING, 0, shrunk)
-    damping = jnp.where(poor, _GROW * state.damping, state.damping)
-    damping = jnp.where(good, shrunk, damping)
-    raised = _GROW_OF_REJECTED * jnp.maximum(state.damping, _DAMPING_OF_REJECTED)
-    return jnp.minimum(jnp.where(rejected, raised, damping), _MAX_DAMPING)
 
 
 def _cosine(coefficients: jax.Array, matrix: jax.Array, newest: jax.Array) -> jax.Array:
@@ -356,19 +368,13 @@ def _check_curvature(curvature: Any) -> Curvature:
 
 
 def _products(
-    curvature: Curvature, params: Any, directions: list[Any], loss: jax.Array
+    curvature: Curvature, params: Any, a: Images, b: Images, loss: jax.Array
 ) -> jax.Array:
-    """The matrix of the directions, the same on all devices where the loss is."""
-    matrix = jnp.asarray(curvature(params, directions))
-    size = len(directions)
-    if matrix.shape != (size, size):
-        raise ValueError(
-            f"The curvature of {size} directions has shape {matrix.shape}, expected "
-            f"{(size, size)}."
-        )
+    """The inner products, the same on all devices where the loss is."""
+    matrix = curvature.inner(params, a, b)
     local = _tree.varying_axes(matrix) - _tree.varying_axes(loss)
     if local:
-        axes = ", ".join(repr(axis) for axis in sorted(map(str, local)))
+        axes = ", ".join(sorted(map(repr, local)))
         raise ValueError(
             f"The curvature is each device's own along the axis {axes}: name it, "
             "`nlcg_optax.gauss_newton(..., axis_name=...)`, to take the mean."
