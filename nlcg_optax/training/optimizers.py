@@ -15,9 +15,11 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
     """The learning rate by step: warm-up, then the schedule's own decay.
 
     The warm-up is polynomial, as in the recipe of arXiv:1812.02886:
-    ``(init - max)·(1 - t/T)**power + max``. ``"step"`` divides the rate by
-    ``decay_factor`` at every boundary; ``"cosine"`` falls to zero at the last step.
-    Boundaries are epochs from the start of training, the warm-up included.
+    ``(init - max)·(1 - t/T)**power + max`` at step t of T. From an ``init`` of 0, where
+    the first step would move nothing, it is ``(t + 1)/(T + 1)`` instead of ``t/T``.
+    ``"step"`` divides the rate by ``decay_factor`` at every boundary; ``"cosine"``
+    falls to zero at the last step. Boundaries are epochs from the start of training,
+    the warm-up included.
 
     Args:
       config: the whole config of a run.
@@ -48,13 +50,16 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
         )
     if warmup_steps == 0:
         return after
+    from_zero = int(schedule.warmup_init == 0)
     warmup = optax.polynomial_schedule(
         init_value=schedule.warmup_init * peak,
         end_value=peak,
         power=schedule.warmup_power,
-        transition_steps=warmup_steps,
+        transition_steps=warmup_steps + from_zero,
     )
-    return optax.join_schedules([warmup, after], [warmup_steps])
+    return optax.join_schedules(
+        [lambda step: warmup(step + from_zero), after], [warmup_steps]
+    )
 
 
 def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
