@@ -63,7 +63,8 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
 
 
 def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
-    options = config.nlcg.to_dict()
+    """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
+    options = config[config.name].to_dict()
     preconditioners = {
         "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
         "diagonal_bfgs": "diagonal_bfgs",
@@ -75,11 +76,12 @@ def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
     name = options.pop("preconditioner")
     if name not in preconditioners:
         raise ConfigError(
-            f"optimizer.nlcg.preconditioner={name!r} is unknown: expected one of "
-            f"{', '.join(map(repr, preconditioners))}."
+            f"optimizer.{config.name}.preconditioner={name!r} is unknown: expected one "
+            f"of {', '.join(map(repr, preconditioners))}."
         )
     step_rule = options.pop("step_rule")
-    return nlcg_optax.nlcg(
+    make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]
+    return make(
         learning_rate,
         preconditioner=preconditioners[name],
         step_rule=None if step_rule == "none" else step_rule,
@@ -111,6 +113,7 @@ def _muon(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
 # Optimizers that leave weight decay to be applied after them.
 OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
     "nlcg": _nlcg,
+    "nlcg_paper": _nlcg,
     "sgd": lambda config, rate: optax.sgd(rate),
     "momentum": lambda config, rate: optax.sgd(rate, config.momentum),
     "nesterov": lambda config, rate: optax.sgd(rate, config.momentum, nesterov=True),
