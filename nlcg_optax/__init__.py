@@ -1,33 +1,34 @@
 """Stochastic preconditioned nonlinear conjugate gradient (NLCG) for Optax."""
 
 from nlcg_optax import beta
-from nlcg_optax._alias import DisplacementState, nlcg, nlcg_paper
+from nlcg_optax._alias import nlcg, nlcg_paper
 from nlcg_optax._diagnostics import diagnostics
-from nlcg_optax._direction import (
+from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
+from nlcg_optax._parallel import pmean_value_and_grad
+from nlcg_optax.directions.conjugate import (
     ConjugateDirectionState,
     scale_by_conjugate_direction,
 )
-from nlcg_optax._linesearch import (
+from nlcg_optax.preconditioners.diagonal_bfgs import (
+    DiagonalBfgsState,
+    scale_by_diagonal_bfgs,
+)
+from nlcg_optax.preconditioners.limited_memory_bfgs import (
+    LimitedMemoryBfgsState,
+    scale_by_limited_memory_bfgs,
+)
+from nlcg_optax.preconditioners.orthogonalization import (
+    OrthogonalizationState,
+    scale_by_orthogonalization,
+)
+from nlcg_optax.step_sizes.hager_zhang import (
     HagerZhangLinesearchInfo,
     HagerZhangLinesearchState,
     scale_by_hager_zhang_linesearch,
 )
-from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
-from nlcg_optax._orthogonalization import (
-    OrthogonalizationState,
-    scale_by_orthogonalization,
-)
-from nlcg_optax._parallel import pmean_value_and_grad
-from nlcg_optax._preconditioner import (
-    DiagonalBfgsState,
-    Displacement,
-    LimitedMemoryBfgsState,
-    scale_by_diagonal_bfgs,
-    scale_by_limited_memory_bfgs,
-)
-from nlcg_optax._step_size import (
+from nlcg_optax.step_sizes.lars import scale_by_lars
+from nlcg_optax.step_sizes.loss_feedback import (
     LossFeedbackState,
-    scale_by_lars,
     scale_by_loss_feedback,
 )
 
@@ -36,8 +37,6 @@ __version__ = "0.1.0"
 __all__ = [
     "ConjugateDirectionState",
     "DiagonalBfgsState",
-    "Displacement",
-    "DisplacementState",
     "HagerZhangLinesearchInfo",
     "HagerZhangLinesearchState",
     "IterationInfo",

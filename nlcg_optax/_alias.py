@@ -1,37 +1,26 @@
-"""The ready optimizer."""
+"""The ready optimizers: chains of a preconditioner, a direction and a step size."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from nlcg_optax import (
-    _beta,
-    _check,
-    _direction,
-    _orthogonalization,
-    _preconditioner,
-    _step_size,
-    _tree,
-)
+from nlcg_optax import _check, _tree
+from nlcg_optax.directions.beta import BetaRule
+from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
+from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
+from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
+from nlcg_optax.step_sizes.loss_feedback import scale_by_loss_feedback
 
 
 def nlcg(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta_rule: str | _beta.BetaRule = "fletcher_reeves",
+    beta_rule: str | BetaRule = "fletcher_reeves",
+    beta_bounds: tuple[float, float] = (0.0, 0.9),
     preconditioner: str | optax.GradientTransformation | None = "orthogonalization",
     step_rule: str | optax.GradientTransformation | None = "step",
-    beta_bounds: tuple[float, float] = (0.0, 0.9),
-    restart_on_ascent: bool = False,
-    restart_every: int | None = None,
     nesterov: bool | None = None,
-    period: int = 5,
-    threshold: float = 1.0,
     epsilon: float = 1e-8,
-    displacement: str = "params",
-    track_cosine: bool = True,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,20 +59,9 @@ def nlcg(
         transformation is placed last, where it is given the descent direction times the
         learning rate, as line searches expect it.
       beta_bounds: β is clipped to this closed interval.
-      restart_on_ascent: restart where the direction does not descend.
-      restart_every: restart every so many steps; None for never.
       nesterov: whether the step goes along :math:`-z_t + \beta_t d_t`; None: yes,
-        unless a line search follows, or ``displacement="direction"``, which need the
-        directions themselves.
-      period: steps between two comparisons of the ``"step"`` rule.
-      threshold: rises of the loss that are tolerated.
+        unless a line search follows, which needs the direction itself.
       epsilon: ε of the direction and of the preconditioner.
-      displacement: where the diagonal of BFGS takes the displacement s from:
-        ``"params"``, of which it keeps a copy, or ``"direction"``, which saves the copy
-        and a third of the memory traffic. Then s is what this optimizer made of the
-        last direction: nothing must follow it that changes the update, and no curvature
-        is learned from a step that took part of the previous direction back.
-      track_cosine: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
       state_dtype: dtype of the history (directions and gradients; B and the copy of the
         parameters keep their own); None for each parameter's own.
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
@@ -118,91 +96,29 @@ def nlcg(
     [[ 1.  -2. ]
      [ 0.5  3. ]]
     """
-    if not callable(learning_rate):
-        _check.number("learning_rate", learning_rate)
-    _check.one_of("displacement", displacement, ("params", "direction"))
-    if displacement != "params" and preconditioner != "diagonal_bfgs":
-        raise ValueError(
-            f"displacement={displacement!r} is not valid: only the preconditioner "
-            "'diagonal_bfgs' takes one."
-        )
-    if isinstance(preconditioner, str):
-        _check.one_of(
-            "preconditioner",
-            preconditioner,
-            ("diagonal_bfgs", "orthogonalization"),
-            ", a gradient transformation, or None",
-        )
-        if preconditioner == "orthogonalization":
-            preconditioner = _orthogonalization.scale_by_orthogonalization(
-                epsilon=epsilon, axis_name=axis_name
-            )
-        else:
-            preconditioner = _preconditioner.scale_by_diagonal_bfgs(
-                epsilon,
-                displacement="params" if displacement == "params" else "given",
-                state_dtype=state_dtype,
-                axis_name=axis_name,
-            )
-    line_search = isinstance(step_rule, optax.GradientTransformation)
     if nesterov is None:
-        nesterov = not line_search and displacement == "params"
-    elif nesterov and displacement != "params":
-        raise ValueError(
-            f"displacement={displacement!r} is not valid with nesterov=True: the last "
-            "step was not along the direction."
-        )
-    direction = _direction.scale_by_conjugate_direction(
+        nesterov = not isinstance(step_rule, optax.GradientTransformation)
+    direction = scale_by_conjugate_direction(
         beta_rule,
-        preconditioner,
+        _preconditioner(preconditioner, epsilon, state_dtype, axis_name),
         beta_bounds=beta_bounds,
-        restart_on_ascent=restart_on_ascent,
-        restart_every=restart_every,
         nesterov=nesterov,
         epsilon=epsilon,
-        track_cosine=track_cosine,
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
-    scale = optax.scale_by_learning_rate(learning_rate)
-    if line_search:
-        if displacement != "params":
-            raise ValueError(
-                f"displacement={displacement!r} is not valid with a transformation as "
-                "the step rule: what it makes of the direction is not known."
-            )
-        return optax.chain(direction, scale, step_rule)
-    if step_rule is None:
-        pieces = (scale,)
-    else:
-        _check.one_of(
-            "step_rule",
-            step_rule,
-            ("step", "online"),
-            ", a gradient transformation, or None",
-        )
-        feedback = _step_size.scale_by_loss_feedback(
-            step_rule, period, threshold, keep_prev_update=False
-        )
-        pieces = (feedback, scale)
-    return _share(direction, optax.chain(*pieces), displacement == "direction")
+    return _chain(direction, step_rule, learning_rate)
 
 
 def nlcg_paper(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta_rule: str | _beta.BetaRule = "fletcher_reeves",
+    beta_rule: str | BetaRule = "fletcher_reeves",
     preconditioner: str | optax.GradientTransformation | None = "diagonal_bfgs",
     step_rule: str | optax.GradientTransformation | None = "step",
-    beta_bounds: tuple[float, float] = (0.0, 1.0),
-    restart_on_ascent: bool = False,
-    restart_every: int | None = None,
-    nesterov: bool | None = False,
     period: int = 5,
     threshold: float = 1.0,
     epsilon: float = 1e-8,
-    displacement: str = "params",
-    track_cosine: bool = True,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -230,57 +146,62 @@ def nlcg_paper(
     >>> print(x.round(2))
     [ 1. -2.]
     """
-    return nlcg(
-        learning_rate,
-        beta_rule=beta_rule,
-        preconditioner=preconditioner,
-        step_rule=step_rule,
-        beta_bounds=beta_bounds,
-        restart_on_ascent=restart_on_ascent,
-        restart_every=restart_every,
-        nesterov=nesterov,
-        period=period,
-        threshold=threshold,
+    direction = scale_by_conjugate_direction(
+        beta_rule,
+        _preconditioner(preconditioner, epsilon, state_dtype, axis_name),
+        beta_bounds=(0.0, 1.0),
         epsilon=epsilon,
-        displacement=displacement,
-        track_cosine=track_cosine,
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
+    return _chain(direction, step_rule, learning_rate, period, threshold)
 
 
-class DisplacementState(NamedTuple):
-    """What :func:`nlcg` adds to the state to know the last displacement.
+def _preconditioner(
+    preconditioner: str | optax.GradientTransformation | None,
+    epsilon: float,
+    state_dtype: Any | None,
+    axis_name: _tree.AxisName | None,
+) -> optax.GradientTransformation | None:
+    """The preconditioner of a name; whatever is no name stands for itself."""
+    if not isinstance(preconditioner, str):
+        return preconditioner
+    _check.one_of(
+        "preconditioner",
+        preconditioner,
+        ("diagonal_bfgs", "orthogonalization"),
+        ", a gradient transformation, or None",
+    )
+    if preconditioner == "orthogonalization":
+        return scale_by_orthogonalization(epsilon=epsilon, axis_name=axis_name)
+    return scale_by_diagonal_bfgs(epsilon, state_dtype=state_dtype, axis_name=axis_name)
 
-    Attributes:
-      scale: the last displacement as a multiple of the last direction (with the sign of
-        the gradient); 0 where it was no multiple of it.
-    """
 
-    scale: jax.Array
-
-
-def _share(
+def _chain(
     direction: optax.GradientTransformationExtraArgs,
-    rest: optax.GradientTransformation,
-    displacement: bool,
+    step_rule: str | optax.GradientTransformation | None,
+    learning_rate: optax.ScalarOrSchedule,
+    period: int = 5,
+    threshold: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains the direction with what scales it, which is shown the previous direction.
-
-    Args:
-      direction: the conjugate direction.
-      rest: a chain of what follows; linear, the same for all leaves.
-      displacement: whether the preconditioner is to be told the last displacement.
-    """
-    # Typed as anything: the states of optax are.
-    following: Any = optax.with_extra_args_support(rest)
-
-    def init_fn(params: optax.Params) -> Any:
-        states = (direction.init(params), *following.init(params))
-        if not displacement:
-            return states
-        zero = jnp.zeros([], _tree.scalar_dtype(params))
-        return (*states, DisplacementState(zero))
+    """Chains a direction, a step rule and the learning rate."""
+    if not callable(learning_rate):
+        _check.number("learning_rate", learning_rate)
+    scale = optax.scale_by_learning_rate(learning_rate)
+    if isinstance(step_rule, optax.GradientTransformation):
+        return optax.chain(direction, scale, step_rule)
+    if step_rule is None:
+        return optax.chain(direction, scale)
+    _check.one_of(
+        "step_rule",
+        step_rule,
+        ("step", "online"),
+        ", a gradient transformation, or None",
+    )
+    feedback = scale_by_loss_feedback(
+        step_rule, period, threshold, keep_prev_update=False
+    )
+    chain = optax.chain(direction, feedback, scale)
 
     def update_fn(
         updates: optax.Updates,
@@ -288,37 +209,8 @@ def _share(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
-        direction_state, *rest_state = state
-        last = rest_state.pop() if displacement else None
-        prev_update = direction_state.prev_update
-        told = {}
-        if last is not None:
-            told["prev_displacement"] = _preconditioner.Displacement(
-                last.scale, prev_update
-            )
-        updates, direction_state = direction.update(
-            updates, direction_state, params, **told, **extra_args
-        )
-        if last is None:
-            updates, rest_state = following.update(
-                updates,
-                tuple(rest_state),
-                params,
-                prev_update=prev_update,
-                **extra_args,
-            )
-            return updates, (direction_state, *rest_state)
-        # Two numbers go the way of the leaves, and come out as the coefficients of this
-        # direction and of the previous one.
-        one, zero = jnp.ones_like(last.scale), jnp.zeros_like(last.scale)
-        (updates, this, previous), rest_state = following.update(
-            (updates, one, zero),
-            tuple(rest_state),
-            params,
-            prev_update=(prev_update, zero, one),
-            **extra_args,
-        )
-        known = DisplacementState(jnp.where(previous == 0, this, 0))
-        return updates, (direction_state, *rest_state, known)
+        # The step rule is shown the last direction, of which the state has one copy.
+        shown = state[0].prev_update
+        return chain.update(updates, state, params, prev_update=shown, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)

@@ -5,18 +5,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax import _direction, _preconditioner, _step_size
+from nlcg_optax.directions.conjugate import ConjugateDirectionState
+from nlcg_optax.preconditioners.diagonal_bfgs import DiagonalBfgsState
+from nlcg_optax.preconditioners.limited_memory_bfgs import LimitedMemoryBfgsState
+from nlcg_optax.step_sizes.loss_feedback import LossFeedbackState
 
 # Name of the diagnostic -> field of the state that holds it.
 _FIELDS: dict[type, dict[str, str]] = {
-    _preconditioner.DiagonalBfgsState: {"skipped_curvature": "skipped"},
-    _preconditioner.LimitedMemoryBfgsState: {"skipped_curvature": "skipped"},
-    _direction.ConjugateDirectionState: {
+    DiagonalBfgsState: {"skipped_curvature": "skipped"},
+    LimitedMemoryBfgsState: {"skipped_curvature": "skipped"},
+    ConjugateDirectionState: {
         "beta": "beta",
         "cosine": "cosine",
         "restarts": "restarts",
     },
-    _step_size.LossFeedbackState: {
+    LossFeedbackState: {
         "base_step": "base_step",
         "nonfinite_losses": "nonfinite",
     },
@@ -72,7 +75,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
                 where = path + jax.tree_util.keystr(keys)
                 found.append((where, node))
                 # A preconditioner's state lies within the direction's.
-                if isinstance(node, _direction.ConjugateDirectionState):
+                if isinstance(node, ConjugateDirectionState):
                     collect(where + ".preconditioner_state", node.preconditioner_state)
 
     collect("", opt_state)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nlcg_optax import (
-    _beta,
-    _check,
-    _direction,
-    _linesearch,
-    _preconditioner,
-    _tree,
+from nlcg_optax import _check, _tree
+from nlcg_optax.directions import beta as beta_rules
+from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
+from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
+from nlcg_optax.preconditioners.limited_memory_bfgs import (
+    scale_by_limited_memory_bfgs,
 )
+from nlcg_optax.step_sizes.hager_zhang import scale_by_hager_zhang_linesearch
 
 _MESSAGES = (
     "still running",
@@ -108,7 +108,7 @@ class _Options(NamedTuple):
     max_iter: int
     ftol: float
     has_aux: bool
-    beta_rule: str | _beta.BetaRule | None
+    beta_rule: str | beta_rules.BetaRule | None
     preconditioner: str | optax.GradientTransformation | None
     line_search: str | optax.GradientTransformation
     memory_size: int
@@ -145,7 +145,7 @@ def minimize(
     gtol: jax.typing.ArrayLike | None = None,
     ftol: float = 0.0,
     has_aux: bool = False,
-    beta_rule: str | _beta.BetaRule | None = "auto",
+    beta_rule: str | beta_rules.BetaRule | None = "auto",
     preconditioner: str | optax.GradientTransformation | None = "lbfgs",
     line_search: str | optax.GradientTransformation = "hager_zhang",
     memory_size: int = 10,
@@ -258,7 +258,7 @@ def minimize(
     if beta_rule == "auto":
         beta_rule = None if preconditioner == "lbfgs" else "hager_zhang"
     elif beta_rule is not None:
-        _beta.resolve(beta_rule)
+        beta_rules.resolve(beta_rule)
     if not isinstance(line_search, optax.GradientTransformation):
         _check.one_of(
             "line_search",
@@ -560,16 +560,14 @@ def _make_direction(options: _Options) -> optax.GradientTransformationExtraArgs:
     preconditioner = options.preconditioner
     if isinstance(preconditioner, str):
         if preconditioner == "lbfgs":
-            preconditioner = _preconditioner.scale_by_limited_memory_bfgs(
-                options.memory_size
-            )
+            preconditioner = scale_by_limited_memory_bfgs(options.memory_size)
         else:
-            preconditioner = _preconditioner.scale_by_diagonal_bfgs(0)
+            preconditioner = scale_by_diagonal_bfgs(0)
     if options.beta_rule is None:
         if preconditioner is None:
             preconditioner = optax.identity()
         return optax.with_extra_args_support(preconditioner)
-    return _direction.scale_by_conjugate_direction(
+    return scale_by_conjugate_direction(
         options.beta_rule,
         preconditioner,
         beta_bounds=(-math.inf, math.inf),
@@ -583,7 +581,7 @@ def _make_line_search(options: _Options) -> optax.GradientTransformationExtraArg
     line_search = options.line_search
     if isinstance(line_search, str):
         scaled = options.preconditioner == "lbfgs"
-        line_search = _linesearch.scale_by_hager_zhang_linesearch(
+        line_search = scale_by_hager_zhang_linesearch(
             initial_step="one" if scaled else "quadratic"
         )
     return optax.with_extra_args_support(line_search)

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nlcg_optax import _xla
+
 AxisName = Hashable
 
 
@@ -163,7 +165,7 @@ def reduce_products(
         constant = tracked - varying_axes(stacked)
         stacked = vary(stacked, [axis for axis in axes if axis in constant])
         totals[-1] = list(jax.lax.psum(stacked, axes))
-    return [compute_once(total) for total in _total(totals)]
+    return [_xla.compute_once(total) for total in _total(totals)]
 
 
 def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:
@@ -215,35 +217,6 @@ def cast_like(tree: Any, like: Any) -> Any:
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """Selects one of two trees by a scalar condition."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
-
-
-def compute_once(scalar: jax.Array) -> jax.Array:
-    """`scalar` itself, computed in one kernel and not in every one that uses it.
-
-    XLA repeats what it takes for cheap in all the kernels that need it: the additions
-    of an inner product over all leaves in the kernel of every leaf, which took it a
-    time to compile that grew as their square. A division it does not repeat.
-    """
-    return scalar / jnp.where(jnp.isnan(scalar), 2, 1).astype(scalar.dtype)
-
-
-def after(never: jax.Array, x: jax.Array, *earlier: jax.Array) -> jax.Array:
-    """`x` itself, in a way that XLA computes `earlier` before it.
-
-    A donated array is overwritten in place only where XLA can tell that all have read
-    it; otherwise it is copied first, which costs as much as a pass of the optimizer.
-    Where `x` replaces an array that only `earlier` reads, this tells it so. (Neither
-    a barrier nor a product with a constant does: both are gone by then.)
-
-    Args:
-      never: a scalar that is False, though XLA cannot know.
-      x: any array.
-      *earlier: arrays that broadcast to its shape.
-    """
-    for other in earlier:
-        other = other if jnp.iscomplexobj(x) else jnp.real(other)
-        x = jnp.where(never, other.astype(x.dtype), x)
-    return x
 
 
 def check_match(updates: Any, expected: Any, name: str) -> None:

@@ -1,6 +1,6 @@
 """β rules: pure functions of inner products, by name in ``BETA_RULES``."""
 
-from nlcg_optax._beta import (
+from nlcg_optax.directions.beta import (
     BETA_RULES,
     BetaRule,
     InnerProducts,

@@ -7,11 +7,7 @@ import jax
 import pytest
 
 # Programs that tests start; importing one would change JAX's settings for all.
-collect_ignore = [
-    "front_doors_worker.py",
-    "linesearch_worker.py",
-    "training/mesh_worker.py",
-]
+collect_ignore = ["workers"]
 
 REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "reference"
 

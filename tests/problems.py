@@ -1,12 +1,39 @@
 """Problems to optimize, and the replay of recorded inputs through the optimizer."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import nlcg_optax
+
+
+def paper(learning_rate, **options):
+    """`nlcg_paper`, or the chain of its pieces where an option is one of theirs."""
+    if set(options) <= set(inspect.signature(nlcg_optax.nlcg_paper).parameters):
+        return nlcg_optax.nlcg_paper(learning_rate, **options)
+    preconditioner = options.pop("preconditioner", "diagonal_bfgs")
+    step_rule = options.pop("step_rule", "step")
+    shared = {k: options[k] for k in ("state_dtype", "axis_name") if k in options}
+    if preconditioner == "diagonal_bfgs":
+        preconditioner = nlcg_optax.scale_by_diagonal_bfgs(
+            options.get("epsilon", 1e-8), **shared
+        )
+    feedback = {k: options.pop(k) for k in ("period", "threshold") if k in options}
+    pieces = [
+        nlcg_optax.scale_by_conjugate_direction(
+            preconditioner=preconditioner, **options
+        )
+    ]
+    if isinstance(step_rule, str):
+        pieces.append(nlcg_optax.scale_by_loss_feedback(step_rule, **feedback))
+    pieces.append(optax.scale_by_learning_rate(learning_rate))
+    if isinstance(step_rule, optax.GradientTransformation):
+        pieces.append(step_rule)
+    return optax.chain(*pieces)
 
 
 def quadratic(seed=0, n=6):
@@ -64,7 +91,7 @@ def _compiled(options, x64):
 
     @jax.jit
     def run(rates, *inputs):
-        tx = nlcg_optax.nlcg_paper(lambda count: rates[count], **dict(options))
+        tx = paper(lambda count: rates[count], **dict(options))
 
         def step(state, row):
             x, g, f = row
@@ -79,7 +106,7 @@ def _compiled(options, x64):
 def replay(options, rates, params, gradients, losses, *, jit=True):
     """Feeds recorded inputs to `nlcg`; returns `describe` of every step."""
     if not jit:
-        tx = nlcg_optax.nlcg_paper(lambda count: jnp.asarray(rates)[count], **options)
+        tx = paper(lambda count: jnp.asarray(rates)[count], **options)
         state, rows = tx.init(jnp.asarray(params[0])), []
         for x, g, f in zip(params, gradients, losses, strict=True):
             update, state = tx.update(jnp.asarray(g), state, jnp.asarray(x), value=f)

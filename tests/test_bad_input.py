@@ -11,6 +11,7 @@ import pytest
 from nlcg_optax import (
     beta,
     diagnostics,
+    nlcg,
     nlcg_paper,
     scale_by_conjugate_direction,
     scale_by_diagonal_bfgs,
@@ -87,7 +88,7 @@ NUMBERS = {
         ["number", "0"],
     ),
     "restart_every": (
-        [scale_by_conjugate_direction, lambda **kw: nlcg_paper(0.1, **kw)],
+        [scale_by_conjugate_direction],
         [0, -1, 1.5, "10", True],
         ["integer", "1"],
     ),
@@ -121,7 +122,7 @@ def test_numbers_out_of_range(name, make, value, needles):
     ids=repr,
 )
 @pytest.mark.parametrize(
-    "make", [scale_by_conjugate_direction, lambda **kw: nlcg_paper(0.1, **kw)]
+    "make", [scale_by_conjugate_direction, lambda **kw: nlcg(0.1, **kw)]
 )
 def test_beta_bounds(make, bounds):
     with pytest.raises(ValueError) as error:
@@ -135,8 +136,9 @@ def test_numpy_numbers_are_numbers():
         period=np.int64(3),
         threshold=np.float32(2),
         epsilon=np.float64(0),
-        restart_every=np.int32(4),
-        beta_bounds=(np.float32(0), math.inf),
+    )
+    scale_by_conjugate_direction(
+        restart_every=np.int32(4), beta_bounds=(np.float32(0), math.inf)
     )
 
 

@@ -45,13 +45,11 @@ FACTORIES = {
     "nlcg_paper": (nlcg_paper, {"learning_rate": 0.1}),
     "nlcg-hager_zhang": (
         nlcg_paper,
-        {
-            "learning_rate": 0.1,
-            "beta_rule": "hager_zhang",
-            "restart_on_ascent": True,
-            "restart_every": 7,
-            "period": 2,
-        },
+        {"learning_rate": 0.1, "beta_rule": "hager_zhang", "period": 2},
+    ),
+    "conjugate_direction-restarts": (
+        scale_by_conjugate_direction,
+        {"beta_rule": "hager_zhang", "restart_on_ascent": True, "restart_every": 7},
     ),
     "nlcg-polak_ribiere-plain": (
         nlcg_paper,
@@ -62,9 +60,9 @@ FACTORIES = {
             "step_rule": None,
         },
     ),
-    "nlcg-small": (
-        nlcg_paper,
-        {"learning_rate": 0.1, "displacement": "direction", "track_cosine": False},
+    "conjugate_direction-small": (
+        scale_by_conjugate_direction,
+        {"preconditioner": scale_by_diagonal_bfgs(), "track_cosine": False},
     ),
     "nlcg-rms": (
         nlcg_paper,
@@ -672,8 +670,6 @@ def test_public_states_are_documented():
     for kind in (
         nlcg_optax.ConjugateDirectionState,
         nlcg_optax.DiagonalBfgsState,
-        nlcg_optax.Displacement,
-        nlcg_optax.DisplacementState,
         nlcg_optax.HagerZhangLinesearchInfo,
         nlcg_optax.HagerZhangLinesearchState,
         nlcg_optax.IterationInfo,

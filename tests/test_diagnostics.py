@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import paper
 
 import nlcg_optax
 from nlcg_optax import diagnostics, nlcg_paper
@@ -29,8 +30,8 @@ def feed(tx, params=PARAMS, *, jit=False):
     return state
 
 
-def optimizer():
-    return nlcg_paper(0.1, step_rule="online", restart_every=3)
+def optimizer(rate=0.1):
+    return paper(rate, step_rule="online", restart_every=3)
 
 
 def test_what_is_reported():
@@ -83,7 +84,7 @@ def test_from_multi_steps():
 
 
 def test_from_inject_hyperparams():
-    tx = optax.inject_hyperparams(nlcg_paper)(0.1, step_rule="online", restart_every=3)
+    tx = optax.inject_hyperparams(optimizer)(0.1)
     report = diagnostics(feed(tx))
     assert set(report) == ALL
     for name, value in diagnostics(feed(optimizer())).items():
@@ -118,7 +119,7 @@ def test_only_what_the_state_holds(tx, names):
 
 def test_several_of_a_kind_are_told_apart_by_their_path():
     tx = optax.partition(
-        {"slow": nlcg_paper(0.1, restart_every=2), "fast": optimizer()},
+        {"slow": paper(0.1, restart_every=2), "fast": optimizer()},
         {"w": "slow", "b": "fast"},
     )
     report = diagnostics(feed(tx))

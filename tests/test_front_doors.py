@@ -18,7 +18,7 @@ EXAMPLES = HERE.parent / "examples"
 @pytest.fixture(scope="module")
 def found(run_on_devices):
     # Without LLVM's optimizations, which leave collectives alone, it compiles faster.
-    worker = HERE / "front_doors_worker.py"
+    worker = HERE / "workers" / "front_doors.py"
     done = run_on_devices(worker, 8, "--xla_backend_optimization_level=0")
     return json.loads(done.stdout)
 

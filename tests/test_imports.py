@@ -1,6 +1,8 @@
 """The core stays light, and what it says is public is there."""
 
+import ast
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -27,6 +29,39 @@ def test_import_pulls_in_jax_and_optax_alone():
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+# From the bottom up; a module imports from its own layer or from those below.
+LAYERS = (
+    ("_check", "_xla"),
+    ("_tree",),
+    ("preconditioners", "directions", "step_sizes", "_parallel"),
+    ("beta", "_alias", "_diagnostics"),
+    ("_minimize",),
+    ("__init__",),
+    ("training",),
+)
+
+
+def test_arrows_point_down():
+    package = pathlib.Path(nlcg_optax.__file__).parent
+    layer = {name: i for i, names in enumerate(LAYERS) for name in names}
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: a relative import"
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            for module in modules:
+                if not module.startswith("nlcg_optax"):
+                    continue
+                name = (module.split(".")[1:] or ["__init__"])[0]
+                # A public name is the whole package's.
+                used = layer.get(name, layer["__init__"])
+                assert used <= layer[own], f"{path} imports {module}"
 
 
 def test_all_is_importable():

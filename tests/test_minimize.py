@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import paper
 
 import nlcg_optax
 from nlcg_optax import minimize
@@ -277,7 +278,7 @@ def test_composes_with_the_line_searches_of_optax():
 
 def test_chain_of_the_alias_with_the_line_searches_of_optax():
     def solve(search, steps):
-        tx = nlcg_optax.nlcg(
+        tx = paper(
             1.0,
             beta_rule="hybrid_hs_dy",
             preconditioner=None,
@@ -390,7 +391,7 @@ def test_runs_under_optimistix():
     optimistix = pytest.importorskip("optimistix")
     with jax.numpy_dtype_promotion("standard"):
         solver = optimistix.OptaxMinimiser(
-            nlcg_optax.nlcg(
+            paper(
                 1.0,
                 beta_rule="hager_zhang",
                 preconditioner=None,

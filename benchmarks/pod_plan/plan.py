@@ -33,13 +33,15 @@ import math
 import os
 import pathlib
 import platform
-import re
 import subprocess
 import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+import compiled  # noqa: E402
+
 CONFIG = ROOT / "configs" / "imagenet_resnet50.py"
 IMAGES = 1_281_167  # in ImageNet's training split
 GB = 1e9
@@ -61,96 +63,29 @@ CASES = {
     "8 devices, 1 microbatch": (NODE, []),
 }
 
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
-ITEM_SIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-ITEM_SIZE |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-
 
 # ---- Reading a compiled program ------------------------------------------------------
 
 
-def shape_bytes(text: str) -> int:
-    """Bytes of a shape as XLA prints it, a tuple's added up."""
-    return sum(
-        ITEM_SIZE[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
-        for dtype, sizes in re.findall(r"(\w+)\[([\d,]*)\]", text)
-    )
-
-
-def group_size(line: str, devices: int) -> int:
-    """Devices that take part in one collective, from any of XLA's notations."""
-    if found := re.search(r"replica_groups=mesh\[([^]]*)\] ?\{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(
-            int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2])
-        )
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return len(found[1].split(","))
-    return devices
-
-
-def wire_bytes(kind: str, size: int, group: int) -> float:
-    """Bytes that each device sends in a ring; `size` is that of the whole array."""
-    if kind == "collective-permute":
-        return size
-    part = (group - 1) / group * size
-    return 2 * part if kind == "all-reduce" else part
-
-
-def read_collectives(text: str, devices: int) -> list[dict]:
+def read_collectives(program: compiled.Program) -> list[dict]:
     """The collectives that a step executes, added up by kind, group and loop."""
-    computations: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in text.splitlines():
-        if found := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
-            lines = computations.setdefault(found[2], [])
-            entry = found[2] if found[1] else entry
-        elif " = " in line:
-            lines.append(line)
-    totals: dict[tuple, collections.Counter] = collections.defaultdict(
-        collections.Counter
-    )
-
-    def walk(name: str, times: int) -> None:
-        for line in computations[name]:
-            found = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-            if found:
-                shape, kind, started = found.groups()
-                if started:
-                    raise NotImplementedError(f"an asynchronous collective: {line}")
-                group = group_size(line, devices)
-                size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
-                total = totals[kind, group, times]
-                total["count"] += times
-                total["bytes"] += times * size
-                total["wire_bytes"] += times * wire_bytes(kind, size, group)
-                continue
-            inner = times
-            if " while(" in line:
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                # An unknown count only matters where there is a collective inside.
-                inner = times * int(trips[1]) if trips else -1
-            called = re.findall(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)", line)
-            if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-                called += re.findall(r"%?([\w.\-]+)", branches[1])
-            for computation in called:
-                walk(computation, inner)
-
-    walk(entry, 1)
-    if any(times < 0 for _, _, times in totals):
-        raise ValueError("a collective in a loop of unknown length")
+    alike: dict[tuple, list[compiled.Collective]] = collections.defaultdict(list)
+    for collective in program.collectives:
+        if collective.group > 1:
+            alike[collective.kind, collective.group, collective.times].append(
+                collective
+            )
+    totals = {key: compiled.add_up(alike[key], executed=True) for key in alike}
     return [
-        {"kind": kind, "group": group, "in_loop_of": times, **total}
+        {
+            "kind": kind,
+            "group": group,
+            "in_loop_of": times,
+            "count": total.count,
+            "bytes": total.whole_bytes,
+            "wire_bytes": total.ring_bytes,
+        }
         for (kind, group, times), total in sorted(totals.items())
-        if group > 1
     ]
 
 
@@ -191,14 +126,14 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
     batch = {"image": rows(args.image_shape, "uint8"), "label": rows((), "int32")}
     augment = config.dataset.image_size is None
     step = steps.make_train_step(model, tx, schedule, config, mesh, augment=augment)
-    compiled = (
+    executable = (
         jax.jit(step, donate_argnums=0)
         .lower(state, batch)
         .compile(compiler_options={"xla_backend_optimization_level": 0})
     )
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    program = compiled.read(executable)
     if args.hlo:
-        pathlib.Path(args.hlo).write_text(compiled.as_text())
+        pathlib.Path(args.hlo).write_text(executable.as_text())
 
     # What autodiff keeps of the images that one device works on at a time.
     images = layout.rows // mesh.size * (parts if at_once else 1)
@@ -218,7 +153,7 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
         if leaf.ndim and leaf.shape[0] == images
     )
 
-    collectives = read_collectives(compiled.as_text(), mesh.size)
+    collectives = read_collectives(program)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     loops = 1 if at_once else parts
@@ -237,19 +172,16 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
         "parameter_bytes": 4 * parameters,
         "state_bytes_whole": state_bytes,
         "memory": {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
+            "arguments": program.argument_bytes,
+            "outputs": program.output_bytes,
+            "aliased": program.aliased_bytes,
+            "temporaries": program.temporary_bytes,
             # `peak_memory_in_bytes` leaves out the temporaries on CPUs.
-            "all": memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes,
+            "all": program.memory_bytes,
         },
         "kept_by_autodiff": kept_bytes,
-        "flops": cost["flops"] * loops,
-        "bytes_accessed": cost["bytes accessed"] * loops,
+        "flops": program.flops * loops,
+        "bytes_accessed": program.bytes_accessed * loops,
         "collectives": collectives,
         "wire_bytes": sum(c["wire_bytes"] for c in collectives),
         "seconds": round(time.monotonic() - start, 1),
@@ -389,10 +321,10 @@ def all_reduce_seconds(chip: str, size: float, devices: int) -> float:
     """A ring over all; with nodes: scatter within, reduce across, gather within."""
     _, _, _, near, far = CHIPS[chip]
     if far is None:
-        return wire_bytes("all-reduce", size, devices) / (LINK * near)
-    within = wire_bytes("all-reduce", size, NODE) / (LINK * near)
-    across = wire_bytes("all-reduce", size / NODE, devices // NODE) / (LINK * far)
-    return within + across
+        return compiled.ring_bytes("all-reduce", size, devices) / (LINK * near)
+    within = compiled.ring_bytes("all-reduce", size, NODE) / (LINK * near)
+    across = compiled.ring_bytes("all-reduce", size / NODE, devices // NODE)
+    return within + across / (LINK * far)
 
 
 def roofline(rows: list[dict]) -> str:

@@ -16,7 +16,7 @@ from nlcg_optax.training.mesh import (
     state_shardings,
 )
 
-WORKER = pathlib.Path(__file__).with_name("mesh_worker.py")
+WORKER = pathlib.Path(__file__).parents[1] / "workers" / "mesh.py"
 
 
 def test_the_training_step_on_eight_devices(run_on_devices):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _tree
+from nlcg_optax.step_sizes._interpolation import Point, cubic, secant
 
 INITIAL_STEPS = ("auto", "one", "quadratic")
 
@@ -57,14 +58,6 @@ class HagerZhangLinesearchState(NamedTuple):
     info: HagerZhangLinesearchInfo
 
 
-class _Point(NamedTuple):
-    """A point on the line: its step, value and slope."""
-
-    step: jax.Array
-    value: jax.Array
-    slope: jax.Array
-
-
 class _Search(NamedTuple):
     """State of one search: an interval [low, high] and the point to try next.
 
@@ -76,14 +69,14 @@ class _Search(NamedTuple):
 
     stage: jax.Array
     trial: jax.Array
-    low: _Point
-    high: _Point
+    low: Point
+    high: Point
     width: jax.Array
     count: jax.Array
     nonfinite: jax.Array
     accepted: jax.Array
     exhausted: jax.Array
-    best: _Point
+    best: Point
     best_grad: Any
 
 
@@ -244,10 +237,10 @@ def scale_by_hager_zhang_linesearch(
 
             value, grad = value_and_grad(jax.tree.map(move, params, updates))
             value = jnp.asarray(value).astype(dtype)
-            return _Point(step, value, _slope(grad, updates, dtype, axis_name)), grad
+            return Point(step, value, _slope(grad, updates, dtype, axis_name)), grad
 
         zero = jnp.zeros([], dtype)
-        start = _Point(
+        start = Point(
             step=zero,
             value=jnp.asarray(value).astype(dtype),
             slope=_slope(grad, updates, dtype, axis_name),
@@ -320,10 +313,10 @@ _SHRINKAGE = 0.66  # γ of the papers
 
 def _advance(
     search: _Search,
-    start: _Point,
+    start: Point,
     ceiling: jax.Array,
     small_change: jax.Array,
-    evaluate: Callable[[jax.Array], tuple[_Point, Any]],
+    evaluate: Callable[[jax.Array], tuple[Point, Any]],
     *,
     delta: float,
     sigma: float,
@@ -364,7 +357,7 @@ def _advance(
     by_value = jnp.abs(high.value - low.value) > visible
     # S2 and S3: a second secant through the end that was just replaced.
     replaced = _tree.where(low_enough, search.low, search.high)
-    second = _secant(replaced, point)
+    second = secant(replaced, point)
     inside = ~by_value & (second > low.step) & (second < high.step)
     take_second = (stage == _SECANT) & inside
     to_midpoint = (((stage == _SECANT) & ~inside) | (stage == _SECOND_SECANT)) & (
@@ -372,7 +365,7 @@ def _advance(
     )
 
     middle = low.step + 0.5 * (high.step - low.step)
-    first = jnp.where(by_value, _cubic(low, high), _secant(low, high))
+    first = jnp.where(by_value, cubic(low, high), secant(low, high))
     usable = (first > low.step) & (first < high.step)
     # Three points and none low enough: the first step was out of scale. Halving alone
     # would use up the search within a millionth of it.
@@ -416,26 +409,6 @@ def _advance(
     )
 
 
-def _secant(a: _Point, b: _Point) -> jax.Array:
-    """Where the slope is zero by the line through two slopes; NaN if it is level."""
-    rise = b.slope - a.slope
-    level = rise == 0
-    zero = a.step - a.slope * (b.step - a.step) / jnp.where(level, 1, rise)
-    return jnp.where(level, jnp.nan, zero)
-
-
-def _cubic(a: _Point, b: _Point) -> jax.Array:
-    """The minimum of the cubic through two values and slopes; NaN if it has none."""
-    h = b.step - a.step
-    c = a.slope + b.slope - 3 * (b.value - a.value) / h
-    discriminant = jnp.square(c) - a.slope * b.slope
-    root = jnp.sqrt(jnp.maximum(discriminant, 0))
-    denominator = b.slope - a.slope + 2 * root
-    exists = (discriminant >= 0) & (denominator != 0)
-    step = b.step - h * (b.slope + root - c) / jnp.where(exists, denominator, 1)
-    return jnp.where(exists, step, jnp.nan)
-
-
 def _slope(grad: Any, updates: Any, dtype: Any, axis_name: Any) -> jax.Array:
     """The derivative of the value along `updates`."""
 
@@ -451,7 +424,7 @@ def _slope(grad: Any, updates: Any, dtype: Any, axis_name: Any) -> jax.Array:
 def _initial_step(
     kind: str,
     state: Any,
-    start: _Point,
+    start: Point,
     params: Any,
     updates: Any,
     axis_name: _tree.AxisName | None,

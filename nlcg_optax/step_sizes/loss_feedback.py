@@ -1,4 +1,4 @@
-"""Step size control from the loss, and layerwise scaling."""
+"""The paper's step size: a base step that follows the loss."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _tree, _xla
 
 # What follows a rise of the loss by more than a fraction (times the threshold): the
 # factor of the base step, and how much of the previous direction is taken back.
@@ -186,7 +186,7 @@ def scale_by_loss_feedback(
             jnp.maximum(old_step * shrink, _MIN_STEP),
         )
 
-        omega, base_step = _tree.compute_once(omega), _tree.compute_once(base_step)
+        omega, base_step = _xla.compute_once(omega), _xla.compute_once(base_step)
 
         def scale(u, prev_u):
             x, prev = _tree.lift(u), _tree.lift(prev_u)
@@ -231,80 +231,3 @@ def _check_loss(value: jax.typing.ArrayLike | None) -> jax.Array:
             "expected the loss, a real scalar."
         )
     return value
-
-
-def scale_by_lars(
-    coefficient: float = 0.001,
-    *,
-    damping: float = 0.1,
-    axis_name: _tree.AxisName | None = None,
-) -> optax.GradientTransformation:
-    r"""Scales the gradient of every leaf by the norm of its parameters.
-
-    .. math::
-        g \leftarrow g\, \frac{c \lVert w \rVert}
-            {\lVert g \rVert + 0.1\, c \lVert w \rVert}
-
-    with the coefficient c: layerwise scaling after LARS (arXiv:1708.03888) in the form
-    that the published implementation of arXiv:1812.02886 applies *before* NLCG. The
-    result has at most ``1 / damping`` times the gradient's norm.
-
-    A leaf whose parameters or gradient are all zero keeps its gradient, as in
-    ``optax.scale_by_trust_ratio``: scaled, a bias that starts at zero would never move.
-
-    Args:
-      coefficient: c, positive.
-      damping: the factor 0.1, at least 0.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
-
-    Returns:
-      A stateless transformation whose `update` needs `params`.
-
-    Raises:
-      ValueError: when built, for an argument out of range; in `update`, if `params` is
-        missing or the gradients do not match it.
-
-    >>> import jax.numpy as jnp
-    >>> import nlcg_optax
-    >>> tx = nlcg_optax.scale_by_lars(0.5)
-    >>> params = {"w": jnp.array([3.0, 4.0]), "b": jnp.array([0.0])}
-    >>> grads = {"w": jnp.array([0.0, 2.0]), "b": jnp.array([7.0])}
-    >>> updates, _ = tx.update(grads, tx.init(params), params)
-    >>> print(updates["w"].round(4), updates["b"])  # 0.5·5 / (2 + 0.1·0.5·5)
-    [0.     2.2222] [7.]
-    """
-    _check.number("coefficient", coefficient, minimum=0, exclusive=True)
-    _check.number("damping", damping, minimum=0)
-
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        del params
-        return optax.EmptyState()
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-    ) -> tuple[optax.Updates, Any]:
-        _tree.check_params(updates, params, "layerwise scaling")
-
-        def squares(g, w):
-            return [_tree.abs_sq(g), _tree.abs_sq(w)]
-
-        def scale(g, w):
-            g_g, w_w = _tree.reduce_products(
-                squares, g, w, dtype=_tree.scalar_dtype(w), axis_name=axis_name
-            )
-            scaled_norm = _tree.real_scalar(coefficient, w_w.dtype) * jnp.sqrt(w_w)
-            damped = _tree.real_scalar(damping, w_w.dtype) * scaled_norm
-            denominator = jnp.sqrt(g_g) + damped
-            zero = (g_g == 0) | (w_w == 0)
-            factor = jnp.where(zero, 1, scaled_norm / jnp.where(zero, 1, denominator))
-            lifted = _tree.lift(g)
-            return (lifted * _tree.scalar_like(factor, lifted)).astype(g.dtype)
-
-        return jax.tree.map(scale, updates, params), state
-
-    return optax.GradientTransformation(init_fn, update_fn)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _beta, _check, _tree
+from nlcg_optax import _check, _tree, _xla
+from nlcg_optax.directions import beta as beta_rules
 
 
 class ConjugateDirectionState(NamedTuple):
@@ -43,7 +44,7 @@ class ConjugateDirectionState(NamedTuple):
 
 
 def scale_by_conjugate_direction(
-    beta_rule: str | _beta.BetaRule = "fletcher_reeves",
+    beta_rule: str | beta_rules.BetaRule = "fletcher_reeves",
     preconditioner: optax.GradientTransformation | None = None,
     *,
     beta_bounds: tuple[float, float] = (0.0, 1.0),
@@ -127,7 +128,7 @@ def scale_by_conjugate_direction(
     >>> print(f"{state.beta:.4f}", bool(abs(x).max() < 1e-6))
     0.1111 True
     """
-    rule = _beta.resolve(beta_rule)
+    rule = beta_rules.resolve(beta_rule)
     lower, upper = _check_bounds(beta_bounds)
     if restart_every is not None:
         _check.number("restart_every", restart_every, minimum=1, integer=True)
@@ -211,7 +212,7 @@ def scale_by_conjugate_direction(
         g_z = next(rest)
         g_u = next(rest) if needs_slope else nan
         g_g, z_z, z_u, u_u = (next(rest) if track_cosine else nan for _ in range(4))
-        products = _beta.InnerProducts(
+        products = beta_rules.InnerProducts(
             g_z=g_z,
             prev_g_z=state.prev_g_z,
             g_d=-g_u,
@@ -234,7 +235,7 @@ def scale_by_conjugate_direction(
         restart &= ~first
         beta = jnp.where(first | restart, 0, beta)
         # Whatever is read of the history is read before the direction replaces it.
-        beta = _tree.compute_once(_tree.after(state.count < 0, beta, *sums))
+        beta = _xla.compute_once(_xla.after(state.count < 0, beta, *sums))
 
         def direction(z, u):
             z, u = _tree.lift(z), _tree.lift(u)

@@ -200,7 +200,7 @@ def test_state_keeps_its_dtypes_and_travels(dtype):
 
 def test_sharded_leaves_give_the_numbers_of_one_device(run_on_devices):
     """Under `jit`, and under `shard_map` with the axis named."""
-    worker = pathlib.Path(__file__).with_name("linesearch_worker.py")
+    worker = pathlib.Path(__file__).parents[1] / "workers" / "hager_zhang.py"
     done = run_on_devices(worker, 2)
     assert len(done.stdout.splitlines()) == 2
 

@@ -1,4 +1,4 @@
-"""Run by `test_linesearch.py` in a process with two devices; not a test by itself."""
+"""Run by `test_hager_zhang.py` in a process with two devices; not a test by itself."""
 
 import jax
 
@@ -10,6 +10,7 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jax.sharding import NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
+from problems import paper  # noqa: E402
 
 import nlcg_optax  # noqa: E402
 
@@ -31,7 +32,7 @@ def difference(a, b):
 
 def search(axis_name, preconditioner, mesh=None, manual=False):
     """Steps with a line search, which evaluates an objective over all devices."""
-    tx = nlcg_optax.nlcg(
+    tx = paper(
         1.0,
         beta_rule="hager_zhang",
         beta_bounds=(-np.inf, np.inf),

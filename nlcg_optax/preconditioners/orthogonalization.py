@@ -10,9 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nlcg_optax import _check, _tree
-
-# a x + b x³ + c x⁵ maps (0, 1] towards 1, and small values fast (Muon's choice).
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+from nlcg_optax.preconditioners import _newton_schulz
 
 
 class NoSecondMoment(NamedTuple):
@@ -169,43 +167,9 @@ def _orthogonalize(g: jax.Array, batch_axes: int, iterations: int) -> jax.Array:
     batch, columns = g.shape[:batch_axes], g.shape[-1]
     rows = math.prod(g.shape[batch_axes:-1])
     x = g.reshape(*batch, rows, columns)
-    # Squares of very small or large entries would leave the range.
-    largest = jnp.max(jnp.abs(x), (-2, -1), keepdims=True)
-    x = x / jnp.where(largest == 0, 1, largest).astype(x.dtype)
-    wide = rows <= columns
-    gram = _multiply(x, x.conj().mT) if wide else _multiply(x.conj().mT, x)
-    # The squared Frobenius norm.
-    trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None].real
-    trace = jnp.where(trace == 0, 1, trace)
-    scale = 0.2 * math.sqrt(max(rows, columns)) / jnp.sqrt(trace)
-    factor = _newton_schulz(gram / trace.astype(x.dtype), iterations)
-    factor = factor * scale.astype(x.dtype)
-    x = _multiply(factor, x) if wide else _multiply(x, factor)
+    x = _newton_schulz.polar_factor(x, iterations, 0.2 * math.sqrt(max(rows, columns)))
     x = x.reshape(g.shape)
     return jax.sharding.reshard(x, placed) if explicit else x
-
-
-def _newton_schulz(gram: jax.Array, iterations: int) -> jax.Array:
-    """The matrix by which the iteration multiplies X, given its Gram matrix.
-
-    All factors are polynomials of the Gram matrix, the smaller of the two that X has:
-    X itself is read twice, and communicated once where it is sharded.
-    """
-    a, b, c = _COEFFICIENTS
-    factor = None
-    for i in range(iterations):
-        square = _multiply(gram, gram)
-        step = a * jnp.eye(gram.shape[-1], dtype=gram.dtype) + b * gram + c * square
-        factor = step if factor is None else _multiply(factor, step)
-        if i < iterations - 1:
-            gram = _multiply(_multiply(step, gram), step)
-    assert factor is not None
-    return factor
-
-
-def _multiply(a: jax.Array, b: jax.Array) -> jax.Array:
-    # The errors of bfloat16 products would grow by 3.44 squared with each iteration.
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _check_moments(updates: Any, moments: Any) -> None:

@@ -7,9 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import compiled
 import pytest
+from test_compiled import PROGRAM
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLAN = ROOT / "benchmarks" / "pod_plan" / "plan.py"
 
 
@@ -21,43 +23,9 @@ def plan():
     return module
 
 
-def test_wire_bytes(plan):
-    assert plan.wire_bytes("all-reduce", 800, 8) == 1400
-    assert plan.wire_bytes("all-gather", 800, 8) == 700
-    assert plan.wire_bytes("reduce-scatter", 800, 8) == 700
-    assert plan.wire_bytes("all-reduce", 800, 1) == 0
-
-
 def test_collectives_of_a_program(plan):
-    # Eight devices, in the three notations for the groups that XLA has.
-    text = """
-%sum (a: f32[], b: f32[]) -> f32[] {
-  %a = f32[] parameter(0)
-  %b = f32[] parameter(1)
-  ROOT %add = f32[] add(%a, %b)
-}
-
-%body (p: (s32[], f32[10])) -> (s32[], f32[10]) {
-  %p = (s32[], f32[10]{0}) parameter(0)
-  %x = f32[10]{0} get-tuple-element(%p), index=1
-  %r = (f32[10]{0}, bf16[2,3]{1,0}) all-reduce(%x, %y), \
-replica_groups=mesh['i'=4,'j'=2] {'i','j'}, to_apply=%sum
-}
-
-%condition (p: (s32[], f32[10])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
-}
-
-ENTRY %main (x: f32[10]) -> f32[10] {
-  %g = f32[40]{0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
-  %s = f32[10]{0} reduce-scatter(%g), replica_groups={{0,1},{2,3},{4,5},{6,7}}, \
-to_apply=%sum
-  %none = f32[10]{0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%sum
-  ROOT %w = (s32[], f32[10]{0}) while(%t), condition=%condition, body=%body, \
-backend_config={"known_trip_count":{"n":"3"}}
-}
-"""
-    found = {c["kind"]: c for c in plan.read_collectives(text, 8)}
+    program = compiled.read(PROGRAM, devices=8)
+    found = {c["kind"]: c for c in plan.read_collectives(program)}
     assert found == {
         "all-gather": {
             "kind": "all-gather",
@@ -82,6 +50,14 @@ backend_config={"known_trip_count":{"n":"3"}}
             "count": 3,
             "bytes": 3 * (40 + 12),
             "wire_bytes": 3 * 52 * 7 / 4,
+        },
+        "collective-permute": {
+            "kind": "collective-permute",
+            "group": 8,
+            "in_loop_of": 1,
+            "count": 1,
+            "bytes": 40,
+            "wire_bytes": 40,
         },
     }
 

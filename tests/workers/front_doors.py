@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import math
-import re
 import types
 import unittest.mock
 
@@ -17,12 +16,14 @@ import jax
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+import compiled  # noqa: E402
 import flax.linen as nn  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
+from problems import paper  # noqa: E402
 
 import nlcg_optax  # noqa: E402
 from nlcg_optax import _parallel, _tree  # noqa: E402
@@ -118,7 +119,7 @@ DIVISIBLE = ("w", "c")
 
 OPTIMIZERS = {
     "nlcg": lambda axis: nlcg_optax.nlcg_paper(0.05, axis_name=axis),
-    "nlcg-hager_zhang-online": lambda axis: nlcg_optax.nlcg_paper(
+    "nlcg-hager_zhang-online": lambda axis: paper(
         0.05,
         beta_rule="hager_zhang",  # it needs every inner product
         beta_bounds=(-2.0, 2.0),
@@ -126,9 +127,7 @@ OPTIMIZERS = {
         step_rule="online",
         axis_name=axis,
     ),
-    "nlcg-small": lambda axis: nlcg_optax.nlcg_paper(
-        0.05, displacement="direction", track_cosine=False, axis_name=axis
-    ),
+    "nlcg-small": lambda axis: paper(0.05, track_cosine=False, axis_name=axis),
     "lars": lambda axis: optax.chain(
         nlcg_optax.scale_by_lars(0.5, axis_name=axis),
         nlcg_optax.nlcg_paper(0.05, preconditioner=None, axis_name=axis),
@@ -524,34 +523,29 @@ def lost_sums():
 
 # What the compiled steps communicate.
 
-COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all"
-    r"|collective-permute|collective-broadcast)(?:-start)?\("
-)
-
 
 def collectives(step, *arguments):
     """Of each kind in a compiled step: their number, their results' elements, and how
     many are small: of 32 elements at most.
     """
-    found = {}
-    for shapes, kind in COLLECTIVE.findall(step.lower(*arguments).compile().as_text()):
-        elements = sum(
-            math.prod(int(n) for n in sizes.split(",") if n)
-            for sizes in re.findall(r"\[([\d,]*)\]", shapes)
+    program = compiled.read(step.lower(*arguments).compile())
+    return {
+        kind: (
+            total.count,
+            total.elements,
+            sum(c.elements <= 32 for c in program.collectives if c.kind == kind),
         )
-        count, total, small = found.get(kind, (0, 0, 0))
-        found[kind] = (count + 1, total + elements, small + (elements <= 32))
-    return found
+        for kind, total in program.by_kind().items()
+    }
 
 
 COUNTED = {
     "sgd": lambda axis: optax.sgd(0.1),
     "nlcg": lambda axis: nlcg_optax.nlcg_paper(0.1, axis_name=axis),
-    "nlcg-hager_zhang": lambda axis: nlcg_optax.nlcg_paper(
+    "nlcg-hager_zhang": lambda axis: paper(
         0.1, beta_rule="hager_zhang", beta_bounds=(-2.0, 2.0), axis_name=axis
     ),
-    "nlcg-online-restarts": lambda axis: nlcg_optax.nlcg_paper(
+    "nlcg-online-restarts": lambda axis: paper(
         0.1,
         step_rule="online",
         restart_on_ascent=True,
@@ -612,7 +606,7 @@ def communication():
             tree,
         )
 
-    def compiled(door, step, in_specs, out_specs, arguments):
+    def communicated(door, step, in_specs, out_specs, arguments):
         if door == "shard_map":
             step = jax.shard_map(
                 step, mesh=mesh, in_specs=in_specs, out_specs=out_specs
@@ -654,7 +648,7 @@ def communication():
 
                 key = f"{name}, {door}, {layout}"
                 if layout == "sharded" and name != "sgd":
-                    found[f"update, {key}"] = compiled(
+                    found[f"update, {key}"] = communicated(
                         door,
                         alone,
                         (specs, states, specs, P()),
@@ -662,7 +656,7 @@ def communication():
                         (params, state, params, loss),
                     )
                 if name in ("sgd", "nlcg", ORTHOGONALIZING):
-                    found[f"step, {key}"] = compiled(
+                    found[f"step, {key}"] = communicated(
                         door,
                         whole,
                         (specs, states, rows),

@@ -1,0 +1,1 @@
+"""Directions: how z and the last direction make the next, d = −z + βd."""

@@ -1,0 +1,1 @@
+"""Preconditioners: what turns the gradient g into z = M⁻¹g."""

@@ -1,0 +1,192 @@
+"""Limited-memory BFGS as a preconditioner, for smooth functions without noise."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nlcg_optax import _check, _tree
+from nlcg_optax.preconditioners import _two_loop
+
+
+class LimitedMemoryBfgsState(NamedTuple):
+    """State of :func:`scale_by_limited_memory_bfgs`.
+
+    Attributes:
+      count: steps taken, int32 scalar.
+      pairs: pairs of differences learned from, int32 scalar.
+      prev_params: the parameters of the previous step.
+      prev_grad: the gradient of the previous step.
+      params_differences: the last differences s of the parameters, stacked along a
+        leading axis, the newest at ``(pairs - 1) % memory_size``.
+      grad_differences: the differences y of the gradients that go with them.
+      weights: 1 / sᵀy of each pair; 0 where there is none yet.
+      scale: γ, the scale of the matrix that the pairs correct.
+      skipped: pairs skipped for want of positive curvature, int32 scalar.
+    """
+
+    count: jax.typing.ArrayLike
+    pairs: jax.typing.ArrayLike
+    prev_params: optax.Params
+    prev_grad: optax.Updates
+    params_differences: optax.Params
+    grad_differences: optax.Updates
+    weights: jax.Array
+    scale: jax.Array
+    skipped: jax.Array
+
+
+def scale_by_limited_memory_bfgs(
+    memory_size: int = 10, *, axis_name: _tree.AxisName | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Preconditions by limited-memory BFGS, for smooth functions without noise.
+
+    With the last pairs :math:`s_i = x_{i+1} - x_i`, :math:`y_i = g_{i+1} - g_i` and
+    :math:`\rho_i = 1 / y_i^\top s_i` the output is :math:`H g` by the two-loop
+    recursion (Nocedal & Wright, *Numerical Optimization*, algorithm 7.4) for
+
+    .. math::
+        H \leftarrow (I - \rho_i s_i y_i^\top) H (I - \rho_i y_i s_i^\top)
+            + \rho_i s_i s_i^\top, \qquad
+        H_0 = \gamma I, \quad \gamma = y^\top s / y^\top y \text{ of the last pair}.
+
+    At the first step it is :math:`g / \max(1, \lVert g \rVert)`. A pair with
+    :math:`y^\top s \le \epsilon \lVert y \rVert \lVert s \rVert`, ε the precision, is
+    skipped, which is counted. ``optax.scale_by_lbfgs`` takes such pairs in, and is
+    neither made for trees of mixed dtypes nor for sharded leaves in a `shard_map`;
+    otherwise the two agree.
+
+    Args:
+      memory_size: pairs kept.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded.
+
+    Returns:
+      A transformation whose `update` needs `params`. Updates keep the gradient's dtype;
+      inner products are taken in float32 or wider.
+
+    Raises:
+      ValueError: when built, for an argument out of range; in `update`, if `params` is
+        missing or the gradients do not match it.
+
+    Two exact steps reach the minimum of a quadratic of two variables:
+
+    >>> import jax.numpy as jnp
+    >>> import nlcg_optax
+    >>> hessian = jnp.array([[2.0, 1.0], [1.0, 3.0]])
+    >>> tx = nlcg_optax.scale_by_limited_memory_bfgs(memory_size=2)
+    >>> x = jnp.array([1.0, -2.0])
+    >>> state = tx.init(x)
+    >>> for _ in range(2):
+    ...     gradient = hessian @ x
+    ...     update, state = tx.update(gradient, state, x)
+    ...     exact = (gradient @ update) / (update @ hessian @ update)
+    ...     x = x - exact * update
+    >>> print([f"{u:.4f}" for u in update], bool(abs(x).max() < 1e-6))
+    ['0.5000', '-0.1667'] True
+    """
+    _check.number("memory_size", memory_size, minimum=1, integer=True)
+
+    def init_fn(params: optax.Params) -> LimitedMemoryBfgsState:
+        def memory(x: jax.Array) -> jax.Array:
+            # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
+            return jnp.zeros_like(x, shape=(memory_size, *jnp.shape(x)))
+
+        dtype = _tree.scalar_dtype(params)
+        return LimitedMemoryBfgsState(
+            count=jnp.zeros([], jnp.int32),
+            pairs=jnp.zeros([], jnp.int32),
+            prev_params=_tree.zeros_like(params),
+            prev_grad=_tree.zeros_like(params),
+            params_differences=jax.tree.map(memory, params),
+            grad_differences=jax.tree.map(memory, params),
+            weights=jnp.zeros([memory_size], dtype),
+            scale=jnp.ones([], dtype),
+            skipped=jnp.zeros([], jnp.int32),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        del extra_args
+        _tree.check_params(updates, params, "limited-memory BFGS")
+        _tree.check_match(updates, state.prev_grad, "the optimizer's state")
+        dtype = state.scale.dtype
+
+        def reduce(integrand, *trees):
+            return _tree.reduce_products(
+                integrand, *trees, dtype=dtype, axis_name=axis_name
+            )
+
+        def inner(a, b):
+            return reduce(lambda a, b: [_tree.real_inner(a, b)], a, b)[0]
+
+        def difference(new, old):
+            return jax.tree.map(lambda a, b: a - b.astype(a.dtype), new, old)
+
+        s = difference(params, state.prev_params)
+        y = difference(updates, state.prev_grad)
+        y_s, s_s, y_y, g_g = reduce(
+            lambda s, y, g: [
+                _tree.real_inner(y, s),
+                _tree.abs_sq(s),
+                _tree.abs_sq(y),
+                _tree.abs_sq(g),
+            ],
+            s,
+            y,
+            updates,
+        )
+        first = state.count == 0
+        curved = y_s > jnp.finfo(dtype).eps * jnp.sqrt(s_s) * jnp.sqrt(y_y)
+        usable = ~first & curved & jnp.isfinite(y_y)
+        slot = state.pairs % memory_size
+
+        def store(memory, x):
+            memory = jnp.asarray(memory)  # a restored state may be NumPy's
+            kept = memory[slot]
+            return memory.at[slot].set(jnp.where(usable, x.astype(kept.dtype), kept))
+
+        params_differences = jax.tree.map(store, state.params_differences, s)
+        grad_differences = jax.tree.map(store, state.grad_differences, y)
+        weights = store(state.weights, 1 / jnp.where(usable, y_s, 1))
+        pairs = state.pairs + usable.astype(jnp.int32)
+        scale = jnp.where(usable, y_s / jnp.where(usable, y_y, 1), state.scale)
+        # Before there is a pair, a step of length 1 at most.
+        short = 1 / jnp.maximum(1, jnp.sqrt(g_g))
+        gamma = jnp.where(pairs == 0, short, scale)
+
+        def pair(age):
+            """The pair of that age (0: the newest), and its weight."""
+            index = (pairs - 1 - age) % memory_size
+            differences = (params_differences, grad_differences)
+            return *jax.tree.map(lambda x: x[index], differences), weights[index]
+
+        q = _two_loop.two_loop_recursion(
+            jax.tree.map(_tree.lift, updates),
+            pair,
+            # Only over the pairs that are there: the first steps cost little.
+            jnp.minimum(pairs, memory_size),
+            memory_size,
+            gamma,
+            inner,
+        )
+        return _tree.cast_like(q, updates), LimitedMemoryBfgsState(
+            count=optax.safe_increment(state.count),
+            pairs=pairs,
+            prev_params=_tree.cast_like(params, state.prev_params),
+            prev_grad=_tree.cast_like(updates, state.prev_grad),
+            params_differences=params_differences,
+            grad_differences=grad_differences,
+            weights=weights,
+            scale=scale,
+            skipped=state.skipped + (~first & ~usable).astype(jnp.int32),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,1 @@
+"""Step sizes: how far to go along a direction."""
