@@ -55,18 +55,12 @@ SHOWN = {
     "README.md": "index.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
-    "benchmarks/deterministic/README.md": "results/deterministic.md",
-    "benchmarks/input/results.md": "results/input.md",
-    "benchmarks/large_batch/README.md": "results/large_batch_protocol.md",
-    "benchmarks/large_batch/results.md": "results/large_batch.md",
-    "benchmarks/pod_plan/results.md": "results/pod_plan.md",
-    "benchmarks/pod_plan/roofline.md": "results/pod_plan.md",
-    "benchmarks/update_cost/before.md": "results/update_cost.md",
-    "benchmarks/update_cost/history.md": "results/update_cost.md",
-    "benchmarks/update_cost/results.md": "results/update_cost.md",
-    "benchmarks/update_cost/step.md": "results/update_cost.md",
     "examples/notebooks/README.md": "notebooks/index.md",
 }
+# A page for each benchmark, with its README and all that it measured.
+for path in ROOT.glob("benchmarks/*/**/*.md"):
+    benchmark = path.relative_to(ROOT / "benchmarks").parts[0]
+    SHOWN[path.relative_to(ROOT).as_posix()] = f"results/{benchmark}.md"
 # Sections of the README are parts of several pages.
 README_SECTIONS = {
     "install": "quickstart.md",

@@ -79,7 +79,7 @@ def test_every_module_of_training_is_in_the_reference_once():
 def test_files_that_markdown_links_to_exist():
     made = (DOCS / "_build", DOCS / "notebooks", DOCS / "project")
     missing = []
-    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("b*/*/*.md")):
+    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("b*/**/*.md")):
         if any(path.is_relative_to(folder) for folder in made):
             continue
         links = re.findall(r"\[[^\]]*\]\(([^)#\s]+)(?:#\S*)?\)", path.read_text())
