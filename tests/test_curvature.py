@@ -96,7 +96,7 @@ def both(curvature, params, directions):
 
     def inner(direction):
         return sum(
-            jnp.sum(jnp.real(jnp.conj(d) * p)).astype(matrix.dtype)
+            jnp.sum(jnp.real(jnp.conj(d).astype(p.dtype) * p)).astype(matrix.dtype)
             for d, p in zip(
                 jax.tree.leaves(direction), jax.tree.leaves(product), strict=True
             )

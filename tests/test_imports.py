@@ -35,7 +35,9 @@ def test_import_pulls_in_jax_and_optax_alone():
 LAYERS = (
     ("_check", "_xla"),
     ("_tree",),
-    ("preconditioners", "directions", "step_sizes", "_parallel"),
+    ("_parallel",),
+    ("_curvature",),
+    ("preconditioners", "directions", "step_sizes"),
     ("beta", "_alias", "_diagnostics"),
     ("_minimize",),
     ("__init__",),

@@ -85,15 +85,114 @@ def scale_by_quadratic_model(
     history: int = 3,
     residuals: int = 1,
     every: int = 1,
-    damping: float = 0.0,
+    damping: float = 0.1,
     multiplier: optax.ScalarOrSchedule = 1.0,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""TODO"""
-    _check.number("history", history, minimum=0, integer=True)
-    _check.number("residuals", residuals, minimum=0, integer=True)
-    _check.number("every", every, minimum=1, integer=True)
+    r"""Takes the step that minimizes a quadratic model over a few directions.
+
+    The directions are the preconditioned gradient :math:`z_t`, the last steps
+    :math:`\delta_{t-1}, \dots, \delta_{t-k}`, and a residual direction :math:`z'`.
+    With :math:`d_i` for all of them the step is
+    :math:`\delta_t = -\sum_i c_i d_i`, where
+
+    .. math::
+        (K + \lambda\, \mathrm{diag} K)\, c = s, \qquad
+        s_i = g_t^\top d_i, \quad K_{ij} = d_i^\top C_t\, d_j ,
+
+    the minimum of :math:`g^\top \delta + \tfrac{1}{2} \delta^\top C \delta`, damped by
+    λ. The curvature C of the loss is an argument of `update`. Its products need no
+    matrix, and a part of the batch suffices for them. There is no learning rate: length
+    and conjugacy come from the curvature, as in Møller's scaled conjugate gradient
+    (1993, doi:10.1016/S0893-6080(05)80056-5), Schraudolph's stochastic one (2002), and
+    K-FAC's step and momentum (Martens & Grosse, 2015, arXiv:1503.05671, section 7);
+    with more past steps it is sequential subspace optimization (Narkiss & Zibulevsky,
+    2005). On a quadratic, with a fixed preconditioner, one past step and no residual
+    direction, this *is* preconditioned conjugate gradient.
+
+    The residual direction is the preconditioned gradient of the model at its minimum
+    over the other directions, :math:`z' = M^{-1}(g + C \delta^0)`: a second iteration of
+    conjugate gradient on the same model, which takes one backward pass on that part of
+    the batch.
+
+    The loss that `update` is given next tells whether the model held. Where the loss
+    rose by more than it was to fall, and by more than four times what the model is
+    usually wrong by (or is no number at all), three quarters of the step are taken
+    back, which is counted, and λ is raised.
+
+    As everywhere in Optax the updates keep the gradient's sign until the final negative
+    scaling: follow it by ``optax.scale(-1.0)``, as ``nlcg(step_rule="quadratic_model")``
+    does. Nothing else should change the updates after it, for it goes by the steps that
+    it made.
+
+    Args:
+      preconditioner: any gradient transformation, or a sequence of them, each of which
+        makes a direction; None for the plain gradient. The first one makes the residual
+        directions too, for which its state does not advance. Each is given `params`
+        and all extra arguments.
+      history: past steps k among the directions; each is as large as the parameters.
+        One copy is kept even for 0, to take a step back.
+      residuals: residual directions. With 0 there is no backward pass.
+      every: steps between new products of the curvature. In between, the coefficients
+        stay what they are (those of residual directions are 0).
+      damping: λ, relative to the curvature along each direction.
+      multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
+      state_dtype: dtype of the past steps (kept complex for complex leaves); None for
+        each parameter's own.
+      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
+        trees are sharded; None where they are whole, as they are under `jit`. In a
+        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
+        be replicated; elsewhere *every* leaf counts as sharded. (The axis over which
+        the batch is split is an argument of the curvature.)
+
+    Returns:
+      A transformation whose `update` needs `params` and the keyword arguments
+      ``value``, the loss averaged over the global batch, and ``curvature``, a
+      :class:`Curvature` of the same loss. If a product is not finite the update is
+      zero, and the state stays as it was but for a count.
+
+    Raises:
+      ValueError: when built, for an argument out of range; in `update`, if something it
+        needs is missing or does not match.
+
+    A curved valley, without a learning rate:
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nlcg_optax
+    >>> def residuals(x):  # half their sum of squares is Rosenbrock's function
+    ...     return jnp.array([10.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])
+    >>> def loss_fn(outputs):
+    ...     return 0.5 * jnp.sum(outputs**2)
+    >>> curvature = nlcg_optax.gauss_newton(residuals, loss_fn)
+    >>> tx = nlcg_optax.scale_by_quadratic_model()
+    >>> x = jnp.array([-1.2, 1.0])
+    >>> state = tx.init(x)
+    >>> @jax.jit
+    ... def step(x, state):
+    ...     loss, grads = jax.value_and_grad(lambda x: loss_fn(residuals(x)))(x)
+    ...     updates, state = tx.update(
+    ...         grads, state, x, value=loss, curvature=curvature
+    ...     )
+    ...     return x - updates, state
+    >>> for _ in range(60):
+    ...     x, state = step(x, state)
+    >>> print(x.round(3))
+    [1. 1.]
+    """
+    for name, number, minimum in (
+        ("history", history, 0),
+        ("residuals", residuals, 0),
+        ("every", every, 1),
+    ):
+        if isinstance(number, jax.Array):
+            raise ValueError(
+                f"{name} is an array, but shapes follow from it. Call "
+                "`optax.inject_hyperparams(..., static_args=('history', 'residuals', "
+                "'every'))`."
+            )
+        _check.number(name, number, minimum=minimum, integer=True)
     _check.number("damping", damping, minimum=0)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
