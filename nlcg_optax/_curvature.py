@@ -528,22 +528,14 @@ def _check_loss(value: jax.typing.ArrayLike, name: str, call: str) -> jax.Array:
 
 def _inner(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The real inner products Σ Re(a_i b_j) of two stacks of arrays."""
-
-    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-        axes = tuple(range(1, a.ndim))
-        return jax.lax.dot_general(
-            a,
-            b,
-            ((axes, axes), ((), ())),
-            # Accelerators multiply float32 in half precision otherwise.
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=_tree.compute_dtype(a.dtype),
-        )
-
-    if not jnp.iscomplexobj(a):
-        return dot(a, b).astype(dtype)
-    product = dot(jnp.real(a), jnp.real(b)) - dot(jnp.imag(a), jnp.imag(b))
-    return product.astype(dtype)
+    a, b = _tree.lift(a)[:, None], _tree.lift(b)[None, :]
+    # Summed within one kernel: XLA's CPU compiler takes a sixth of what it takes for
+    # the product of matrices, and no accelerator rounds the factors first.
+    if jnp.iscomplexobj(a):
+        products = jnp.real(a) * jnp.real(b) - jnp.imag(a) * jnp.imag(b)
+    else:
+        products = a * b
+    return jnp.sum(products, axis=tuple(range(2, products.ndim))).astype(dtype)
 
 
 def _shards(leaf: jax.Array, axis_name: _tree.AxisName | None) -> int:

@@ -30,6 +30,7 @@ _FIELDS: dict[type, dict[str, str]] = {
         "predicted_decrease": "predicted_decrease",
         "actual_decrease": "actual_decrease",
         "conjugacy": "conjugacy",
+        "signal": "signal",
         "rejected_steps": "rejected",
         "nonfinite_products": "nonfinite",
     },
@@ -64,6 +65,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``predicted_decrease``: how far the loss should fall by the last step.
       - ``actual_decrease``: how far it fell by the step before.
       - ``conjugacy``: cosine between the last two steps in the metric of the curvature.
+      - ``signal``: average share of the slope along a step that is no noise, which the
+        next gradient tells: 1 on the whole data, 0 where all is noise.
       - ``rejected_steps``: steps so far that were taken back.
       - ``nonfinite_products``: steps so far that were left out because an inner product
         (or the first loss) was not finite.

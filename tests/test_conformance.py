@@ -229,8 +229,9 @@ def test_tree_map_params(name):
         jax.tree.leaves(marked),
         strict=True,
     ):
-        # The memory's weights are scalars, one for each pair.
-        scalar = before.ndim == 0 or jax.tree_util.keystr(path).endswith(".weights")
+        # Weights of a memory and coefficients are scalars, several of them.
+        scalars = (".weights", ".coefficients")
+        scalar = before.ndim == 0 or jax.tree_util.keystr(path).endswith(scalars)
         expected = before if scalar else jnp.full_like(before, 7)
         np.testing.assert_array_equal(after, expected)
 

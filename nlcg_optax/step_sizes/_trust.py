@@ -9,11 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# λ grows where the loss fell by less than a quarter of what the model promised, and
-# shrinks where it fell by three quarters or more.
-_POOR, _GOOD = 0.25, 0.75
-_GROW, _SHRINK = 2.0, 0.5
-_MIN_DAMPING, _MAX_DAMPING = 1e-4, 1e3
+# After other steps λ comes back to what it was at first, by halves.
+_SHRINK, _MAX_DAMPING = 0.5, 1e3
 # After a step that is taken back λ is this much, or four times what it was.
 _DAMPING_OF_REJECTED, _GROW_OF_REJECTED = 0.4, 4.0
 # A step is taken back if the loss rose by more than what it was to fall, and by more
@@ -47,6 +44,7 @@ def judge(
     predicted: jax.Array,
     damping: jax.Array,
     model_error: jax.Array,
+    base_damping: jax.Array,
 ) -> Verdict:
     """Judges the last step by the loss after it.
 
@@ -56,6 +54,7 @@ def judge(
       predicted: how far it should have fallen; 0 where there was no step.
       damping: λ of the step.
       model_error: the average error before it; 0 where there is none yet.
+      base_damping: λ where all goes well.
     """
     pending = predicted > 0
     actual = prev_value - loss
@@ -68,14 +67,10 @@ def judge(
     rejected = pending & ~(-actual <= jnp.maximum(tolerated, rounding))
     judged = pending & ~rejected
 
-    visible = predicted > rounding
-    poor = judged & visible & (actual < _POOR * predicted)
-    good = judged & visible & (actual >= _GOOD * predicted)
-    shrunk = _SHRINK * damping
-    shrunk = jnp.where(shrunk < _MIN_DAMPING, 0, shrunk)
-    adapted = jnp.where(poor, _GROW * damping, jnp.where(good, shrunk, damping))
+    lowered = jnp.maximum(_SHRINK * damping, base_damping)
     raised = jnp.maximum(_GROW_OF_REJECTED * damping, _DAMPING_OF_REJECTED)
-    adapted = jnp.minimum(jnp.where(rejected, raised, adapted), _MAX_DAMPING)
+    adapted = jnp.where(judged, lowered, damping)
+    adapted = jnp.where(rejected, jnp.minimum(raised, _MAX_DAMPING), adapted)
 
     error = jnp.abs(predicted - actual)
     first = model_error == 0

@@ -36,6 +36,7 @@ class QuadraticModelState(NamedTuple):
       actual_decrease: how far it fell in the step before, which is seen one step later.
       model_error: average distance of the loss from the model's prediction.
       conjugacy: cosine between the last two steps in the metric of the curvature.
+      signal: average share of the slope along a step that is no noise.
       rejected: steps that were taken back, int32 scalar.
       nonfinite: steps left out for a product that was not finite, int32 scalar.
     """
@@ -53,12 +54,15 @@ class QuadraticModelState(NamedTuple):
     actual_decrease: jax.Array
     model_error: jax.Array
     conjugacy: jax.Array
+    signal: jax.Array
     rejected: jax.typing.ArrayLike
     nonfinite: jax.typing.ArrayLike
 
 
 # A step that is taken back keeps this part of its length.
 _CUT = 0.25
+# Part of a new share of signal in its average.
+_SIGNAL_WEIGHT = 0.1
 
 
 class _Plan(NamedTuple):
@@ -112,9 +116,9 @@ def scale_by_quadratic_model(
     direction, this *is* preconditioned conjugate gradient.
 
     The residual direction is the preconditioned gradient of the model at its minimum
-    over the other directions, :math:`z' = M^{-1}(g + C \delta^0)`: a second iteration of
-    conjugate gradient on the same model, which takes one backward pass on that part of
-    the batch.
+    over the other directions, :math:`z' = M^{-1}(g + C \delta^0)`: a second iteration
+    of conjugate gradient on the same model, which takes one backward pass on that part
+    of the batch.
 
     The loss that `update` is given next tells whether the model held. Where the loss
     rose by more than it was to fall, and by more than four times what the model is
@@ -122,9 +126,9 @@ def scale_by_quadratic_model(
     back, which is counted, and λ is raised.
 
     As everywhere in Optax the updates keep the gradient's sign until the final negative
-    scaling: follow it by ``optax.scale(-1.0)``, as ``nlcg(step_rule="quadratic_model")``
-    does. Nothing else should change the updates after it, for it goes by the steps that
-    it made.
+    scaling: follow it by ``optax.scale(-1.0)``, as
+    ``nlcg(step_rule="quadratic_model")`` does. Nothing else should change the updates
+    after it, for it goes by the steps that it made.
 
     Args:
       preconditioner: any gradient transformation, or a sequence of them, each of which
@@ -221,6 +225,7 @@ def scale_by_quadratic_model(
             actual_decrease=zero,
             model_error=zero,
             conjugacy=zero,
+            signal=jnp.ones([], dtype),
             rejected=none,
             nonfinite=none,
         )
@@ -245,6 +250,7 @@ def scale_by_quadratic_model(
             state.predicted_decrease,
             state.damping,
             state.model_error,
+            _tree.real_scalar(damping, dtype),
         )
 
         def precondition(one: Any, one_state: Any, grad: Any) -> tuple[Any, Any]:
@@ -276,9 +282,13 @@ def scale_by_quadratic_model(
             for i in places
         ]
 
+        last = jax.tree.map(lambda x: jnp.asarray(x)[newest], state.prev_updates)
+        known_slopes = inner_products([*preconditioned, *(past or [last])])
+        signal = _signal(state, known_slopes[kinds])
+
         def solve() -> _Plan:
             directions = [*preconditioned, *past]
-            slopes = inner_products(directions)
+            slopes = known_slopes[: len(directions)]
             images = curvature.push(params, stack(params, directions))
             matrix = _products(curvature, params, images, images, loss).astype(dtype)
             matrix = 0.5 * (matrix + matrix.T)
@@ -317,8 +327,7 @@ def scale_by_quadratic_model(
             # Without the residual directions, which only a new product gives.
             kept = kinds + history
             coefficients = state.coefficients.at[kept:].set(0)
-            slopes = inner_products([*preconditioned, *past])
-            slope = jnp.sum(slopes * coefficients[:kept])
+            slope = jnp.sum(known_slopes[:kept] * coefficients[:kept])
             return _Plan(
                 coefficients=coefficients,
                 residual_directions=[
@@ -353,7 +362,6 @@ def scale_by_quadratic_model(
                 total += _tree.scalar_like(plan.coefficients[i], d) * d
             return jnp.where(accepted, total, back).astype(g.dtype)
 
-        last = jax.tree.map(lambda x: jnp.asarray(x)[newest], state.prev_updates)
         step = jax.tree.map(
             combine_leaf, grad, last, *preconditioned, *past, *plan.residual_directions
         )
@@ -393,11 +401,26 @@ def scale_by_quadratic_model(
             ),
             model_error=jnp.where(moved, verdict.model_error, state.model_error),
             conjugacy=jnp.where(accepted, plan.conjugacy, state.conjugacy),
+            signal=jnp.where(accepted & verdict.pending, signal, state.signal),
             rejected=state.rejected + rejected.astype(jnp.int32),
             nonfinite=state.nonfinite + (~moved).astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _signal(state: Any, slope: jax.Array) -> jax.Array:
+    r"""The average share of the slope that is signal, with what the last step tells.
+
+    Without noise the slope along the last step :math:`-u` is now
+    :math:`u^\top g_t - u^\top C u`. Of a noisy gradient the noise is gone that had made
+    it seem steeper.
+    """
+    steep = state.prev_slope > 0
+    share = (slope + state.prev_curvature) / jnp.where(steep, state.prev_slope, 1)
+    share = jnp.clip(share, 0, 1)
+    average = state.signal + _SIGNAL_WEIGHT * (share - state.signal)
+    return jnp.where(steep, average, state.signal)
 
 
 def _cosine(coefficients: jax.Array, matrix: jax.Array, newest: jax.Array) -> jax.Array:
