@@ -230,7 +230,7 @@ def test_tree_map_params(name):
         strict=True,
     ):
         # Weights of a memory and coefficients are scalars, several of them.
-        scalars = (".weights", ".coefficients")
+        scalars = (".weights", ".coefficients", ".prev_norms", ".prev_products")
         scalar = before.ndim == 0 or jax.tree_util.keystr(path).endswith(scalars)
         expected = before if scalar else jnp.full_like(before, 7)
         np.testing.assert_array_equal(after, expected)
@@ -599,7 +599,11 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in FACTORIES if n != "nlcg-rms"])
+# The residual of a gradient in half precision is mostly rounding.
+NOT_MIXED = ("nlcg-rms", "quadratic_model")
+
+
+@pytest.mark.parametrize("name", [n for n in FACTORIES if n not in NOT_MIXED])
 def test_mixed_trees_keep_the_dtype_of_every_leaf(name, x64):
     tx = make(name)
     values = np.array([1.0, -0.5, 0.25])

@@ -26,9 +26,13 @@ class QuadraticModelState(NamedTuple):
       preconditioner_states: states of the nested preconditioners, a tuple.
       prev_updates: the last steps, with their sign turned, stacked along a leading
         axis.
+      prev_norms: their lengths.
+      prev_products: the last matrix of inner products in the curvature, of directions
+        of length 1; None where it is new in each step.
       coefficients: of the last step: of each preconditioned gradient, then of each past
         step, the newest first, then of each residual direction.
-      damping: λ.
+      damping: λ of the last step.
+      extra_damping: what the first step or a rejected one added to it.
       prev_value: the loss where the last step began.
       prev_slope: how far the loss would have fallen by its slope along the last step.
       prev_curvature: the curvature along the last step.
@@ -37,6 +41,7 @@ class QuadraticModelState(NamedTuple):
       model_error: average distance of the loss from the model's prediction.
       conjugacy: cosine between the last two steps in the metric of the curvature.
       signal: average share of the slope along a step that is no noise.
+      bounded: steps that were shortened to the longest allowed, int32 scalar.
       rejected: steps that were taken back, int32 scalar.
       nonfinite: steps left out for a product that was not finite, int32 scalar.
     """
@@ -45,8 +50,11 @@ class QuadraticModelState(NamedTuple):
     stored: jax.typing.ArrayLike
     preconditioner_states: tuple[optax.OptState, ...]
     prev_updates: optax.Updates
+    prev_norms: jax.Array
+    prev_products: jax.Array | None
     coefficients: jax.Array
     damping: jax.Array
+    extra_damping: jax.Array
     prev_value: jax.Array
     prev_slope: jax.Array
     prev_curvature: jax.Array
@@ -55,32 +63,31 @@ class QuadraticModelState(NamedTuple):
     model_error: jax.Array
     conjugacy: jax.Array
     signal: jax.Array
+    bounded: jax.typing.ArrayLike
     rejected: jax.typing.ArrayLike
     nonfinite: jax.typing.ArrayLike
 
 
 # A step that is taken back keeps this part of its length.
 _CUT = 0.25
-# Part of a new share of signal in its average.
+# The last measurement's part of the average share of signal, once there are ten.
 _SIGNAL_WEIGHT = 0.1
 
 
 class _Plan(NamedTuple):
-    """A step.
+    """A step over the directions: the new ones, those of the past, the residual ones.
 
     Attributes:
-      coefficients: of all directions.
+      slopes: of the gradient along each direction.
+      products: the inner products of the directions in the curvature.
+      coefficients: of the directions.
       residual_directions: those that are not known from outside.
-      slope: how far the loss would fall by its slope alone.
-      curvature: the curvature along the step.
-      conjugacy: as in the state.
     """
 
+    slopes: jax.Array
+    products: jax.Array
     coefficients: jax.Array
     residual_directions: list[Any]
-    slope: jax.Array
-    curvature: jax.Array
-    conjugacy: jax.Array
 
 
 def scale_by_quadratic_model(
@@ -90,6 +97,8 @@ def scale_by_quadratic_model(
     residuals: int = 1,
     every: int = 1,
     damping: float = 0.1,
+    first_damping: float = 1.0,
+    max_growth: float = 3.0,
     multiplier: optax.ScalarOrSchedule = 1.0,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
@@ -141,6 +150,10 @@ def scale_by_quadratic_model(
       every: steps between new products of the curvature. In between, the coefficients
         stay what they are (those of residual directions are 0).
       damping: λ, relative to the curvature along each direction.
+      first_damping: what the first step adds to λ, because nothing is known yet of how
+        far the model holds. It fades by a factor of 4 with each step.
+      max_growth: how much longer a step may be than the longest of the last ones
+        remembered; ``math.inf`` for any length. Shortened steps are counted.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
       state_dtype: dtype of the past steps (kept complex for complex leaves); None for
         each parameter's own.
@@ -198,6 +211,8 @@ def scale_by_quadratic_model(
             )
         _check.number(name, number, minimum=minimum, integer=True)
     _check.number("damping", damping, minimum=0)
+    _check.number("first_damping", first_damping, minimum=0)
+    _check.number("max_growth", max_growth, minimum=0, exclusive=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
     inner = _preconditioners(preconditioner)
@@ -210,24 +225,34 @@ def scale_by_quadratic_model(
             # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
             return jnp.zeros_like(x, shape=(slots, *jnp.shape(x)))
 
-        zero, none = jnp.zeros([], dtype), jnp.zeros([], jnp.int32)
+        def number(value: float = 0.0) -> jax.Array:
+            return jnp.asarray(value, dtype)
+
+        def counter() -> jax.Array:
+            return jnp.zeros([], jnp.int32)
+
+        known = kinds + history
         return QuadraticModelState(
-            count=none,
-            stored=none,
+            count=counter(),
+            stored=counter(),
             preconditioner_states=tuple(one.init(params) for one in inner),
             prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
-            coefficients=jnp.zeros([kinds + history + residuals], dtype),
-            damping=jnp.asarray(damping, dtype),
-            prev_value=zero,
-            prev_slope=zero,
-            prev_curvature=zero,
-            predicted_decrease=zero,
-            actual_decrease=zero,
-            model_error=zero,
-            conjugacy=zero,
-            signal=jnp.ones([], dtype),
-            rejected=none,
-            nonfinite=none,
+            prev_norms=jnp.zeros([slots], dtype),
+            prev_products=None if every == 1 else jnp.zeros([known, known], dtype),
+            coefficients=jnp.zeros([known + residuals], dtype),
+            damping=_tree.real_scalar(damping, dtype),
+            extra_damping=_tree.real_scalar(first_damping, dtype),
+            prev_value=number(),
+            prev_slope=number(),
+            prev_curvature=number(),
+            predicted_decrease=number(),
+            actual_decrease=number(),
+            model_error=number(),
+            conjugacy=number(),
+            signal=number(1.0),
+            bounded=counter(),
+            rejected=counter(),
+            nonfinite=counter(),
         )
 
     def update_fn(
@@ -244,169 +269,199 @@ def scale_by_quadratic_model(
         loss = _check_loss(value).astype(dtype)
         curvature = _check_curvature(curvature)
 
-        verdict = _trust.judge(
-            loss,
-            state.prev_value,
-            state.predicted_decrease,
-            state.damping,
-            state.model_error,
-            _tree.real_scalar(damping, dtype),
-        )
+        def reduce(integrands: Any, *trees: Any) -> jax.Array:
+            sums = _tree.reduce_products(
+                integrands, *trees, dtype=dtype, axis_name=axis_name
+            )
+            return jnp.stack(sums)
+
+        def slopes_along(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+            return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
+
+        def squares(*leaves: jax.Array) -> list[jax.Array]:
+            return [_tree.abs_sq(d) for d in leaves]
 
         def precondition(one: Any, one_state: Any, grad: Any) -> tuple[Any, Any]:
             extra = {"value": value, "curvature": curvature, **extra_args}
             return one.update(grad, one_state, params, **extra)
 
+        # The directions: one for each preconditioner, and the past, the newest first.
         pairs = zip(inner, state.preconditioner_states, strict=True)
         results = [precondition(one, one_state, grad) for one, one_state in pairs]
         preconditioned = [z for z, _ in results]
         preconditioner_states = tuple(one_state for _, one_state in results)
-
-        def inner_products(directions: list[Any]) -> jax.Array:
-            """Of the gradient with each of the directions."""
-
-            def integrands(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
-                return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
-
-            return jnp.stack(
-                _tree.reduce_products(
-                    integrands, grad, *directions, dtype=dtype, axis_name=axis_name
-                )
-            )
-
-        newest = (state.stored - 1) % slots
-        # Where each past step is, the newest first.
-        places = (state.stored - 1 - jnp.arange(history, dtype=jnp.int32)) % slots
+        places = (state.stored - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots
         past = [
             jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], state.prev_updates)
             for i in places
         ]
+        last, directions = past[0], [*preconditioned, *past[:history]]
+        slopes = reduce(slopes_along, grad, *preconditioned, *past)
 
-        last = jax.tree.map(lambda x: jnp.asarray(x)[newest], state.prev_updates)
-        known_slopes = inner_products([*preconditioned, *(past or [last])])
-        signal = _signal(state, known_slopes[kinds])
+        # What became of the last step.
+        verdict = _trust.judge(
+            loss,
+            jnp.all(jnp.isfinite(slopes)),
+            state.prev_value,
+            state.predicted_decrease,
+            state.extra_damping,
+            state.model_error,
+            _tree.real_scalar(damping, dtype),
+        )
+        rejected = verdict.rejected
+        signal = _signal(state, slopes[kinds])
+        slopes = slopes[: len(directions)]
+        total_damping = _tree.real_scalar(damping, dtype) + verdict.extra_damping
 
         def solve() -> _Plan:
-            directions = [*preconditioned, *past]
-            slopes = known_slopes[: len(directions)]
             images = curvature.push(params, stack(params, directions))
-            matrix = _products(curvature, params, images, images, loss).astype(dtype)
-            matrix = 0.5 * (matrix + matrix.T)
-            coefficients = _small_system.minimize(slopes, matrix, verdict.damping)
-            extra = []
+            products = _products(curvature, params, images, images, loss).astype(dtype)
+            products = 0.5 * (products + products.T)
+            plan = _Plan(
+                slopes,
+                products,
+                _small_system.minimize(slopes, products, total_damping),
+                [],
+            )
             for _ in range(residuals):
                 # The gradient of the model at its minimum, preconditioned.
-                product = curvature.pull(params, combine(images, coefficients))
-                residual = jax.tree.map(
-                    lambda g, p: (_tree.lift(g) - p.astype(_tree.lift(g).dtype)).astype(
-                        g.dtype
-                    ),
-                    grad,
-                    product,
-                )
+                step = combine(images, plan.coefficients)
+                residual = jax.tree.map(_difference, grad, curvature.pull(params, step))
                 z, _ = precondition(inner[0], preconditioner_states[0], residual)
-                extra.append(z)
                 image = curvature.push(params, stack(params, [z]))
                 images = join(images, image)
                 row = _products(curvature, params, image, images, loss).astype(dtype)
-                matrix = jnp.block([[matrix, row[:, :-1].T], [row]])
-                slopes = jnp.concatenate([slopes, inner_products([z])])
-                coefficients = _small_system.minimize(slopes, matrix, verdict.damping)
-            coefficients = factor * coefficients
-            return _Plan(
-                coefficients=coefficients,
-                residual_directions=extra,
-                slope=jnp.sum(slopes * coefficients),
-                curvature=_small_system.inner(coefficients, matrix, coefficients),
-                conjugacy=_cosine(coefficients, matrix, len(preconditioned))
-                if history
-                else jnp.zeros([], dtype),
-            )
+                products = jnp.block([[plan.products, row[:, :-1].T], [row]])
+                slope = reduce(slopes_along, grad, z)
+                all_slopes = jnp.concatenate([plan.slopes, slope])
+                plan = _Plan(
+                    all_slopes,
+                    products,
+                    _small_system.minimize(all_slopes, products, total_damping),
+                    [*plan.residual_directions, z],
+                )
+            return plan
 
-        def reuse() -> _Plan:
-            # Without the residual directions, which only a new product gives.
-            kept = kinds + history
-            coefficients = state.coefficients.at[kept:].set(0)
-            slope = jnp.sum(known_slopes[:kept] * coefficients[:kept])
-            return _Plan(
-                coefficients=coefficients,
-                residual_directions=[
-                    jax.tree.map(jnp.zeros_like, preconditioned[0])
-                    for _ in range(residuals)
-                ],
-                slope=slope,
-                # What it is at the minimum of a quadratic.
-                curvature=slope,
-                conjugacy=state.conjugacy,
-            )
+        if not jax.tree.leaves(params):  # an empty group of `optax.partition`
+            count = len(directions) + residuals
+            zeros = jnp.zeros([count], dtype)
+            none = [preconditioned[0]] * residuals
+            plan = _Plan(zeros, jnp.zeros([count, count], dtype), zeros, none)
+            prev_products = state.prev_products
+        elif every == 1:
+            plan, prev_products = solve(), None
+        else:
+            norms = jnp.sqrt(reduce(squares, *preconditioned))
+            norms = jnp.concatenate([norms, state.prev_norms[places][:history]])
+            lengths = jnp.outer(norms, norms)
+
+            def reuse() -> _Plan:
+                # Of directions in the same places; without those that take a product.
+                products = state.prev_products * lengths
+                some = _small_system.minimize(slopes, products, total_damping)
+                zeros = jax.tree.map(jnp.zeros_like, preconditioned[0])
+                return _Plan(
+                    jnp.pad(slopes, (0, residuals)),
+                    jnp.pad(products, (0, residuals)),
+                    jnp.pad(some, (0, residuals)),
+                    [zeros] * residuals,
+                )
+
+            # As long as there is a direction more in each step, it is new to them.
+            fresh = (state.count % every == 0) | (state.stored <= history)
+            plan = jax.lax.cond(fresh, solve, reuse)
+            known = plan.products[: len(directions), : len(directions)]
+            prev_products = known / jnp.where(lengths > 0, lengths, 1)
 
         factor = multiplier(state.count) if callable(multiplier) else multiplier
-        factor = _tree.real_scalar(factor, dtype)
-        if every == 1:
-            plan = solve()
-        else:
-            plan = jax.lax.cond(state.count % every == 0, solve, reuse)
-        finite = jnp.isfinite(loss) & jnp.isfinite(plan.slope)
-        finite &= jnp.isfinite(plan.curvature)
-        rejected = verdict.rejected
-        accepted = finite & ~rejected
+        coefficients = _tree.real_scalar(factor, dtype) * plan.coefficients
+
+        def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
+            lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
+            parts = [
+                _tree.scalar_like(coefficients[i], d) * d for i, d in enumerate(lifted)
+            ]
+            return sum(parts[1:], start=parts[0])
+
+        step = jax.tree.map(total, grad, *directions, *plan.residual_directions)
+        (norm,) = jnp.sqrt(reduce(squares, step))
+        longest = jnp.max(state.prev_norms)
+        longest = longest * _tree.real_scalar(max_growth, dtype)
+        bounded = (state.stored > 0) & (norm > longest)
+        ratio = jnp.where(bounded, longest / jnp.where(bounded, norm, 1), 1)
+        coefficients = ratio * coefficients
+        slope = jnp.sum(plan.slopes * coefficients)
+        curved = _small_system.inner(coefficients, plan.products, coefficients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(slope) & jnp.isfinite(curved)
+        accepted = finite & jnp.isfinite(norm) & ~rejected
         moved = accepted | rejected
 
-        def combine_leaf(g: jax.Array, last: jax.Array, *leaves: jax.Array) -> Any:
-            # A step that is taken back: the last one, turned round, but for a part.
-            last = _tree.lift(last).astype(_tree.lift(g).dtype)
-            back = jnp.where(rejected, (_CUT - 1) * last, 0)
-            total = jnp.zeros_like(last)
-            for i, d in enumerate(leaves):
-                d = _tree.lift(d).astype(total.dtype)
-                total += _tree.scalar_like(plan.coefficients[i], d) * d
-            return jnp.where(accepted, total, back).astype(g.dtype)
+        def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
+            step = _tree.scalar_like(ratio, step) * step
+            back = (_CUT - 1) * _tree.lift(back).astype(step.dtype)
+            chosen = jnp.where(accepted, step, jnp.where(rejected, back, 0))
+            return chosen.astype(g.dtype)
 
-        step = jax.tree.map(
-            combine_leaf, grad, last, *preconditioned, *past, *plan.residual_directions
-        )
-        place = jnp.where(accepted, state.stored % slots, newest)
+        output = jax.tree.map(choose, step, last, grad)
+        place = jnp.where(accepted, state.stored % slots, places[0])
 
-        def store(memory: jax.Array, u: jax.Array) -> jax.Array:
+        def store(memory: Any, new: jax.Array) -> jax.Array:
             memory = jnp.asarray(memory)  # a restored state may be NumPy's
             kept = memory[place]
             shortened = (_CUT * _tree.lift(kept)).astype(kept.dtype)
-            new = jnp.where(rejected, shortened, kept)
-            return memory.at[place].set(jnp.where(accepted, u.astype(kept.dtype), new))
+            kept = jnp.where(rejected, shortened, kept)
+            new = jnp.where(accepted, new.astype(kept.dtype), kept)
+            return memory.at[place].set(new)
 
-        def choose(new: Any, cut: Any, old: Any) -> jax.Array:
-            return jnp.where(accepted, new, jnp.where(rejected, cut, old))
+        def latest(new: Any, old: jax.Array, of_rejected: Any = None) -> jax.Array:
+            """What a field of the state becomes."""
+            of_rejected = old if of_rejected is None else of_rejected
+            return jnp.where(accepted, new, jnp.where(rejected, of_rejected, old))
 
         cut_slope = _CUT * state.prev_slope
         cut_curvature = _CUT**2 * state.prev_curvature
-        return step, QuadraticModelState(
+        conjugacy = jnp.zeros([], dtype)
+        if history:
+            conjugacy = _cosine(coefficients, plan.products, kinds)
+        return output, QuadraticModelState(
             count=jnp.where(moved, optax.safe_increment(state.count), state.count),
             stored=state.stored + accepted.astype(jnp.int32),
             preconditioner_states=_tree.where(
                 accepted, preconditioner_states, state.preconditioner_states
             ),
-            prev_updates=jax.tree.map(store, state.prev_updates, step),
-            coefficients=jnp.where(accepted, plan.coefficients, state.coefficients),
-            damping=jnp.where(moved, verdict.damping, state.damping),
-            prev_value=jnp.where(accepted, loss, state.prev_value),
-            prev_slope=choose(plan.slope, cut_slope, state.prev_slope),
-            prev_curvature=choose(plan.curvature, cut_curvature, state.prev_curvature),
-            predicted_decrease=choose(
-                plan.slope - 0.5 * plan.curvature,
-                cut_slope - 0.5 * cut_curvature,
+            prev_updates=jax.tree.map(store, state.prev_updates, output),
+            prev_norms=store(state.prev_norms, ratio * norm),
+            prev_products=None
+            if prev_products is None
+            else latest(prev_products, state.prev_products),
+            coefficients=latest(coefficients, state.coefficients),
+            damping=latest(total_damping, state.damping),
+            extra_damping=jnp.where(moved, verdict.extra_damping, state.extra_damping),
+            prev_value=latest(loss, state.prev_value),
+            prev_slope=latest(slope, state.prev_slope, cut_slope),
+            prev_curvature=latest(curved, state.prev_curvature, cut_curvature),
+            predicted_decrease=latest(
+                slope - 0.5 * curved,
                 state.predicted_decrease,
+                cut_slope - 0.5 * cut_curvature,
             ),
             actual_decrease=jnp.where(
                 moved & verdict.pending, verdict.actual, state.actual_decrease
             ),
             model_error=jnp.where(moved, verdict.model_error, state.model_error),
-            conjugacy=jnp.where(accepted, plan.conjugacy, state.conjugacy),
-            signal=jnp.where(accepted & verdict.pending, signal, state.signal),
+            conjugacy=latest(conjugacy, state.conjugacy),
+            signal=latest(signal, state.signal),
+            bounded=state.bounded + (accepted & bounded).astype(jnp.int32),
             rejected=state.rejected + rejected.astype(jnp.int32),
             nonfinite=state.nonfinite + (~moved).astype(jnp.int32),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _difference(grad: jax.Array, product: jax.Array) -> jax.Array:
+    lifted = _tree.lift(grad)
+    return (lifted - _tree.lift(product).astype(lifted.dtype)).astype(grad.dtype)
 
 
 def _signal(state: Any, slope: jax.Array) -> jax.Array:
@@ -419,7 +474,10 @@ def _signal(state: Any, slope: jax.Array) -> jax.Array:
     steep = state.prev_slope > 0
     share = (slope + state.prev_curvature) / jnp.where(steep, state.prev_slope, 1)
     share = jnp.clip(share, 0, 1)
-    average = state.signal + _SIGNAL_WEIGHT * (share - state.signal)
+    # At first of all that there were.
+    weight = 1 / (1 + jnp.asarray(state.stored).astype(share.dtype))
+    weight = jnp.maximum(weight, _SIGNAL_WEIGHT)
+    average = state.signal + weight * (share - state.signal)
     return jnp.where(steep, average, state.signal)
 
 

@@ -83,10 +83,17 @@ def base_config() -> ConfigDict:
             beta_rule="fletcher_reeves",
             # orthogonalization, diagonal_bfgs, rms, adam, none
             preconditioner="orthogonalization",
-            step_rule="step",  # step, online, none
+            # step, online, quadratic_model, none. With quadratic_model the curvature
+            # chooses β and the length of the step: no field of the learning rate, the
+            # schedule or β counts.
+            step_rule="step",
             beta_bounds=(0.0, 0.9),
             nesterov=True,
             epsilon=1e-8,
+            # Of quadratic_model: the part of a batch that its products are taken on,
+            # and the steps between two of them.
+            curvature_fraction=0.1,
+            curvature_every=1,
         )
     )
     config.optimizer.nlcg_paper = _Group(

@@ -139,7 +139,7 @@ def train_and_evaluate(
         if step % config.log_every_steps == 0 or not _is_finite(row):
             writer.write(step, "train", row)
             told.step(step, row)
-        if not _is_finite(row):
+        if not _is_finite(row) and not row.get("taken_back"):
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "

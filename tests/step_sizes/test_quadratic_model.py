@@ -1,5 +1,9 @@
 """The step that curvature chooses, against conjugate gradient in NumPy."""
 
+import json
+import math
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +45,10 @@ def conjugate_gradient(steps):
     return np.array(points)
 
 
+# Conjugate gradient itself: no damping, no bound.
+PURE = {"damping": 0.0, "first_damping": 0.0, "max_growth": math.inf}
+
+
 def run(tx, value_fn, x, steps, curvature=None):
     """Points and states of so many steps."""
     curvature = nlcg_optax.hessian(value_fn) if curvature is None else curvature
@@ -65,7 +73,7 @@ def run(tx, value_fn, x, steps, curvature=None):
 
 @pytest.mark.parametrize("history", [1, 3])
 def test_on_a_quadratic_it_is_conjugate_gradient(history, x64):
-    tx = scale_by_quadratic_model(fixed, history=history, residuals=0, damping=0.0)
+    tx = scale_by_quadratic_model(fixed, history=history, residuals=0, **PURE)
     points, states = run(tx, quadratic, START, N + 2)
     expected = conjugate_gradient(N)
     largest = np.abs(START - MINIMUM).max()
@@ -85,7 +93,7 @@ def test_on_a_quadratic_it_is_conjugate_gradient(history, x64):
 
 def test_a_residual_direction_is_a_second_iteration(x64):
     for residuals in (1, 2, 3):
-        tx = scale_by_quadratic_model(fixed, residuals=residuals, damping=0.0)
+        tx = scale_by_quadratic_model(fixed, residuals=residuals, **PURE)
         points, _ = run(tx, quadratic, START, 1)
         expected = conjugate_gradient(1 + residuals)[-1]
         np.testing.assert_allclose(points[0], expected, rtol=1e-10)
@@ -93,7 +101,7 @@ def test_a_residual_direction_is_a_second_iteration(x64):
 
 def test_steepest_descent(x64):
     """With z = g and no history: exact steps along the gradient."""
-    tx = scale_by_quadratic_model(history=0, residuals=0, damping=0.0)
+    tx = scale_by_quadratic_model(history=0, residuals=0, **PURE)
     points, states = run(tx, quadratic, START, 5)
     x = START
     for point, state in zip(points, states, strict=True):
@@ -110,7 +118,7 @@ def test_steepest_descent(x64):
 def test_several_preconditioners_span_a_plane(x64):
     second = np.linspace(1.0, 3.0, N)
     other = optax.stateless(lambda updates, params: updates * second)
-    tx = scale_by_quadratic_model([fixed, None, other], residuals=0, damping=0.0)
+    tx = scale_by_quadratic_model([fixed, None, other], residuals=0, **PURE)
     points, states = run(tx, quadratic, START, 1)
     g = MATRIX @ START - OFFSET
     d = np.stack([INVERSE * g, g, second * g])
@@ -171,9 +179,8 @@ def test_orthogonalization_trains_without_a_learning_rate():
 
 
 def test_the_multiplier_scales_the_step_and_its_prediction(x64):
-    tx = scale_by_quadratic_model(
-        fixed, residuals=0, damping=0.0, multiplier=optax.linear_schedule(0.5, 0.1, 4)
-    )
+    schedule = optax.linear_schedule(0.5, 0.1, 4)
+    tx = scale_by_quadratic_model(fixed, residuals=0, multiplier=schedule, **PURE)
     points, states = run(tx, quadratic, START, 3)
     whole = conjugate_gradient(1)[0] - START
     np.testing.assert_allclose(points[0], START + 0.5 * whole, rtol=1e-10)
@@ -183,24 +190,28 @@ def test_the_multiplier_scales_the_step_and_its_prediction(x64):
         np.testing.assert_allclose(states[t].predicted_decrease, decrease, rtol=1e-8)
 
 
-def test_steps_between_new_curvature_keep_their_coefficients(x64):
-    tx = scale_by_quadratic_model(fixed, history=1, residuals=0, every=3, damping=0.0)
-    called = []
-
-    def value_fn(x):
-        return quadratic(x)
-
-    points, states = run(tx, value_fn, START, 5)
-    del called
-    coefficients = [np.asarray(state.coefficients) for state in states]
-    np.testing.assert_array_equal(coefficients[1], coefficients[0])
-    np.testing.assert_array_equal(coefficients[2], coefficients[0])
-    assert np.all(coefficients[3] != coefficients[0])
-    # The second step, by hand.
+def test_steps_between_new_curvature_keep_the_old_one(x64):
+    """On a quadratic, whose cosines between the directions hardly change."""
+    tx = scale_by_quadratic_model(fixed, history=1, residuals=0, every=3, **PURE)
+    points, states = run(tx, quadratic, START, 5)
+    # Until the memory is full, and then in each third step, products are new.
+    expected = conjugate_gradient(2)
+    np.testing.assert_allclose(points[:2], expected, rtol=1e-10)
+    # The third step, by hand.
     g = MATRIX @ points[0] - OFFSET
-    a, b = coefficients[0]
-    expected = points[0] - a * INVERSE * g + b * (points[0] - START)
-    np.testing.assert_allclose(points[1], expected, rtol=1e-10)
+    old = np.stack([INVERSE * g, START - points[0]])
+    g = MATRIX @ points[1] - OFFSET
+    new = np.stack([INVERSE * g, points[0] - points[1]])
+    ratio = np.linalg.norm(new, axis=1) / np.linalg.norm(old, axis=1)
+    products = old @ MATRIX @ old.T * np.outer(ratio, ratio)
+    c = np.linalg.solve(products, new @ g)
+    np.testing.assert_allclose(states[2].coefficients, c, rtol=1e-8)
+    np.testing.assert_allclose(points[2], points[1] - c @ new, rtol=1e-8)
+    # The fourth has new products.
+    g = MATRIX @ points[2] - OFFSET
+    new = np.stack([INVERSE * g, points[1] - points[2]])
+    c = np.linalg.solve(new @ MATRIX @ new.T, new @ g)
+    np.testing.assert_allclose(states[3].coefficients, c, rtol=1e-8)
 
 
 # --- Steps that go wrong ------------------------------------------------------------
@@ -224,7 +235,7 @@ def test_a_first_step_into_the_void_is_survived():
 
 def test_a_rejected_step_is_taken_back():
     """By hand: the loss that follows the first step is far above the prediction."""
-    tx = scale_by_quadratic_model(history=2, residuals=0, damping=0.0)
+    tx = scale_by_quadratic_model(history=2, residuals=0, **PURE)
     curvature = nlcg_optax.hessian(lambda x: 0.5 * jnp.sum(x**2 * jnp.array([1.0, 4])))
     x, g = jnp.array([1.0, 1.0]), jnp.array([1.0, 4.0])
     state = tx.init(x)
@@ -241,7 +252,8 @@ def test_a_rejected_step_is_taken_back():
     back, state = update(2 * g, state, x - first, jnp.nan)
     np.testing.assert_allclose(back, -0.75 * first, rtol=1e-6)
     assert state.rejected == 1 and state.count == 2 and state.stored == 1
-    assert state.damping > 0.1 and state.prev_value == 3.0
+    np.testing.assert_allclose(state.extra_damping, 0.4, rtol=1e-6)
+    assert state.prev_value == 3.0
     cut = 0.25 * alpha * 17 - 0.5 * 0.25**2 * alpha * 17
     np.testing.assert_allclose(state.predicted_decrease, cut, rtol=1e-5)
     newest = jax.tree.map(lambda m: m[0], state.prev_updates)
@@ -249,7 +261,37 @@ def test_a_rejected_step_is_taken_back():
     # It goes on from there, with the shortened step in its memory.
     _, state = update(g, state, x - 0.25 * first, 2.5)
     assert state.rejected == 1 and state.stored == 2
+    np.testing.assert_allclose(state.damping, 0.1, rtol=1e-6)  # a quarter of it
     np.testing.assert_allclose(state.actual_decrease, 0.5, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_the_steps_fault():
+    tx = scale_by_quadratic_model()
+    x = jnp.array([1.0, -2.0])
+    curvature = nlcg_optax.hessian(lambda x: jnp.sum(x**2))
+    given = {"value": 5.0, "curvature": curvature}
+    first, state = tx.update(2 * x, tx.init(x), x, **given)
+    back, state = tx.update(jnp.nan * x, state, x - first, **given)
+    np.testing.assert_allclose(back, -0.75 * first, rtol=1e-6)
+    assert state.rejected == 1 and state.nonfinite == 0
+
+
+def test_a_step_is_at_most_three_times_the_last_ones():
+    """The curvature falls by a factor of 100 from one step to the next."""
+    tx = scale_by_quadratic_model(residuals=0, damping=0.0, first_damping=0.0)
+    x = jnp.ones(2)
+    state, steps = tx.init(x), []
+    for k in range(4):
+        curvature = nlcg_optax.hessian(lambda x, k=k: 0.5 * 100.0**-k * jnp.sum(x**2))
+        step, state = tx.update(x, state, x, value=1.0 - k, curvature=curvature)
+        steps.append(np.linalg.norm(step))
+        np.testing.assert_allclose(
+            state.predicted_decrease,
+            np.sqrt(2) * steps[-1] - 0.5 * 100.0**-k * steps[-1] ** 2,
+            rtol=1e-5,
+        )
+    np.testing.assert_allclose(steps, np.sqrt(2) * 3.0 ** np.arange(4), rtol=1e-5)
+    assert state.bounded == 3
 
 
 @pytest.mark.parametrize("what", ["value", "gradient", "curvature"])
@@ -263,7 +305,7 @@ def test_what_is_not_finite_leaves_everything_as_it_was(what):
 
     g = jax.grad(value_fn)(x)
     state = tx.init(x)
-    if what != "value":  # after a step a loss that is not finite is the step's fault
+    if what == "curvature":  # what else is not finite after a step is the step's fault
         curvature = nlcg_optax.hessian(value_fn)
         updates, state = tx.update(g, state, x, value=4.0, curvature=curvature)
         x = jax.tree.map(jnp.subtract, x, updates)
@@ -300,11 +342,13 @@ def test_diagnostics(x64):
     report = nlcg_optax.diagnostics(states[-1])
     state = states[-1][0]
     assert report["coefficients"].shape == (3,)
-    assert report["damping"] == state.damping
+    np.testing.assert_allclose(report["damping"], 0.3 + 1 / 16)
+    np.testing.assert_allclose(report["signal"], 1)  # there is no noise
     values = [quadratic(x) for x in (START, *points)]
     np.testing.assert_allclose(report["predicted_decrease"], values[2] - values[3])
     np.testing.assert_allclose(report["actual_decrease"], values[1] - values[2])
-    assert report["rejected_steps"] == 0 and report["nonfinite_products"] == 0
+    for counter in ("bounded_steps", "rejected_steps", "nonfinite_products"):
+        assert report[counter] == 0
     d, e = points[2] - points[1], points[1] - points[0]
     cosine = d @ MATRIX @ e / np.sqrt((d @ MATRIX @ d) * (e @ MATRIX @ e))
     np.testing.assert_allclose(report["conjugacy"], cosine, atol=1e-10)
@@ -322,6 +366,8 @@ def test_arguments_that_are_none():
         ({"residuals": -1}, ["residuals=-1", "at least 0"]),
         ({"every": 0}, ["every=0", "at least 1"]),
         ({"damping": -0.1}, ["damping=-0.1", "at least 0"]),
+        ({"first_damping": "1"}, ["first_damping='1'", "a number"]),
+        ({"max_growth": 0}, ["max_growth=0", "greater than 0"]),
         ({"multiplier": "1"}, ["multiplier='1'", "a number"]),
         ({"preconditioner": "rms"}, ["preconditioner='rms'", "GradientTransformation"]),
         ({"preconditioner": []}, ["preconditioner=[]", "a sequence"]),
@@ -364,3 +410,42 @@ def test_update_needs_the_parameters_and_gradients_like_them():
     with pytest.raises(ValueError) as error:
         tx.update({"x": x}, tx.init(x), x, value=1.0, curvature=curvature)
     check(error, "gradients do not match", "expected")
+
+
+# --- Several devices ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(run_on_devices):
+    worker = pathlib.Path(__file__).parents[1] / "workers" / "quadratic_model.py"
+    done = run_on_devices(worker, 8, "--xla_backend_optimization_level=0")
+    return json.loads(done.stdout)
+
+
+def test_on_several_devices_the_numbers_are_those_of_one(found):
+    differences = found["numbers"]
+    assert len(differences) == 13
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] < 1e-8, worst
+
+
+def test_a_lost_mean_is_noticed(found):
+    for needle in ("each device's own", "'data'", "axis_name="):
+        assert needle in found["lost_mean"]
+
+
+@pytest.mark.parametrize("door", ["jit", "shard_map"])
+def test_no_second_all_reduce_of_a_gradient(found, door):
+    """Products are a matrix of three directions; a residual direction is a tree."""
+    plain, products, residual = (
+        found["communication"][f"{door}, {residuals}"] for residuals in (None, 0, 1)
+    )
+    size = 8 * 16 + 16 + 16 * 5
+    assert plain == [["all-reduce", size + 1]]
+    assert products == [["all-reduce", 9], *plain]
+    assert residual == [
+        ["all-reduce", 4],
+        ["all-reduce", 9],
+        ["all-reduce", size],
+        *plain,
+    ]

@@ -113,18 +113,27 @@ def test_under_vmap_and_jit():
 # --- The verdict --------------------------------------------------------------------
 
 
-def judge(loss, prev_value=2.0, predicted=0.1, damping=0.5, model_error=0.02, base=0.1):
-    numbers = (loss, prev_value, predicted, damping, model_error, base)
-    verdict = _trust.judge(*(jnp.asarray(x, jnp.float32) for x in numbers))
+def judge(
+    loss,
+    prev_value=2.0,
+    predicted=0.1,
+    extra_damping=0.5,
+    model_error=0.02,
+    damping=0.1,
+    finite=True,
+):
+    numbers = (prev_value, predicted, extra_damping, model_error, damping)
+    verdict = _trust.judge(
+        jnp.float32(loss), jnp.asarray(finite), *map(jnp.float32, numbers)
+    )
     return jax.tree.map(np.asarray, verdict)
 
 
-@pytest.mark.parametrize(("damping", "after"), [(0.5, 0.25), (0.15, 0.1), (0.1, 0.1)])
-def test_damping_comes_back_by_halves(damping, after):
+def test_extra_damping_fades():
     for loss in (1.8, 1.95, 2.05):
-        verdict = judge(loss, damping=damping)
+        verdict = judge(loss)
         assert verdict.pending and not verdict.rejected
-        np.testing.assert_allclose(verdict.damping, after)
+        np.testing.assert_allclose(verdict.extra_damping, 0.125)
         np.testing.assert_allclose(verdict.actual, 2.0 - loss, rtol=1e-5, atol=1e-6)
 
 
@@ -132,9 +141,15 @@ def test_damping_comes_back_by_halves(damping, after):
 def test_a_rise_beyond_the_prediction_is_rejected(loss):
     verdict = judge(loss)
     assert verdict.rejected
-    np.testing.assert_allclose(verdict.damping, 2.0)
+    np.testing.assert_allclose(verdict.extra_damping, 2.0)
     np.testing.assert_allclose(verdict.model_error, 0.02, rtol=1e-6)
-    np.testing.assert_allclose(judge(loss, damping=0.0).damping, 0.4, rtol=1e-6)
+    for damping, raised in ((0.3, 1.2), (0.1, 0.4), (0.0, 0.4)):
+        verdict = judge(loss, extra_damping=0.01, damping=damping)
+        np.testing.assert_allclose(verdict.extra_damping, raised, rtol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_is_rejected():
+    assert judge(1.9, finite=False).rejected and not judge(1.9).rejected
 
 
 def test_noise_is_tolerated():
@@ -148,7 +163,7 @@ def test_noise_is_tolerated():
 def test_without_a_step_there_is_nothing_to_judge():
     verdict = judge(7.0, predicted=0.0)
     assert not verdict.pending and not verdict.rejected
-    np.testing.assert_allclose(verdict.damping, 0.5)
+    np.testing.assert_allclose(verdict.extra_damping, 0.5)
     np.testing.assert_allclose(verdict.model_error, 0.02, rtol=1e-6)
 
 
@@ -162,5 +177,7 @@ def test_rounding_is_no_rise():
 def test_a_factor_in_the_loss_changes_nothing():
     for loss in (1.9, 1.99, 2.05, 2.3):
         one, other = judge(loss), judge(8 * loss, 16.0, 0.8, 0.5, 0.16)
-        assert one.rejected == other.rejected and one.damping == other.damping
+        assert (
+            one.rejected == other.rejected and one.extra_damping == other.extra_damping
+        )
         np.testing.assert_allclose(8 * one.model_error, other.model_error, rtol=1e-6)
