@@ -141,8 +141,9 @@ def nlcg(
                     f"{name}={value!r} is not valid with step_rule='quadratic_model', "
                     "which chooses β by itself: leave it out."
                 )
-        one = isinstance(preconditioner, Preconditioner)
-        several = [preconditioner] if one else preconditioner
+        # A transformation is a (named) tuple itself.
+        one = isinstance(preconditioner, str | optax.GradientTransformation | None)
+        several: Any = [preconditioner] if one else preconditioner
         model = scale_by_quadratic_model(
             [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
             multiplier=1.0 if learning_rate is None else learning_rate,

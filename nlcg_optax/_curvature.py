@@ -157,7 +157,8 @@ def gauss_newton(
         outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
-        return Images(*_vary((outputs, tangents), axis_name), stacked)
+        outputs, tangents = _vary((outputs, tangents), axis_name)
+        return Images(outputs, tangents, stacked)
 
     def curved(images: Images, *inputs: Any) -> Any:
         """H J d, its conjugate for complex outputs (as `jax.grad` has it)."""

@@ -9,10 +9,10 @@ import optax
 
 from nlcg_optax import _check, _tree
 from nlcg_optax._curvature import Curvature, Images, combine, join, stack
-from nlcg_optax.step_sizes import _small_system, _trust
+from nlcg_optax.step_sizes import _noise, _small_system, _trust
 
 Preconditioners = (
-    optax.GradientTransformation | Sequence[optax.GradientTransformation] | None
+    optax.GradientTransformation | Sequence[optax.GradientTransformation | None] | None
 )
 
 
@@ -21,12 +21,12 @@ class QuadraticModelState(NamedTuple):
 
     Attributes:
       count: updates made, int32 scalar.
-      stored: steps stored so far, int32 scalar; the newest is at
-        ``(stored - 1) % history``.
+      stored: steps taken and not left out, int32 scalar.
       preconditioner_states: states of the nested preconditioners, a tuple.
       prev_updates: the last steps, with their sign turned, stacked along a leading
-        axis.
-      prev_norms: their lengths.
+        axis, the newest at ``(stored - 1) % history``. Once noise rules, the last step
+        comes first, and then NLCG's direction.
+      prev_norms: the lengths of the last steps, the newest at the same place.
       prev_products: the last matrix of inner products in the curvature, of directions
         of length 1; None where it is new in each step.
       coefficients: of the last step: of each preconditioned gradient, then of each past
@@ -41,6 +41,11 @@ class QuadraticModelState(NamedTuple):
       model_error: average distance of the loss from the model's prediction.
       conjugacy: cosine between the last two steps in the metric of the curvature.
       signal: average share of the slope along a step that is no noise.
+      log_length: average logarithm of the best length along the preconditioned gradient
+        alone.
+      rate: the rate with which NLCG goes on once noise rules; 0 before.
+      rate_since: the count when it took over.
+      prev_g_z: gᵀz of the last step.
       bounded: steps that were shortened to the longest allowed, int32 scalar.
       rejected: steps that were taken back, int32 scalar.
       nonfinite: steps left out for a product that was not finite, int32 scalar.
@@ -63,6 +68,10 @@ class QuadraticModelState(NamedTuple):
     model_error: jax.Array
     conjugacy: jax.Array
     signal: jax.Array
+    log_length: jax.Array
+    rate: jax.Array
+    rate_since: jax.typing.ArrayLike
+    prev_g_z: jax.Array
     bounded: jax.typing.ArrayLike
     rejected: jax.typing.ArrayLike
     nonfinite: jax.typing.ArrayLike
@@ -70,8 +79,6 @@ class QuadraticModelState(NamedTuple):
 
 # A step that is taken back keeps this part of its length.
 _CUT = 0.25
-# The last measurement's part of the average share of signal, once there are ten.
-_SIGNAL_WEIGHT = 0.1
 
 
 class _Plan(NamedTuple):
@@ -96,9 +103,12 @@ def scale_by_quadratic_model(
     history: int = 3,
     residuals: int = 1,
     every: int = 1,
-    damping: float = 0.1,
+    damping: float = 0.01,
+    noise_damping: float = 0.1,
     first_damping: float = 1.0,
     max_growth: float = 3.0,
+    min_signal: float = 0.4,
+    horizon: int | None = None,
     multiplier: optax.ScalarOrSchedule = 1.0,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
@@ -149,11 +159,14 @@ def scale_by_quadratic_model(
       residuals: residual directions. With 0 there is no backward pass.
       every: steps between new products of the curvature. In between, the coefficients
         stay what they are (those of residual directions are 0).
-      damping: λ, relative to the curvature along each direction.
+      damping: λ without noise, relative to the curvature along each direction.
+      noise_damping: what the ratio of noise to signal, times this, adds to λ.
       first_damping: what the first step adds to λ, because nothing is known yet of how
         far the model holds. It fades by a factor of 4 with each step.
       max_growth: how much longer a step may be than the longest of the last ones
         remembered; ``math.inf`` for any length. Shortened steps are counted.
+      min_signal: the average share of signal below which noise rules; 0 for never.
+      horizon: the steps of the whole run, if they are known.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
       state_dtype: dtype of the past steps (kept complex for complex leaves); None for
         each parameter's own.
@@ -213,10 +226,16 @@ def scale_by_quadratic_model(
     _check.number("damping", damping, minimum=0)
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
+    _check.number("noise_damping", noise_damping, minimum=0)
+    _check.number("min_signal", min_signal, minimum=0)
+    if horizon is not None:
+        _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
     inner = _preconditioners(preconditioner)
-    kinds, slots = len(inner), max(history, 1)
+    # At least the last step, to take it back, and NLCG's direction if need be.
+    may_coast = not isinstance(min_signal, int | float) or min_signal > 0
+    kinds, slots = len(inner), max(history, 2 if may_coast else 1)
 
     def init_fn(params: optax.Params) -> Any:
         dtype = _tree.scalar_dtype(params)
@@ -231,15 +250,15 @@ def scale_by_quadratic_model(
         def counter() -> jax.Array:
             return jnp.zeros([], jnp.int32)
 
-        known = kinds + history
+        size = kinds + slots
         return QuadraticModelState(
             count=counter(),
             stored=counter(),
             preconditioner_states=tuple(one.init(params) for one in inner),
             prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
             prev_norms=jnp.zeros([slots], dtype),
-            prev_products=None if every == 1 else jnp.zeros([known, known], dtype),
-            coefficients=jnp.zeros([known + residuals], dtype),
+            prev_products=None if every == 1 else jnp.zeros([size, size], dtype),
+            coefficients=jnp.zeros([size + residuals], dtype),
             damping=_tree.real_scalar(damping, dtype),
             extra_damping=_tree.real_scalar(first_damping, dtype),
             prev_value=number(),
@@ -250,6 +269,10 @@ def scale_by_quadratic_model(
             model_error=number(),
             conjugacy=number(),
             signal=number(1.0),
+            log_length=number(),
+            rate=number(),
+            rate_since=counter(),
+            prev_g_z=number(),
             bounded=counter(),
             rejected=counter(),
             nonfinite=counter(),
@@ -290,12 +313,15 @@ def scale_by_quadratic_model(
         results = [precondition(one, one_state, grad) for one, one_state in pairs]
         preconditioned = [z for z, _ in results]
         preconditioner_states = tuple(one_state for _, one_state in results)
-        places = (state.stored - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots
+        coasted = state.rate > 0
+        order = jnp.arange(slots, dtype=jnp.int32)
+        by_age = (state.stored - 1 - order) % slots
+        places = jnp.where(coasted, order, by_age)
         past = [
             jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], state.prev_updates)
             for i in places
         ]
-        last, directions = past[0], [*preconditioned, *past[:history]]
+        directions = [*preconditioned, *past[:history]]
         slopes = reduce(slopes_along, grad, *preconditioned, *past)
 
         # What became of the last step.
@@ -309,31 +335,44 @@ def scale_by_quadratic_model(
             _tree.real_scalar(damping, dtype),
         )
         rejected = verdict.rejected
-        signal = _signal(state, slopes[kinds])
-        slopes = slopes[: len(directions)]
-        total_damping = _tree.real_scalar(damping, dtype) + verdict.extra_damping
+        measured = ~coasted & (state.prev_slope > 0)
+        share = _noise.share_of_signal(
+            slopes[kinds],
+            jnp.where(measured, state.prev_slope, 1),
+            state.prev_curvature,
+        )
+        share = _noise.average(state.signal, share, state.stored)
+        signal = jnp.where(measured, share, state.signal)
+        total_damping = (
+            _tree.real_scalar(damping, dtype)
+            + _tree.real_scalar(noise_damping, dtype) * _noise.ratio(signal)
+            + verdict.extra_damping
+        )
+
+        known, unused = len(directions), slots - history
 
         def solve() -> _Plan:
             images = curvature.push(params, stack(params, directions))
             products = _products(curvature, params, images, images, loss).astype(dtype)
-            products = 0.5 * (products + products.T)
-            plan = _Plan(
-                slopes,
-                products,
-                _small_system.minimize(slopes, products, total_damping),
-                [],
-            )
+            # What is remembered but no direction has zeros.
+            products = jnp.pad(0.5 * (products + products.T), (0, unused))
+            coefficients = _small_system.minimize(slopes, products, total_damping)
+            plan = _Plan(slopes, products, coefficients, [])
             for _ in range(residuals):
                 # The gradient of the model at its minimum, preconditioned.
-                step = combine(images, plan.coefficients)
+                used = [plan.coefficients[:known], plan.coefficients[known + unused :]]
+                step = combine(images, jnp.concatenate(used))
                 residual = jax.tree.map(_difference, grad, curvature.pull(params, step))
                 z, _ = precondition(inner[0], preconditioner_states[0], residual)
                 image = curvature.push(params, stack(params, [z]))
                 images = join(images, image)
-                row = _products(curvature, params, image, images, loss).astype(dtype)
-                products = jnp.block([[plan.products, row[:, :-1].T], [row]])
-                slope = reduce(slopes_along, grad, z)
-                all_slopes = jnp.concatenate([plan.slopes, slope])
+                (row,) = _products(curvature, params, image, images, loss).astype(dtype)
+                parts = [row[:known], jnp.zeros([unused], dtype), row[known:]]
+                row = jnp.concatenate(parts)
+                products = jnp.pad(plan.products, (0, 1)).at[-1].set(row)
+                products = products.at[:, -1].set(row)
+                all_slopes = [plan.slopes, reduce(slopes_along, grad, z)]
+                all_slopes = jnp.concatenate(all_slopes)
                 plan = _Plan(
                     all_slopes,
                     products,
@@ -342,39 +381,73 @@ def scale_by_quadratic_model(
                 )
             return plan
 
+        def without_residuals(products: jax.Array, coefficients: jax.Array) -> _Plan:
+            zeros = jax.tree.map(jnp.zeros_like, preconditioned[0])
+            return _Plan(
+                jnp.pad(slopes, (0, residuals)),
+                jnp.pad(products, (0, residuals)),
+                jnp.pad(coefficients, (0, residuals)),
+                [zeros] * residuals,
+            )
+
+        def no_products() -> _Plan:
+            size = kinds + slots
+            return without_residuals(
+                jnp.zeros([size, size], dtype), jnp.zeros([size], dtype)
+            )
+
+        prev_products = state.prev_products
         if not jax.tree.leaves(params):  # an empty group of `optax.partition`
-            count = len(directions) + residuals
-            zeros = jnp.zeros([count], dtype)
-            none = [preconditioned[0]] * residuals
-            plan = _Plan(zeros, jnp.zeros([count, count], dtype), zeros, none)
-            prev_products = state.prev_products
+            plan = no_products()
         elif every == 1:
-            plan, prev_products = solve(), None
+            plan = jax.lax.cond(coasted, no_products, solve) if may_coast else solve()
         else:
             norms = jnp.sqrt(reduce(squares, *preconditioned))
-            norms = jnp.concatenate([norms, state.prev_norms[places][:history]])
+            past_norms = jnp.where(order < history, state.prev_norms[by_age], 0)
+            norms = jnp.concatenate([norms, past_norms])
             lengths = jnp.outer(norms, norms)
 
             def reuse() -> _Plan:
                 # Of directions in the same places; without those that take a product.
                 products = state.prev_products * lengths
-                some = _small_system.minimize(slopes, products, total_damping)
-                zeros = jax.tree.map(jnp.zeros_like, preconditioned[0])
-                return _Plan(
-                    jnp.pad(slopes, (0, residuals)),
-                    jnp.pad(products, (0, residuals)),
-                    jnp.pad(some, (0, residuals)),
-                    [zeros] * residuals,
+                return without_residuals(
+                    products, _small_system.minimize(slopes, products, total_damping)
                 )
 
             # As long as there is a direction more in each step, it is new to them.
             fresh = (state.count % every == 0) | (state.stored <= history)
-            plan = jax.lax.cond(fresh, solve, reuse)
-            known = plan.products[: len(directions), : len(directions)]
-            prev_products = known / jnp.where(lengths > 0, lengths, 1)
+            choice = jnp.where(coasted, 2, jnp.where(fresh, 0, 1))
+            plan = jax.lax.switch(choice, [solve, reuse, no_products])
+            prev_products = plan.products[: kinds + slots, : kinds + slots]
+            prev_products = prev_products / jnp.where(lengths > 0, lengths, 1)
+
+        # The best length along the preconditioned gradient alone.
+        steep = plan.products[0, 0] > 0
+        length = plan.slopes[0] / jnp.where(steep, plan.products[0, 0], 1)
+        length = jnp.log(jnp.maximum(length, jnp.finfo(dtype).tiny))
+        length = _noise.average(state.log_length, length, state.stored)
+        log_length = jnp.where(coasted, state.log_length, length)
+        course = _noise.set_course(
+            (signal < _tree.real_scalar(min_signal, dtype)) & ~rejected,
+            state.rate,
+            state.rate_since,
+            log_length,
+            state.stored,
+            slopes[0],
+            state.prev_g_z,
+            state.count,
+            horizon,
+        )
+        coasts = course.active
+        coasting = jnp.zeros_like(plan.coefficients).at[0].set(course.gradient)
+        if may_coast:
+            coasting = coasting.at[kinds].set(course.last)
+            coasting = coasting.at[kinds + 1].set(course.direction)
+        products = jnp.where(coasts, 0, plan.products)
 
         factor = multiplier(state.count) if callable(multiplier) else multiplier
-        coefficients = _tree.real_scalar(factor, dtype) * plan.coefficients
+        coefficients = jnp.where(coasts, coasting, plan.coefficients)
+        coefficients = _tree.real_scalar(factor, dtype) * coefficients
 
         def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
             lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
@@ -383,7 +456,9 @@ def scale_by_quadratic_model(
             ]
             return sum(parts[1:], start=parts[0])
 
-        step = jax.tree.map(total, grad, *directions, *plan.residual_directions)
+        step = jax.tree.map(
+            total, grad, *preconditioned, *past, *plan.residual_directions
+        )
         (norm,) = jnp.sqrt(reduce(squares, step))
         longest = jnp.max(state.prev_norms)
         longest = longest * _tree.real_scalar(max_growth, dtype)
@@ -391,7 +466,7 @@ def scale_by_quadratic_model(
         ratio = jnp.where(bounded, longest / jnp.where(bounded, norm, 1), 1)
         coefficients = ratio * coefficients
         slope = jnp.sum(plan.slopes * coefficients)
-        curved = _small_system.inner(coefficients, plan.products, coefficients)
+        curved = _small_system.inner(coefficients, products, coefficients)
         finite = jnp.isfinite(loss) & jnp.isfinite(slope) & jnp.isfinite(curved)
         accepted = finite & jnp.isfinite(norm) & ~rejected
         moved = accepted | rejected
@@ -402,16 +477,33 @@ def scale_by_quadratic_model(
             chosen = jnp.where(accepted, step, jnp.where(rejected, back, 0))
             return chosen.astype(g.dtype)
 
-        output = jax.tree.map(choose, step, last, grad)
-        place = jnp.where(accepted, state.stored % slots, places[0])
+        output = jax.tree.map(choose, step, past[0], grad)
+        # Among the last steps, and among the arrays that hold them.
+        next_place = jnp.where(accepted, state.stored % slots, by_age[0])
+        place = jnp.where(coasts, 0, next_place)
 
-        def store(memory: Any, new: jax.Array) -> jax.Array:
+        def replace(memory: Any, place: jax.Array, new: jax.Array) -> jax.Array:
             memory = jnp.asarray(memory)  # a restored state may be NumPy's
             kept = memory[place]
             shortened = (_CUT * _tree.lift(kept)).astype(kept.dtype)
             kept = jnp.where(rejected, shortened, kept)
             new = jnp.where(accepted, new.astype(kept.dtype), kept)
             return memory.at[place].set(new)
+
+        def remember(memory: Any, u: jax.Array, z: jax.Array, *past: jax.Array) -> Any:
+            memory = replace(memory, place, u)
+            if not may_coast:
+                return memory
+            lifted = direction = _tree.lift(z)
+            betas = course.beta_of_last, course.beta_of_direction
+            for factor, d in zip(betas, past[:2], strict=True):
+                d = _tree.lift(d).astype(lifted.dtype)
+                direction += _tree.scalar_like(factor, d) * d
+            kept = memory[1]
+            coasting = coasts & accepted
+            return memory.at[1].set(
+                jnp.where(coasting, direction.astype(kept.dtype), kept)
+            )
 
         def latest(new: Any, old: jax.Array, of_rejected: Any = None) -> jax.Array:
             """What a field of the state becomes."""
@@ -422,15 +514,17 @@ def scale_by_quadratic_model(
         cut_curvature = _CUT**2 * state.prev_curvature
         conjugacy = jnp.zeros([], dtype)
         if history:
-            conjugacy = _cosine(coefficients, plan.products, kinds)
+            conjugacy = _cosine(coefficients, products, kinds)
         return output, QuadraticModelState(
             count=jnp.where(moved, optax.safe_increment(state.count), state.count),
             stored=state.stored + accepted.astype(jnp.int32),
             preconditioner_states=_tree.where(
                 accepted, preconditioner_states, state.preconditioner_states
             ),
-            prev_updates=jax.tree.map(store, state.prev_updates, output),
-            prev_norms=store(state.prev_norms, ratio * norm),
+            prev_updates=jax.tree.map(
+                remember, state.prev_updates, output, preconditioned[0], *past
+            ),
+            prev_norms=replace(state.prev_norms, next_place, ratio * norm),
             prev_products=None
             if prev_products is None
             else latest(prev_products, state.prev_products),
@@ -451,6 +545,10 @@ def scale_by_quadratic_model(
             model_error=jnp.where(moved, verdict.model_error, state.model_error),
             conjugacy=latest(conjugacy, state.conjugacy),
             signal=latest(signal, state.signal),
+            log_length=latest(log_length, state.log_length),
+            rate=latest(course.rate, state.rate),
+            rate_since=latest(course.since, state.rate_since),
+            prev_g_z=latest(slopes[0], state.prev_g_z),
             bounded=state.bounded + (accepted & bounded).astype(jnp.int32),
             rejected=state.rejected + rejected.astype(jnp.int32),
             nonfinite=state.nonfinite + (~moved).astype(jnp.int32),
@@ -464,24 +562,7 @@ def _difference(grad: jax.Array, product: jax.Array) -> jax.Array:
     return (lifted - _tree.lift(product).astype(lifted.dtype)).astype(grad.dtype)
 
 
-def _signal(state: Any, slope: jax.Array) -> jax.Array:
-    r"""The average share of the slope that is signal, with what the last step tells.
-
-    Without noise the slope along the last step :math:`-u` is now
-    :math:`u^\top g_t - u^\top C u`. Of a noisy gradient the noise is gone that had made
-    it seem steeper.
-    """
-    steep = state.prev_slope > 0
-    share = (slope + state.prev_curvature) / jnp.where(steep, state.prev_slope, 1)
-    share = jnp.clip(share, 0, 1)
-    # At first of all that there were.
-    weight = 1 / (1 + jnp.asarray(state.stored).astype(share.dtype))
-    weight = jnp.maximum(weight, _SIGNAL_WEIGHT)
-    average = state.signal + weight * (share - state.signal)
-    return jnp.where(steep, average, state.signal)
-
-
-def _cosine(coefficients: jax.Array, matrix: jax.Array, newest: jax.Array) -> jax.Array:
+def _cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array:
     """Cosine between the new step and the last one in the metric of the curvature."""
     other = jnp.zeros_like(coefficients).at[newest].set(1)
     product = _small_system.inner(coefficients, matrix, other)
@@ -498,11 +579,13 @@ def _preconditioners(
 ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
     """The preconditioners as a tuple; None stands for the plain gradient."""
     # A transformation is a (named) tuple itself.
-    one = preconditioner is None or isinstance(
+    if preconditioner is None or isinstance(
         preconditioner, optax.GradientTransformation
-    )
-    several = (preconditioner,) if one else tuple(preconditioner)
-    given = [optax.identity() if each is None else each for each in several]
+    ):
+        preconditioner = (preconditioner,)
+    given: list[Any] = [
+        optax.identity() if each is None else each for each in preconditioner
+    ]
     if not given or not all(
         isinstance(each, optax.GradientTransformation) for each in given
     ):
