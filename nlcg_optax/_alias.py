@@ -213,7 +213,7 @@ def nlcg_paper(
 
 
 def _preconditioner(
-    preconditioner: str | optax.GradientTransformation | None,
+    preconditioner: Any,
     epsilon: float,
     state_dtype: Any | None,
     axis_name: _tree.AxisName | None,

@@ -31,6 +31,7 @@ _FIELDS: dict[type, dict[str, str]] = {
         "actual_decrease": "actual_decrease",
         "conjugacy": "conjugacy",
         "signal": "signal",
+        "rate": "rate",
         "bounded_steps": "bounded",
         "rejected_steps": "rejected",
         "nonfinite_products": "nonfinite",
@@ -68,6 +69,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``conjugacy``: cosine between the last two steps in the metric of the curvature.
       - ``signal``: average share of the slope along a step that is no noise, which the
         next gradient tells: 1 on the whole data, 0 where all is noise.
+      - ``rate``: the rate with which NLCG's own direction goes on once noise rules; 0
+        before.
       - ``bounded_steps``: steps so far that were shortened to the longest allowed.
       - ``rejected_steps``: steps so far that were taken back.
       - ``nonfinite_products``: steps so far that were left out because an inner product

@@ -144,6 +144,14 @@ def scale_by_quadratic_model(
     usually wrong by (or is no number at all), three quarters of the step are taken
     back, which is counted, and λ is raised.
 
+    The slope along a step, as the next gradient has it, tells how much of it was
+    signal. λ grows with the ratio of noise to signal, and once less than
+    ``min_signal`` of the slope is signal, NLCG's own direction takes over for good: β
+    by Fletcher & Reeves, 0.9 at most, a look ahead, and as the rate half of the
+    (geometric) average of the best lengths along z, which falls to zero at the horizon
+    by a cosine. From then on there are no products. For a step that is best for one
+    batch is too short for the average over many (Wu et al., 2018, arXiv:1803.02021).
+
     As everywhere in Optax the updates keep the gradient's sign until the final negative
     scaling: follow it by ``optax.scale(-1.0)``, as
     ``nlcg(step_rule="quadratic_model")`` does. Nothing else should change the updates
