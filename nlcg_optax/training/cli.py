@@ -45,13 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; those of the process by default.
 
     Returns:
-      The exit code, 0 when the run is complete or SIGTERM has stopped it with its
-      progress saved, 130 after Ctrl-C (saved too), 2 for a mistake in the arguments,
-      the config or the data, or if a package of the ``[train]`` extra is missing, 3
-      for a loss that was not finite, 4 for a file that cannot be written or read (a
-      full disk, a damaged checkpoint). Anything else that goes wrong raises; of several
-      processes the one that it happens to prints it and ends with 1, which ends the
-      others.
+      The exit code, as ``--help`` lists them. Anything else that goes wrong raises; of
+      several processes the one that it happens to prints it and ends with 1, which ends
+      the others.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)

@@ -1,5 +1,6 @@
 """The main job as a newcomer runs it: the default config, from the command line."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -26,7 +27,11 @@ def test_the_default_config_reaches_97_percent_in_60_full_batch_steps(tmp_path):
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
     train = [row for row in rows if row["split"] == "train"]
     assert len(train) <= 60
-    assert [row for row in rows if row["split"] == "test"][-1]["accuracy"] >= 0.97
+    tests = [row for row in rows if row["split"] == "test"]
+    assert tests[-1]["accuracy"] >= 0.97
+    # By running averages it rises to 3 at step 20.
+    losses = [row["loss"] for row in tests]
+    assert len(losses) == 6 and all(b < 1.2 * a for a, b in itertools.pairwise(losses))
     assert train[-1]["loss"] < 0.2 * train[0]["loss"]
     assert (tmp_path / "curves.png").exists()
     printed = done.stdout
