@@ -5,6 +5,7 @@ import sys
 
 import jax
 import pytest
+from waiting import HANGING_SECONDS, PATIENT_XLA
 
 # Programs that tests start; importing one would change JAX's settings for all.
 collect_ignore = ["workers"]
@@ -38,7 +39,7 @@ def run_on_devices():
     """
 
     def run(program, count, flags=""):
-        flags = f"--xla_force_host_platform_device_count={count} {flags}"
+        flags = f"--xla_force_host_platform_device_count={count} {flags} {PATIENT_XLA}"
         done = subprocess.run(
             [sys.executable, "-W", "error", program],
             env={
@@ -49,7 +50,7 @@ def run_on_devices():
             },
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=HANGING_SECONDS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done

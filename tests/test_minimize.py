@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from problems import paper
+from waiting import HANGING_SECONDS, PATIENT_XLA
 
 import nlcg_optax
 from nlcg_optax import minimize
@@ -498,7 +499,7 @@ assert result.success, result.message
 def test_sharded_parameters():
     environment = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {PATIENT_XLA}",
         "PYTHONPATH": str(pathlib.Path(nlcg_optax.__file__).parents[1]),
     }
     done = subprocess.run(
@@ -506,6 +507,6 @@ def test_sharded_parameters():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-2000:]

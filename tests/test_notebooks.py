@@ -8,6 +8,7 @@ import sys
 import nbclient
 import nbformat
 import pytest
+from waiting import HANGING_SECONDS
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -48,7 +49,8 @@ def test_runs(path, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     nbclient.NotebookClient(
         notebook,
-        timeout=300,
+        timeout=HANGING_SECONDS,
+        startup_timeout=HANGING_SECONDS,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()

@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 from tiny import CONFIG, ROOT
+from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import cli, data
 from nlcg_optax.training.config import builtin_configs
@@ -117,7 +118,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 2, done.stderr
     assert "pip install 'nlcg-optax[train]'" in done.stderr

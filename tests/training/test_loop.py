@@ -8,12 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from tiny import CONFIG, OVERRIDES, ROOT, create_tiny_model
+from waiting import HANGING_SECONDS, wait_for
 
 from nlcg_optax.training import cli, loop, metrics, models, report
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
@@ -257,13 +257,9 @@ def test_signals_save_and_say_where(tmp_path, number, code):
         cwd=ROOT,
     )
     path = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (path.exists() and '"test"' in path.read_text()):
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for(lambda: path.exists() and '"test"' in path.read_text(), process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=HANGING_SECONDS)
     assert process.returncode == code, out
     assert f"{number.name}: stopped after step" in out
     assert str(tmp_path / "checkpoints") in out

@@ -9,9 +9,9 @@ import pathlib
 import resource
 import subprocess
 import sys
-import time
 
 import flax.linen as nn
+from waiting import HANGING_SECONDS, PATIENT_XLA
 
 from nlcg_optax.training import cli, models
 
@@ -63,7 +63,7 @@ def start(workdir, *args, devices=1, process=None, limit=None):
       process: (port, number of processes, this one's number), or None for one alone.
       limit: largest file that it can write, in bytes.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} {PATIENT_XLA}"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     if limit is not None:
@@ -82,13 +82,11 @@ def start(workdir, *args, devices=1, process=None, limit=None):
     )
 
 
-def finish(*processes, code=0, timeout=200):
+def finish(*processes, code=0):
     """Waits for processes to end with that exit code; returns what they printed."""
-    deadline = time.monotonic() + timeout
     try:
         outputs = [
-            process.communicate(timeout=deadline - time.monotonic())[0]
-            for process in processes
+            process.communicate(timeout=HANGING_SECONDS)[0] for process in processes
         ]
     finally:
         for process in processes:
