@@ -63,11 +63,8 @@ for path in ROOT.glob("benchmarks/*/**/*.md"):
     SHOWN[path.relative_to(ROOT).as_posix()] = f"results/{benchmark}.md"
 # Sections of the README are parts of several pages.
 README_SECTIONS = {
-    "compose-the-pieces": "quickstart.md",
-    "on-several-devices": "meshes.md",
-    "train-a-resnet": "training.md",
+    "install": "quickstart.md",
     "what-was-measured": "results/index.md",
-    "without-noise-minimize": "minimize.md",
 }
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 
@@ -79,9 +76,12 @@ def defaults_table() -> str:
         for optimizer in (nlcg_optax.nlcg, nlcg_optax.nlcg_paper)
     )
     rows = ["| argument | `nlcg` | `nlcg_paper` |", "| --- | --- | --- |"]
-    for name, parameter in ours.items():
+    for name, parameter in (ours | paper).items():
         if parameter.default is not inspect.Parameter.empty:
-            defaults = f"`{parameter.default!r}`", f"`{paper[name].default!r}`"
+            defaults = tuple(
+                f"`{one[name].default!r}`" if name in one else "–"
+                for one in (ours, paper)
+            )
             if defaults[0] != defaults[1]:
                 defaults = tuple(f"**{default}**" for default in defaults)
             rows.append(f"| `{name}` | {' | '.join(defaults)} |")

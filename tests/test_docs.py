@@ -6,6 +6,9 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 import snippets
 from waiting import HANGING_SECONDS
@@ -34,6 +37,26 @@ def test_pages_have_snippets():
     assert {"algorithm", "checkpoints", "equinox", "flax_linen", "flax_nnx"} <= set(
         WITH_SNIPPETS
     )
+    assert {"meshes", "quickstart", "tuning"} <= set(WITH_SNIPPETS)
+
+
+def test_the_chain_called_equal_to_nlcg_is():
+    page = (DOCS / "quickstart.md").read_text()
+    (chain,) = re.findall(
+        r"```python\ntx = (optax\.chain\(\n    nlcg_optax.*?\n\))\n```", page, re.DOTALL
+    )
+    written = eval(chain, {"nlcg_optax": nlcg_optax, "optax": optax})
+    alias = nlcg_optax.nlcg(0.04)
+    x = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[1.0, 2.0], [-0.5, 1.0]])}
+    states = [written.init(x), alias.init(x)]
+    for loss in (3.0, 2.0, 2.5, 1.0, 4.0, 3.0):
+        grads = jax.tree.map(lambda leaf, loss=loss: loss * leaf**3, x)
+        (u, s), (v, t) = (
+            tx.update(grads, state, x, value=loss)
+            for tx, state in zip((written, alias), states, strict=True)
+        )
+        assert all((u[name] == v[name]).all() for name in x)
+        states, x = [s, t], optax.apply_updates(x, u)
 
 
 def entries(page):

@@ -191,6 +191,11 @@ def section(name: str, rows: Rows) -> list[str]:
         )
         lines += ["", *(f"{i}. {title[:-1]}." for i, (title, _) in enumerate(parts, 1))]
         lines += [""]
+    if gone := {name for name, _ in groups} - set(workload.optimizers):
+        lines += [
+            f"No longer in the sweep (README.md says why): {', '.join(sorted(gone))}.",
+            "",
+        ]
     lines += [
         f"`{command}`; {len(rows)} runs, {sum(r['seconds'] for r in rows) / 3600:.1f} "
         f"hours of training; {environments(rows)}.",

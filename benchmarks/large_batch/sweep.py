@@ -28,6 +28,7 @@ import optax
 import tqdm
 from sklearn import model_selection
 from workloads import (
+    EARLIER,
     FACTOR,
     MAX_EXTENSIONS,
     NUM_RATES,
@@ -169,11 +170,7 @@ class Trainer:
         self.workload = workload
         self.mesh = create_mesh(workload.config, jax.devices()[:1])
         self.dataset = loop.load_dataset(workload.config)
-        num_classes = self.dataset.num_classes
-        self.model = loop.create_model(workload.config, num_classes)
-        forgetful = workload.config.copy_and_resolve_references()
-        forgetful.model.batch_norm_momentum = 0.0
-        self.forgetful_model = loop.create_model(forgetful, num_classes)
+        self.model = loop.create_model(workload.config, self.dataset.num_classes)
         train = self.dataset.train
         self.images, self.labels = jax.device_put((train.images, train.labels))
 
@@ -188,30 +185,21 @@ class Trainer:
                 stratify=train.labels,
                 random_state=self.workload.config.dataset.split_seed,
             )
-            validation = data.Split.from_arrays(
-                train.images[held_out], train.labels[held_out]
+            splits = {"train": kept, "test": held_out}
+            dataset = dataclasses.replace(
+                dataset,
+                **{
+                    split: data.Split.from_arrays(train.images[i], train.labels[i])
+                    for split, i in splits.items()
+                },
             )
-            dataset = dataclasses.replace(dataset, test=validation)
-        evaluate = loop.make_evaluation(
-            self.workload.config, dataset, self.model, self.mesh
-        )
-        normalize = steps.normalizer(self.workload.config)
-        images = self.images[kept]
-
-        @jax.jit
-        def calibrate(state: steps.TrainState, images: jax.Array) -> steps.TrainState:
-            """BatchNorm's statistics of the whole training set under these weights.
-
-            Running averages lag, the more the faster the weights move and the fewer
-            steps there are: that would be no property of the optimizer.
-            """
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            _, updated = self.forgetful_model.apply(
-                variables, normalize(images), train=True, mutable=["batch_stats"]
-            )
-            return state.replace(batch_stats=updated["batch_stats"])
-
-        return Phase(kept, lambda state: evaluate(calibrate(state, images))["test"])
+        config = self.workload.config.copy_and_resolve_references()
+        # BatchNorm by the statistics of the whole training set under the last weights:
+        # running averages lag, which would be no property of the optimizer.
+        config.batch_size = len(kept)
+        config.precise_batch_norm_batches = 1
+        evaluate = loop.make_evaluation(config, dataset, self.model, self.mesh)
+        return Phase(kept, lambda state: evaluate(state)["test"])
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def compiled(self, optimizer: str, batch_size: int) -> tuple:
@@ -378,7 +366,8 @@ def sweep(
         group = (row["optimizer"], row["batch_size"])
         if row["workload"] == name and group in rows:
             overrides = workload.optimizers[row["optimizer"]][0]
-            if row["overrides"][: len(overrides)] != overrides:
+            known = overrides, EARLIER.get(row["optimizer"], overrides)
+            if not any(row["overrides"][: len(words)] == words for words in known):
                 sys.exit(
                     f"{path} has runs of {row['optimizer']!r} with "
                     f"{row['overrides']}, now it is {overrides}: give it another name, "

@@ -28,8 +28,9 @@ class ConfigError(ValueError):
 def base_config() -> ConfigDict:
     """All the fields there are, with their defaults.
 
-    They are the paper's where it has one, but for those of ``optimizer.nlcg``, which
-    are those of :func:`nlcg_optax.nlcg`.
+    They are the paper's where it has one. Those of ``optimizer.nlcg`` and
+    ``optimizer.nlcg_paper`` are those of :func:`nlcg_optax.nlcg` and
+    :func:`nlcg_optax.nlcg_paper`.
     """
     config: Any = _Group()
     config.seed = 0
@@ -58,6 +59,10 @@ def base_config() -> ConfigDict:
     # With several microbatches BatchNorm normalizes by the statistics of each
     # ("microbatch"), or by the whole batch's ("batch": more memory and time).
     config.batch_norm_statistics = "microbatch"
+    # An evaluation normalizes by the statistics of so many training batches under the
+    # weights of then; 0: by running averages, which lag where steps are few. None: all
+    # the batches of an epoch if that is at most 10 steps, otherwise 0.
+    config.precise_batch_norm_batches = config_dict.placeholder(int)
 
     config.mesh = _Group()  # devices; -1: those that the other axis leaves
     config.mesh.data = -1
@@ -68,7 +73,7 @@ def base_config() -> ConfigDict:
     config.num_epochs = 200.0
 
     config.optimizer = _Group()
-    # nlcg, sgd, momentum, nesterov, rmsprop, adam, adamw, muon, lars, lamb
+    # nlcg, nlcg_paper, sgd, momentum, nesterov, rmsprop, adam, adamw, muon, lars, lamb
     config.optimizer.name = "nlcg"
     config.optimizer.learning_rate = 0.1  # the maximum of the schedule
     config.optimizer.momentum = 0.9  # of momentum, nesterov, lars
@@ -84,6 +89,15 @@ def base_config() -> ConfigDict:
             epsilon=1e-8,
         )
     )
+    config.optimizer.nlcg_paper = _Group(
+        dict(
+            beta_rule="fletcher_reeves",
+            preconditioner="diagonal_bfgs",  # the same choice as above
+            step_rule="step",
+            period=5,
+            threshold=1.0,
+        )
+    )
     config.optimizer.rmsprop = _Group(dict(decay=0.9, momentum=0.9, eps=1.0))
     config.optimizer.adam = _Group(dict(b1=0.9, b2=0.999, eps=1e-8))  # and lamb
     config.optimizer.muon = _Group(dict(beta=0.95, ns_steps=5, consistent_rms=0.2))
@@ -93,7 +107,7 @@ def base_config() -> ConfigDict:
     config.schedule.name = "step"  # step, cosine, constant
     config.schedule.warmup_epochs = 0.0
     config.schedule.warmup_power = 0.5
-    config.schedule.warmup_init = 0.0  # as a fraction of the learning rate
+    config.schedule.warmup_init = 0.0  # as a fraction; 0: the first step is above it
     config.schedule.boundaries = ()  # epochs at which the rate is divided
     config.schedule.decay_factor = 10.0
 

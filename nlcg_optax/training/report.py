@@ -454,8 +454,9 @@ def _batch(config: ConfigDict, mesh: Mesh) -> str:
 def _optimizer(config: ConfigDict) -> str:
     optimizer, schedule = config.optimizer, config.schedule
     text = optimizer.name
-    if text == "nlcg":
-        text += f" ({optimizer.nlcg.beta_rule}, {optimizer.nlcg.preconditioner})"
+    if text in ("nlcg", "nlcg_paper"):
+        options = optimizer[text]
+        text += f" ({options.beta_rule}, {options.preconditioner})"
     text += f", learning rate {optimizer.learning_rate:g}"
     if schedule.name == "cosine":
         then = "cosine to 0"

@@ -1,12 +1,13 @@
 """The state of a run, and the jit-compiled steps that train and evaluate."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -296,7 +297,7 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "learning_rate": rate,
         }
-        if config.optimizer.name == "nlcg":
+        if config.optimizer.name in ("nlcg", "nlcg_paper"):
             report = nlcg_optax.diagnostics(opt_state)
             metrics |= report
             metrics["step_size"] = rate * report.get("base_step", 1.0)
@@ -326,13 +327,8 @@ def make_eval_step(
     normalize = normalizer(config)
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
-        params = state.params if state.average is None else state.average
-        params = jax.lax.with_sharding_constraint(params, replicated(mesh))
-        logits = model.apply(
-            {"params": params, "batch_stats": state.batch_stats},
-            normalize(batch["image"][0]),
-            train=False,
-        )
+        variables = _variables_to_evaluate(state, mesh)
+        logits = model.apply(variables, normalize(batch["image"][0]), train=False)
         labels, mask = batch["label"][0], batch["mask"][0]
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         hits = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
@@ -343,3 +339,62 @@ def make_eval_step(
         }
 
     return eval_step
+
+
+def make_statistics_step(
+    model: Any, config: ConfigDict, mesh: jax.sharding.Mesh, batch_size: int
+) -> Callable[[TrainState, Batch], Any]:
+    """BatchNorm's statistics of one batch [1, R, ...], under the weights evaluated.
+
+    Args:
+      model: a Flax module with the attribute ``batch_norm_momentum``.
+      config: the whole config of a run.
+      mesh: the devices.
+      batch_size: images in the batch; the rows after them do not count.
+
+    Returns:
+      A function of the state and a batch to what may take ``batch_stats``' place.
+    """
+    normalize = normalizer(config)
+    forgetful = model.clone(batch_norm_momentum=0.0)
+
+    def statistics_step(state: TrainState, batch: Batch) -> Any:
+        images = batch["image"][0]
+        rows = len(images)
+        mask = {"mask": jnp.arange(rows) < batch_size} if rows > batch_size else {}
+        variables = _variables_to_evaluate(state, mesh)
+        _, updated = forgetful.apply(
+            variables, normalize(images), train=True, mutable=["batch_stats"], **mask
+        )
+        return updated["batch_stats"]
+
+    return statistics_step
+
+
+def pool_statistics(statistics: Sequence[Any]) -> Any:
+    """BatchNorm's statistics of several batches of one size, from those of each.
+
+    The variance is the mean of theirs plus the variance of their means.
+
+    Example:
+      >>> batches = [{"mean": np.zeros(1), "var": np.ones(1)}] * 2
+      >>> batches += [{"mean": np.full(1, 3.0), "var": np.ones(1)}] * 2
+      >>> pool_statistics(batches)
+      {'mean': array([1.5]), 'var': array([3.25])}
+    """
+
+    def pool(*norms: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        means = np.stack([norm["mean"] for norm in norms])
+        variances = np.stack([norm["var"] for norm in norms])
+        return {"mean": means.mean(0), "var": variances.mean(0) + means.var(0)}
+
+    def is_norm(node: Any) -> bool:
+        return isinstance(node, dict) and "var" in node
+
+    return jax.tree.map(pool, *statistics, is_leaf=is_norm)
+
+
+def _variables_to_evaluate(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+    params = state.params if state.average is None else state.average
+    params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+    return {"params": params, "batch_stats": state.batch_stats}

@@ -11,11 +11,12 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny import CONFIG, OVERRIDES, ROOT, create_tiny_model
 from waiting import HANGING_SECONDS, wait_for
 
-from nlcg_optax.training import cli, loop, metrics, models, report
+from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
 
 
@@ -158,6 +159,51 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
     )
 
 
+def test_evaluation_does_not_disturb_training(uninterrupted, tmp_path):
+    """Running averages among it: other evaluations, and the same bits."""
+    _, expected = uninterrupted
+    overrides = ("eval_every_epochs=5", "precise_batch_norm_batches=0")
+    found = loop.train_and_evaluate(tiny_config(*overrides), tmp_path)
+    assert_same_bits(found.state, expected.state)
+    assert found.metrics["test"]["loss"] != expected.metrics["test"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "images"),
+    [
+        ((), 120),  # all batches of an epoch of 2.4 steps
+        (("precise_batch_norm_batches=1",), 40),
+        (("microbatches=4",), 120),
+        (("microbatches=4", "batch_norm_statistics=batch"), 120),
+        (("average_decay=0.0",), 120),
+        (("batch_size=9",), 0),  # more than ten steps: by running averages
+    ],
+)
+def test_evaluation_normalizes_as_the_training_images_are(overrides, images, tmp_path):
+    config = tiny_config(*overrides, "num_epochs=2")
+    result = loop.train_and_evaluate(config, tmp_path)
+    state, dataset = result.state, loop.load_dataset(config)
+    statistics, normalize = state.batch_stats, steps.normalizer(config)
+    if images:
+        order = [data.epoch_indices(epoch, 96, config.seed) for epoch in (0, 1)]
+        shown = dataset.train.images[np.concatenate(order)[:images]]
+        pixels = np.asarray(normalize(shown), np.float64)
+        statistics = {
+            "BatchNorm_0": {
+                "mean": pixels.mean(axis=(0, 1, 2)),
+                "var": pixels.var(axis=(0, 1, 2)),
+            }
+        }
+    model = loop.create_model(config, 10)
+    logits = model.apply(
+        {"params": state.average or state.params, "batch_stats": statistics},
+        normalize(dataset.test.images),
+        train=False,
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, dataset.test.labels)
+    assert result.metrics["test"]["loss"] == pytest.approx(loss.mean(), rel=1e-4)
+
+
 def test_a_complete_run_is_only_evaluated(uninterrupted, capsys):
     workdir, expected = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
@@ -200,6 +246,7 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
         ("microbatches=0", "microbatches=0 does not divide"),
         ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
         ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
+        ("precise_batch_norm_batches=-1", "precise_batch_norm_batches=-1 is not valid"),
         ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
         ("model.dtype=float8", "model: .*'float8'.*bfloat16"),
     ],
@@ -239,6 +286,11 @@ def test_streamed_images_train_and_resume(tmp_path):
     result = loop.train_and_evaluate(config, tmp_path / "run")
     assert result.step == 6
     assert set(result.metrics) == {"test"}
+    # In memory the same images make the same model, and the same statistics of it.
+    apply_overrides(config, ["dataset.in_memory=yes"])
+    in_memory = loop.train_and_evaluate(config, tmp_path / "in_memory")
+    loss = in_memory.metrics["test"]["loss"]
+    assert result.metrics["test"]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(

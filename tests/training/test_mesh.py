@@ -8,6 +8,7 @@ import pytest
 
 from nlcg_optax.training import data
 from nlcg_optax.training.config import ConfigError, base_config
+from nlcg_optax.training.data.sources import Subset
 from nlcg_optax.training.mesh import (
     BatchLayout,
     create_mesh,
@@ -71,7 +72,7 @@ def test_a_mesh_that_does_not_fit_the_devices(data_axis, fsdp):
 def test_processes_read_a_batch_together(in_memory, train):
     split = data.load("digits", max_train_examples=21).train
     if not in_memory:
-        split = data.Split(data._Subset(split.source, np.arange(21)))
+        split = data.Split(Subset(split.source, np.arange(21)))
     shares = [np.array([0, 1, 4]), np.array([2]), np.array([3])]
 
     def batches(places):

@@ -39,11 +39,14 @@ class Tiny(nn.Module):
     """In place of the ResNet where the loop is tested: it compiles at once."""
 
     num_classes: int
+    batch_norm_momentum: float = 0.5
 
     @nn.compact
     def __call__(self, x, train, mask=None):
         mask = None if mask is None else mask[:, None, None, None]
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.5)
+        norm = nn.BatchNorm(
+            use_running_average=not train, momentum=self.batch_norm_momentum
+        )
         x = nn.relu(norm(x, mask=mask))
         return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
 
