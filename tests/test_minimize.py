@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import xla
 from problems import paper
-from waiting import HANGING_SECONDS, PATIENT_XLA
+from waiting import HANGING_SECONDS
 
 import nlcg_optax
 from nlcg_optax import minimize
@@ -499,7 +500,7 @@ assert result.success, result.message
 def test_sharded_parameters():
     environment = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {PATIENT_XLA}",
+        "XLA_FLAGS": xla.flags(devices=4),
         "PYTHONPATH": str(pathlib.Path(nlcg_optax.__file__).parents[1]),
     }
     done = subprocess.run(

@@ -36,9 +36,6 @@ def test_runs(path, tmp_path, monkeypatch):
         "NLCG_NOTEBOOK_SHORT": "1",
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA complains of slow machines
-        # Compiling is most of what a short run does.
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-        + " --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join(sys.path),
         # Jupyter's and IPython's own files; the kernel is this Python's.
         "JUPYTER_CONFIG_DIR": str(tmp_path / "config"),

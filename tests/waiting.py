@@ -6,20 +6,7 @@ for ever.
 
 import time
 
-import jax
-
 HANGING_SECONDS = 3600
-
-# Devices of one process, and several processes, wait for each other too: XLA gives up
-# after 40 seconds by default. (Older ones, where that is fixed, know no such flags.)
-PATIENT_XLA = (
-    " ".join(
-        f"--xla_cpu_collective_{name}_seconds={HANGING_SECONDS}"
-        for name in ("call_warn_stuck_timeout", "call_terminate_timeout", "timeout")
-    )
-    if jax.__version_info__ >= (0, 9)
-    else ""
-)
 
 
 def wait_for(condition, *processes):

@@ -25,6 +25,9 @@ from nlcg_optax.training.config import (
     load_config,
 )
 
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
+
 
 def steps_saved(workdir):
     names = [path.name for path in (workdir / "checkpoints").glob("*")]

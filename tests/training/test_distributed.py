@@ -11,6 +11,9 @@ from waiting import wait_for
 
 from nlcg_optax.training import metrics
 
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
+
 SPLIT_IN_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 
 

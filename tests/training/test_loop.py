@@ -19,6 +19,9 @@ from waiting import HANGING_SECONDS, wait_for
 from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
 
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_model():

@@ -11,7 +11,8 @@ import subprocess
 import sys
 
 import flax.linen as nn
-from waiting import HANGING_SECONDS, PATIENT_XLA
+import xla
+from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import cli, models
 
@@ -66,8 +67,7 @@ def start(workdir, *args, devices=1, process=None, limit=None):
       process: (port, number of processes, this one's number), or None for one alone.
       limit: largest file that it can write, in bytes.
     """
-    flags = f"--xla_force_host_platform_device_count={devices} {PATIENT_XLA}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     if limit is not None:
         env[_LIMIT] = str(limit)
