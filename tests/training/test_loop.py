@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
     [
         ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
         ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
-        ("batch_size=0", "batch_size=0 .* expected 1 to 96"),
+        ("batch_size=0", "batch_size=0 .* expected 1 or more"),
         ("microbatches=3", "microbatches=3 does not divide batch_size=40; .* 2, 4"),
         ("microbatches=0", "microbatches=0 does not divide"),
         ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
@@ -260,6 +260,36 @@ def test_a_config_that_cannot_run_is_an_error_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         loop.train_and_evaluate(tiny_config(override), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.name=adm", "optimizer.name='adm' is unknown: .*'adam'"),
+        ("optimizer.nlcg.preconditioner=bfgs", "'bfgs' is unknown: .*'diagonal_bfgs'"),
+        ("optimizer.nlcg.step_rule=steps", "optimizer: .*'steps'"),
+        ("optimizer.nlcg.beta_rule=fr", "optimizer: .*'fr'.*fletcher_reeves"),
+        ("optimizer.nlcg.beta_bounds=(1.0, 0.0)", "optimizer: .*beta_bounds"),
+        ("schedule.name=cosin", "schedule.name='cosin' is unknown: .*'cosine'"),
+        ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
+        ("dataset.normalization=none", "normalization.*'none'.*per_image"),
+        ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
+        ("microbatches=3", "microbatches=3 does not divide batch_size=40"),
+        ("batch_norm_statistics=none", "batch_norm_statistics='none' is unknown"),
+        ("num_epochs=0", "num_epochs=0.0 is no step"),
+    ],
+)
+def test_what_needs_no_data_is_checked_before_they_are_loaded(
+    override, message, tmp_path, monkeypatch
+):
+    def load_dataset(config):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(loop, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=message):
+        loop.train_and_evaluate(tiny_config(override), tmp_path)
+    with pytest.raises(AssertionError, match="too late"):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
 
 
 def test_streamed_images_train_and_resume(tmp_path):
