@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from waiting import HANGING_SECONDS
+
 from nlcg_optax.training import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -21,7 +23,7 @@ def test_the_default_config_reaches_97_percent_in_60_full_batch_steps(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
