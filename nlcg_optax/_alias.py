@@ -48,7 +48,7 @@ def nlcg(
 
     One step moves a matrix of full rank by a root mean square of
     :math:`0.2 \alpha`, and up to ten times that where directions agree (β = 0.9); 0.04
-    is a learning rate to try first, and a factor of 2 to either side.
+    is a learning rate to try first, then a factor of 4 to either side.
 
     As parts of one optimizer they share the previous direction, of which the chain of
     the three has two copies. (So after a loss that is not finite, part of the direction

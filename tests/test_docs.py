@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import snippets
+from waiting import HANGING_SECONDS
 
 import nlcg_optax
 from nlcg_optax import training
@@ -97,7 +98,7 @@ def test_sphinx_builds_without_warnings(tmp_path):
         + ["-d", tmp_path / "doctrees", DOCS, tmp_path / "html"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGING_SECONDS,
     )
     assert built.returncode == 0, built.stderr
     text = (tmp_path / "html" / "algorithm.html").read_text()

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+from waiting import HANGING_SECONDS
+
 import nlcg_optax
 from nlcg_optax import beta
 
@@ -26,7 +28,7 @@ def test_import_pulls_in_jax_and_optax_alone():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 0, done.stderr
 

@@ -124,10 +124,7 @@ class Files:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = str(self.paths[index])
-        return {
-            "image": read_image(path, path, 3),
-            "label": self.labels[index],
-        }
+        return {"image": read_image(path, path, 3), "label": self.labels[index]}
 
     def describe(self, index: int) -> str:
         """For messages: where the example comes from."""
