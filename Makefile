@@ -37,10 +37,10 @@ lint: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses=2 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest --numprocesses=2 -m "" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m "" $(ARGS)
 
 # Warnings are errors; links within the documentation are checked.
 docs: $(INSTALLED)

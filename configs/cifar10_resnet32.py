@@ -21,10 +21,7 @@ def get_config():
     config.dataset.flip = True
     config.batch_size = 4096
     config.num_epochs = 200.0
-    config.optimizer.name = "nlcg"
-    config.optimizer.nlcg.preconditioner = "diagonal_bfgs"  # as `nlcg_paper`
-    config.optimizer.nlcg.beta_bounds = (0.0, 1.0)
-    config.optimizer.nlcg.nesterov = False
+    config.optimizer.name = "nlcg_paper"
     # The paper's maximal rate: 0.8 at batch 2,048, 1.6 at 4,096.
     config.optimizer.learning_rate = 1.6
     config.schedule.name = "step"

@@ -27,10 +27,7 @@ def get_config():
     config.batch_size = 65536
     config.eval_batch_size = 2048
     config.num_epochs = 90.0
-    config.optimizer.name = "nlcg"
-    config.optimizer.nlcg.preconditioner = "diagonal_bfgs"  # as `nlcg_paper`
-    config.optimizer.nlcg.beta_bounds = (0.0, 1.0)
-    config.optimizer.nlcg.nesterov = False
+    config.optimizer.name = "nlcg_paper"
     config.optimizer.learning_rate = 0.1 * 65536 / 256
     config.schedule.name = "step"
     config.schedule.warmup_epochs = 10.0

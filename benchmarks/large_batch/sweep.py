@@ -28,9 +28,11 @@ import optax
 import tqdm
 from sklearn import model_selection
 from workloads import (
+    EARLIER,
     FACTOR,
     MAX_EXTENSIONS,
     NUM_RATES,
+    UNTUNED,
     WORKLOADS,
     Workload,
 )
@@ -97,6 +99,8 @@ def plan(
     schedules: Iterable[str],
     tuning_seeds: Iterable[int] = TUNING_SEEDS,
     test_seeds: Iterable[int] = TEST_SEEDS,
+    *,
+    tuned: bool = True,
 ) -> list[Cell]:
     """The runs that come next for an optimizer at a batch size; none when it is done.
 
@@ -109,6 +113,7 @@ def plan(
       schedules: names, the default first.
       tuning_seeds: of the runs on the training set less its validation split.
       test_seeds: of the runs on the whole training set.
+      tuned: whether there is something to tune; if not, only stage 3 is left.
     """
     done = {Cell(*(row[name] for name in Cell._fields)): row for row in rows}
     tuning_seeds, (default, *others) = list(tuning_seeds), schedules
@@ -122,6 +127,8 @@ def plan(
     def missing(cells: Iterable[Cell]) -> list[Cell]:
         return [cell for cell in cells if cell not in done]
 
+    if not tuned:
+        return missing(Cell("test", centre, default, seed) for seed in test_seeds)
     scores = {}
     for cell in done:
         cells = tuning(cell.learning_rate, default)
@@ -169,11 +176,7 @@ class Trainer:
         self.workload = workload
         self.mesh = create_mesh(workload.config, jax.devices()[:1])
         self.dataset = loop.load_dataset(workload.config)
-        num_classes = self.dataset.num_classes
-        self.model = loop.create_model(workload.config, num_classes)
-        forgetful = workload.config.copy_and_resolve_references()
-        forgetful.model.batch_norm_momentum = 0.0
-        self.forgetful_model = loop.create_model(forgetful, num_classes)
+        self.model = loop.create_model(workload.config, self.dataset.num_classes)
         train = self.dataset.train
         self.images, self.labels = jax.device_put((train.images, train.labels))
 
@@ -188,30 +191,21 @@ class Trainer:
                 stratify=train.labels,
                 random_state=self.workload.config.dataset.split_seed,
             )
-            validation = data.Split.from_arrays(
-                train.images[held_out], train.labels[held_out]
+            splits = {"train": kept, "test": held_out}
+            dataset = dataclasses.replace(
+                dataset,
+                **{
+                    split: data.Split.from_arrays(train.images[i], train.labels[i])
+                    for split, i in splits.items()
+                },
             )
-            dataset = dataclasses.replace(dataset, test=validation)
-        evaluate = loop.make_evaluation(
-            self.workload.config, dataset, self.model, self.mesh
-        )
-        normalize = steps.normalizer(self.workload.config)
-        images = self.images[kept]
-
-        @jax.jit
-        def calibrate(state: steps.TrainState, images: jax.Array) -> steps.TrainState:
-            """BatchNorm's statistics of the whole training set under these weights.
-
-            Running averages lag, the more the faster the weights move and the fewer
-            steps there are: that would be no property of the optimizer.
-            """
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            _, updated = self.forgetful_model.apply(
-                variables, normalize(images), train=True, mutable=["batch_stats"]
-            )
-            return state.replace(batch_stats=updated["batch_stats"])
-
-        return Phase(kept, lambda state: evaluate(calibrate(state, images))["test"])
+        config = self.workload.config.copy_and_resolve_references()
+        # BatchNorm by the statistics of the whole training set under the last weights:
+        # running averages lag, which would be no property of the optimizer.
+        config.batch_size = len(kept)
+        config.precise_batch_norm_batches = 1
+        evaluate = loop.make_evaluation(config, dataset, self.model, self.mesh)
+        return Phase(kept, lambda state: evaluate(state)["test"])
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
     def compiled(self, optimizer: str, batch_size: int) -> tuple:
@@ -378,7 +372,8 @@ def sweep(
         group = (row["optimizer"], row["batch_size"])
         if row["workload"] == name and group in rows:
             overrides = workload.optimizers[row["optimizer"]][0]
-            if row["overrides"][: len(overrides)] != overrides:
+            known = overrides, EARLIER.get(row["optimizer"], overrides)
+            if not any(row["overrides"][: len(words)] == words for words in known):
                 sys.exit(
                     f"{path} has runs of {row['optimizer']!r} with "
                     f"{row['overrides']}, now it is {overrides}: give it another name, "
@@ -388,7 +383,8 @@ def sweep(
 
     def next_cells(group: tuple[str, int]) -> list[Cell]:
         centre = workload.optimizers[group[0]][1]
-        return plan(rows[group], centre, workload.schedules)
+        tuned = group[0] not in UNTUNED
+        return plan(rows[group], centre, workload.schedules, tuned=tuned)
 
     def left() -> int:
         return sum(expected_cells(rows[g], next_cells(g), workload) for g in groups)

@@ -24,15 +24,7 @@ NLCG = [
 OPTIMIZERS: Optimizers = {
     # The rate is per step, and β = 0.9 makes up to ten of it: low for that reason.
     "nlcg": (NLCG, 0.04),
-    "nlcg_paper": (
-        [
-            "optimizer.name=nlcg",
-            "optimizer.nlcg.preconditioner=diagonal_bfgs",
-            "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
-            "optimizer.nlcg.nesterov=False",
-        ],
-        0.4,
-    ),
+    "nlcg_paper": (["optimizer.name=nlcg_paper"], 0.4),
     "sgd": (["optimizer.name=sgd"], 0.4),
     "momentum": (["optimizer.name=momentum"], 0.1),
     "nesterov": (["optimizer.name=nesterov"], 0.1),
@@ -43,6 +35,24 @@ OPTIMIZERS: Optimizers = {
     "lars": (["optimizer.name=lars", "optimizer.lars.trust_coefficient=0.02"], 0.4),
     "lamb": (["optimizer.name=lamb"], 0.02),
     "muon": (["optimizer.name=muon"], 0.02),
+    "muon, β = 0.8": (["optimizer.name=muon", "optimizer.muon.beta=0.8"], 0.04),
+    "nlcg, quadratic model": (
+        ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"],
+        1.0,
+    ),
+}
+
+# The curvature chooses the step: there is nothing to tune, and no rate or schedule.
+UNTUNED = {"nlcg, quadratic model"}
+
+# Recorded rows may state an optimizer in words of before; a test holds the two equal.
+EARLIER = {
+    "nlcg_paper": [
+        "optimizer.name=nlcg",
+        "optimizer.nlcg.preconditioner=diagonal_bfgs",
+        "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
+        "optimizer.nlcg.nesterov=False",
+    ]
 }
 
 

@@ -1,6 +1,7 @@
 """A whole run: data, model, optimizer, steps, evaluation, checkpoints, curves."""
 
 import contextlib
+import itertools
 import math
 import pathlib
 import signal
@@ -92,14 +93,15 @@ def train_and_evaluate(
     if jax.process_count() > 1:
         distributed.check_same_config(config)
     mesh = create_mesh(config)
+    _check_without_data(config, mesh)
+    check_config(config, workdir)
     # The first process may have to prepare the data for all.
     dataset = distributed.first_alone(lambda: load_dataset(config), "load the data")
     dataset = dataset or load_dataset(config)
-    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train), mesh)
+    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
     schedule = optimizers.create_schedule(config, steps_per_epoch)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     model = create_model(config, dataset.num_classes)
-    check_config(config, workdir)
     distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
     check_shared(workdir)
 
@@ -138,7 +140,7 @@ def train_and_evaluate(
         if step % config.log_every_steps == 0 or not _is_finite(row):
             writer.write(step, "train", row)
             told.step(step, row)
-        if not _is_finite(row):
+        if not _is_finite(row) and not row.get("taken_back"):
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
@@ -237,14 +239,11 @@ def train_and_evaluate(
     return Result(step, None, results, state)
 
 
-def _count_steps(config: ConfigDict, num_train: int, mesh: Mesh) -> tuple[float, int]:
-    """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
+def _check_without_data(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises for what is wrong whatever the data are, before they are downloaded."""
     batch_size, parts = config.batch_size, config.microbatches
-    if not 1 <= batch_size <= num_train:
-        raise ConfigError(
-            f"batch_size={batch_size} does not fit: expected 1 to {num_train}, "
-            f"the number of training images of {config.dataset.name!r}."
-        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} does not fit: expected 1 or more.")
     if parts < 1 or batch_size % parts:
         near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - parts))[:4])
@@ -263,6 +262,28 @@ def _count_steps(config: ConfigDict, num_train: int, mesh: Mesh) -> tuple[float,
         raise ConfigError(
             f"batch_norm_statistics={config.batch_norm_statistics!r} is unknown: "
             f"expected one of {', '.join(map(repr, known))}."
+        )
+    if (config.precise_batch_norm_batches or 0) < 0:
+        raise ConfigError(
+            f"precise_batch_norm_batches={config.precise_batch_norm_batches} is not "
+            "valid: expected 0 (off) or a number of batches."
+        )
+    if config.num_epochs <= 0:
+        raise ConfigError(f"num_epochs={config.num_epochs} is no step: raise it.")
+    # They are made again when the data tell how many steps and classes there are.
+    schedule = optimizers.create_schedule(config, steps_per_epoch=1.0)
+    optimizers.create_optimizer(config, schedule, models.l2_mask)
+    create_model(config, num_classes=2)
+    steps.normalizer(config)
+
+
+def _count_steps(config: ConfigDict, num_train: int) -> tuple[float, int]:
+    """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
+    batch_size = config.batch_size
+    if batch_size > num_train:
+        raise ConfigError(
+            f"batch_size={batch_size} does not fit: expected 1 to {num_train}, "
+            f"the number of training images of {config.dataset.name!r}."
         )
     steps_per_epoch = num_train / batch_size
     total_steps = round(config.num_epochs * steps_per_epoch)
@@ -394,7 +415,10 @@ def make_evaluation(
 
     Returns:
       A function from the state to loss and accuracy by split, each example counted
-      once. The loss is the cross-entropy alone.
+      once. The loss is the cross-entropy alone. With ``precise_batch_norm_batches``
+      BatchNorm's statistics are those of so many training batches, the first of the
+      run, not augmented (streamed ones are cropped as in training). The state stays as
+      it is.
     """
     eval_step = jax.jit(
         steps.make_eval_step(model, config, mesh), out_shardings=replicated(mesh)
@@ -403,6 +427,13 @@ def make_evaluation(
     # Splits in memory stay on the device from one evaluation to the next.
     held: dict[str, list[Any]] = {}
 
+    def put(name: str, layout: BatchLayout, source: Iterator[Any]) -> Iterator[Any]:
+        if dataset.streamed:
+            return map(layout.put, source)
+        if name not in held:
+            held[name] = [layout.put(batch) for batch in source]
+        return iter(held[name])
+
     def batches(name: str, split: data.Split) -> Iterator[Any]:
         # At least an image for each device; what there is not is masked.
         size = max(min(config.eval_batch_size, len(split)), mesh.size)
@@ -410,24 +441,57 @@ def make_evaluation(
         source = data.eval_batches(
             split, size, places=layout.places, image_size=config.dataset.image_size
         )
+        return put(name, layout, source)
+
+    # A microbatch is normalized by itself where training does so.
+    size = config.batch_size // (1 if steps.at_once(config) else config.microbatches)
+    count = _precise_batches(config, len(dataset.train)) * (config.batch_size // size)
+    statistics_step = jax.jit(
+        steps.make_statistics_step(model, config, mesh, size),
+        out_shardings=replicated(mesh),
+    )
+
+    def training_batches(layout: BatchLayout) -> Iterator[Any]:
+        split, image_size = dataset.train, config.dataset.image_size
+        options: Any = dict(batch_size=size, seed=config.seed)
         if dataset.streamed:
-            return map(layout.put, source)
-        if name not in held:
-            held[name] = [layout.put(batch) for batch in source]
-        return iter(held[name])
+            options |= dict(places=layout.places, image_size=image_size)
+            return data.stream(split, **options)
+        order = (
+            data.batch_indices(step, num_examples=len(split), **options)[layout.places]
+            for step in itertools.count()
+        )
+        return ({"image": split.images[indices]} for indices in order)
+
+    def precise(state: steps.TrainState) -> steps.TrainState:
+        """The state with BatchNorm's statistics computed anew."""
+        layout = BatchLayout(mesh, size)
+        source = itertools.islice(training_batches(layout), count)
+        statistics = [statistics_step(state, b) for b in put("train", layout, source)]
+        pooled = steps.pool_statistics(jax.device_get(statistics))
+        return state.replace(batch_stats=put_replicated(pooled, mesh))
 
     def evaluate(state: steps.TrainState) -> dict[str, dict[str, float]]:
         results = {}
+        state = precise(state) if count else state
         for name, split in splits.items():
             if split is None:
                 continue
             sums = [eval_step(state, batch) for batch in batches(name, split)]
             total = jax.tree.map(lambda *x: float(sum(x)), *jax.device_get(sums))
-            count = total.pop("count")
-            results[name] = {key: value / count for key, value in total.items()}
+            examples = total.pop("count")
+            results[name] = {key: value / examples for key, value in total.items()}
         return results
 
     return evaluate
+
+
+def _precise_batches(config: ConfigDict, num_train: int) -> int:
+    """Training batches that an evaluation takes BatchNorm's statistics from."""
+    if config.precise_batch_norm_batches is not None:
+        return config.precise_batch_norm_batches
+    steps_per_epoch = num_train / config.batch_size
+    return math.ceil(steps_per_epoch) if steps_per_epoch <= 10 else 0
 
 
 def _is_finite(row: dict[str, float]) -> bool:

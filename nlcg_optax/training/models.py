@@ -28,6 +28,26 @@ MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet56", "resnet50")
 _DTYPES = ("float32", "bfloat16")
 
 
+def _layers(model: Any, train: bool, *init: Any) -> tuple[Any, Any]:
+    """Convolution and BatchNorm of a model, ready to be given filters or a name."""
+    conv = functools.partial(
+        nn.Conv,
+        padding="SAME",
+        use_bias=False,
+        dtype=model.dtype,
+        kernel_init=nn.initializers.variance_scaling(*init),
+    )
+    norm = functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=model.batch_norm_momentum,
+        epsilon=model.batch_norm_epsilon,
+        dtype=model.dtype,
+        axis_name=model.axis_name if train else None,
+    )
+    return conv, norm
+
+
 def _pool_and_classify(x: jax.Array, num_classes: int, kernel_init: Any) -> jax.Array:
     # In float32 whatever the compute dtype: it costs nothing, and a bfloat16 logit
     # has two or three digits.
@@ -127,23 +147,7 @@ class ResNetV2(nn.Module):
         Returns:
           Logits, ``[batch, num_classes]``, float32.
         """
-        conv = functools.partial(
-            nn.Conv,
-            padding="SAME",
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(
-                1.0, "fan_in", "truncated_normal"
-            ),
-        )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.batch_norm_momentum,
-            epsilon=self.batch_norm_epsilon,
-            dtype=self.dtype,
-            axis_name=self.axis_name if train else None,
-        )
+        conv, norm = _layers(self, train, 1.0, "fan_in", "truncated_normal")
         block_type = (
             nn.remat(_PreActivationBlock) if self.remat else _PreActivationBlock
         )
@@ -200,20 +204,13 @@ class ResNet50(nn.Module):
     Convolutions start normal of variance 2 / fan-out, the dense layer normal of
     standard deviation 0.01 (arXiv:1706.02677). Padding is ``"SAME"``, which on even
     inputs puts the extra row and column of strided convolutions on the right and
-    below alone; PyTorch's model pads both sides.
+    below alone; PyTorch's model pads both sides. Attributes that are not listed are
+    those of :class:`ResNetV2`.
 
     Attributes:
       num_classes: number of logits.
-      dtype: dtype of the computation, ``jnp.float32`` or ``jnp.bfloat16``. Parameters
-        and BatchNorm statistics are float32 with both.
-      batch_norm_momentum: decay of the running statistics.
-      batch_norm_epsilon: added to the variance.
       zero_init_residual: whether the scale of the last BatchNorm of each block starts
         at zero, so that a block starts as its shortcut (arXiv:1706.02677).
-      axis_name: axis over which BatchNorm averages its statistics under ``shard_map``
-        or ``pmap``; leave ``None`` under ``jit``, where they are global anyway.
-      remat: whether the backward pass computes each block again rather than keep what
-        lies within it: less memory, about a third more time.
     """
 
     num_classes: int = 1000
@@ -228,33 +225,8 @@ class ResNet50(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, mask: jax.Array | None = None
     ) -> jax.Array:
-        """Logits of a batch of images.
-
-        Args:
-          x: images, ``[batch, height, width, channels]``; 224x224 in the literature.
-          train: whether BatchNorm uses (and records) the batch's statistics, rather
-            than the running ones.
-          mask: bool, ``[batch]``: the images that count in the batch's statistics; all
-            by default.
-
-        Returns:
-          Logits, ``[batch, num_classes]``, float32.
-        """
-        conv = functools.partial(
-            nn.Conv,
-            padding="SAME",
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=self.batch_norm_momentum,
-            epsilon=self.batch_norm_epsilon,
-            dtype=self.dtype,
-            axis_name=self.axis_name if train else None,
-        )
+        """Logits of images, 224x224 in the literature; see :class:`ResNetV2`."""
+        conv, norm = _layers(self, train, 2.0, "fan_out", "normal")
         block_type = nn.remat(_BottleneckBlock) if self.remat else _BottleneckBlock
         mask = None if mask is None else mask[:, None, None, None]
         x = conv(64, (7, 7), strides=2)(x.astype(self.dtype))

@@ -15,17 +15,24 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
     """The learning rate by step: warm-up, then the schedule's own decay.
 
     The warm-up is polynomial, as in the recipe of arXiv:1812.02886:
-    ``(init - max)·(1 - t/T)**power + max``. ``"step"`` divides the rate by
-    ``decay_factor`` at every boundary; ``"cosine"`` falls to zero at the last step.
-    Boundaries are epochs from the start of training, the warm-up included.
+    ``(init - max)·(1 - t/T)**power + max`` at step t of T. From an ``init`` of 0, where
+    the first step would move nothing, it is ``(t + 1)/(T + 1)`` instead of ``t/T``.
+    ``"step"`` divides the rate by ``decay_factor`` at every boundary; ``"cosine"``
+    falls to zero at the last step. Boundaries are epochs from the start of training,
+    the warm-up included.
 
     Args:
       config: the whole config of a run.
       steps_per_epoch: steps (or a fraction of one) that an epoch takes.
 
+    Returns:
+      The schedule: 1 throughout where the quadratic model chooses the step.
+
     Raises:
       ConfigError: for an unknown schedule.
     """
+    if uses_quadratic_model(config):
+        return optax.constant_schedule(1.0)
     schedule, peak = config.schedule, config.optimizer.learning_rate
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
     total_steps = round(config.num_epochs * steps_per_epoch)
@@ -48,17 +55,34 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
         )
     if warmup_steps == 0:
         return after
+    from_zero = int(schedule.warmup_init == 0)
     warmup = optax.polynomial_schedule(
         init_value=schedule.warmup_init * peak,
         end_value=peak,
         power=schedule.warmup_power,
-        transition_steps=warmup_steps,
+        transition_steps=warmup_steps + from_zero,
     )
-    return optax.join_schedules([warmup, after], [warmup_steps])
+    return optax.join_schedules(
+        [lambda step: warmup(step + from_zero), after], [warmup_steps]
+    )
+
+
+def uses_quadratic_model(config: ConfigDict) -> bool:
+    """Whether the curvature of the loss chooses the step."""
+    optimizer = config.optimizer
+    return optimizer.name == "nlcg" and optimizer.nlcg.step_rule == "quadratic_model"
 
 
 def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
-    options = config.nlcg.to_dict()
+    """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
+    options = config[config.name].to_dict()
+    fraction = options.pop("curvature_fraction", 1.0)
+    every = options.pop("curvature_every", 1)
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"optimizer.nlcg.curvature_fraction={fraction} is not valid: expected a "
+            "part of the batch, above 0 and up to 1."
+        )
     preconditioners = {
         "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
         "diagonal_bfgs": "diagonal_bfgs",
@@ -70,11 +94,17 @@ def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
     name = options.pop("preconditioner")
     if name not in preconditioners:
         raise ConfigError(
-            f"optimizer.nlcg.preconditioner={name!r} is unknown: expected one of "
-            f"{', '.join(map(repr, preconditioners))}."
+            f"optimizer.{config.name}.preconditioner={name!r} is unknown: expected one "
+            f"of {', '.join(map(repr, preconditioners))}."
         )
     step_rule = options.pop("step_rule")
-    return nlcg_optax.nlcg(
+    if step_rule == "quadratic_model" and config.name == "nlcg":
+        if name == "diagonal_bfgs":
+            preconditioners[name] = nlcg_optax.scale_by_diagonal_bfgs()
+        model = nlcg_optax.scale_by_quadratic_model(preconditioners[name], every=every)
+        return optax.chain(model, optax.scale(-1.0))
+    make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]
+    return make(
         learning_rate,
         preconditioner=preconditioners[name],
         step_rule=None if step_rule == "none" else step_rule,
@@ -106,6 +136,7 @@ def _muon(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
 # Optimizers that leave weight decay to be applied after them.
 OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
     "nlcg": _nlcg,
+    "nlcg_paper": _nlcg,
     "sgd": lambda config, rate: optax.sgd(rate),
     "momentum": lambda config, rate: optax.sgd(rate, config.momentum),
     "nesterov": lambda config, rate: optax.sgd(rate, config.momentum, nesterov=True),
@@ -154,6 +185,17 @@ def create_optimizer(
     optimizer, decay = config.optimizer, config.weight_decay
     name = optimizer.name
     pieces = []
+    if uses_quadratic_model(config):
+        # The model is of the loss and of the step as they are.
+        for field, value in (
+            ("optimizer.layerwise_coefficient", optimizer.layerwise_coefficient),
+            ("weight_decay", decay),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{field}={value} is not valid with optimizer.nlcg.step_rule="
+                    "'quadratic_model': expected 0. l2_penalty is part of the loss."
+                )
     try:
         if optimizer.layerwise_coefficient:
             pieces.append(nlcg_optax.scale_by_lars(optimizer.layerwise_coefficient))

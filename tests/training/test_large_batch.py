@@ -4,6 +4,8 @@ import importlib
 import json
 import pathlib
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import tiny
@@ -95,6 +97,14 @@ def test_an_interrupted_stage_goes_on(sweep):
     assert sweep.plan([row(first[1], 0.5)], 1.0, SCHEDULES) == [first[0], *first[2:]]
 
 
+def test_what_has_nothing_to_tune_is_only_tested(sweep):
+    cells = sweep.plan([], 1.0, SCHEDULES, tuned=False)
+    assert [cell.seed for cell in cells] == list(sweep.TEST_SEEDS)
+    assert {cell[:3] for cell in cells} == {("test", 1.0, next(iter(SCHEDULES)))}
+    rows = [row(cells[1], 0.5)]
+    assert sweep.plan(rows, 1.0, SCHEDULES, tuned=False) == [cells[0], *cells[2:]]
+
+
 def test_thinned_curves_keep_the_mean(sweep):
     assert sweep.thin([1.23456, 2.0]) == [1.235, 2.0]
     thinned = sweep.thin([float(i) for i in range(1000)])
@@ -141,9 +151,10 @@ def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
     monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
     workload = sweep.WORKLOADS["digits"](None)
     workload.config.num_epochs = 3.0
+    workload.config.dataset.max_train_examples = 1400  # two batches are the whole
     (schedule, *_) = workload.schedules
     cell = sweep.Cell("test", 0.4, schedule, seed=2)
-    row = sweep.Trainer(workload).run("nlcg", 700, cell)
+    row = sweep.Trainer(workload).run("nlcg_paper", 700, cell)
     config = workload.config
     apply_overrides(
         config,
@@ -160,6 +171,52 @@ def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
     assert row["steps"] == result.step == 6
     assert row["loss"] == pytest.approx(result.metrics["test"]["loss"], rel=1e-5)
     assert row["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
+
+
+def test_recorded_rows_are_found_as_done(sweep):
+    """Whatever words they state their optimizer in; all of them must be read."""
+    for name, workload in sweep.WORKLOADS.items():
+        path = FOLDER / "results" / f"{name}.jsonl"
+        if path.exists():
+            workload = workload(None)
+            groups = [(o, s) for s in workload.batch_sizes for o in workload.optimizers]
+            before = path.read_text()
+            sweep.sweep(name, workload, path, groups)  # would need the data to run one
+            assert path.read_text() == before
+
+
+def test_other_overrides_than_recorded_are_refused(sweep, tmp_path):
+    workload = sweep.WORKLOADS["digits"](None)
+    path = tmp_path / "digits.jsonl"
+    for overrides in (["optimizer.name=nlcg"], sweep.EARLIER["nlcg_paper"][:2]):
+        row = {"workload": "digits", "optimizer": "nlcg_paper", "batch_size": 64}
+        path.write_text(json.dumps(row | {"overrides": overrides}) + "\n")
+        with pytest.raises(SystemExit, match="has runs of 'nlcg_paper'"):
+            sweep.sweep("digits", workload, path, [("nlcg_paper", 64)])
+
+
+def test_earlier_words_mean_the_same_optimizer(sweep):
+    workload = sweep.WORKLOADS["digits"](None)
+
+    def trajectory(overrides):
+        config = workload.config.copy_and_resolve_references()
+        apply_overrides(config, overrides)
+        tx = optimizers.create_optimizer(config, optax.constant_schedule(0.05), None)
+        scale = jnp.array([[1.0, 4.0], [9.0, 0.5]])
+        x = jnp.array([[1.0, -2.0], [3.0, 1.5]])
+        state, path = tx.init(x), []
+        for _ in range(12):
+            loss, grads = jnp.sum(scale * x**2), 2 * scale * x
+            updates, state = tx.update(grads, state, x, value=loss)
+            x = x + updates
+            path.append(x)
+        return np.array(path)
+
+    assert sweep.EARLIER
+    for name, earlier in sweep.EARLIER.items():
+        now = trajectory(workload.optimizers[name][0])
+        np.testing.assert_allclose(now, trajectory(earlier), rtol=1e-5)
+        assert np.abs(now / trajectory(earlier[:2]) - 1).max() > 1e-3
 
 
 def curve_row(optimizer, curve):
@@ -202,6 +259,11 @@ def test_an_ablation_is_one_table(modules):
     markdown = "\n".join(report.section("cifar10_jpeg_ablation", rows))
     assert "| nlcg | 50.00 (one seed) | 1; default | 0.4 | 1.00 | – |" in markdown
     assert "png" not in markdown
+    assert "No longer" not in markdown
+    rows.append(curve_row("restart on ascent", [1.0, 0.5]))
+    markdown = "\n".join(report.section("cifar10_jpeg_ablation", rows))
+    assert "| restart on ascent | 50.00 (one seed) |" in markdown
+    assert "No longer in the sweep (README.md says why): restart on ascent." in markdown
 
 
 def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own(sweep):

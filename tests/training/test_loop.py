@@ -8,15 +8,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
+import optax
 import pytest
 from tiny import CONFIG, OVERRIDES, ROOT, create_tiny_model
+from waiting import HANGING_SECONDS, wait_for
 
-from nlcg_optax.training import cli, loop, metrics, models, report
+from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
+from nlcg_optax.training.mesh import create_mesh
+
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,6 +163,54 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
     )
 
 
+def test_evaluation_does_not_disturb_training(uninterrupted, tmp_path):
+    """Running averages among it: other evaluations, and the same bits."""
+    _, expected = uninterrupted
+    overrides = ("eval_every_epochs=5", "precise_batch_norm_batches=0")
+    found = loop.train_and_evaluate(tiny_config(*overrides), tmp_path)
+    assert_same_bits(found.state, expected.state)
+    assert found.metrics["test"]["loss"] != expected.metrics["test"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "images"),
+    [
+        ((), 120),  # all batches of an epoch of 2.4 steps
+        (("precise_batch_norm_batches=1",), 40),
+        (("microbatches=4",), 120),
+        (("microbatches=4", "batch_norm_statistics=batch"), 120),
+        (("average_decay=0.0",), 120),
+        (("batch_size=9",), 0),  # more than ten steps: by running averages
+    ],
+)
+def test_evaluation_normalizes_as_the_training_images_are(overrides, images):
+    config = tiny_config(*overrides)
+    dataset, model = loop.load_dataset(config), loop.create_model(config, 10)
+    described = (config, dataset.image_shape, create_mesh(config))
+    state = steps.create_state(model, optax.sgd(0.1), *described)
+    if state.average is not None:
+        state = state.replace(average=jax.tree.map(lambda x: 0.9 * x, state.params))
+    found = loop.make_evaluation(config, dataset, model, described[-1])(state)
+    statistics, normalize = state.batch_stats, steps.normalizer(config)
+    if images:
+        order = [data.epoch_indices(epoch, 96, config.seed) for epoch in (0, 1)]
+        shown = dataset.train.images[np.concatenate(order)[:images]]
+        pixels = np.asarray(normalize(shown), np.float64)
+        statistics = {
+            "BatchNorm_0": {
+                "mean": pixels.mean(axis=(0, 1, 2)),
+                "var": pixels.var(axis=(0, 1, 2)),
+            }
+        }
+    logits = model.apply(
+        {"params": state.average or state.params, "batch_stats": statistics},
+        normalize(dataset.test.images),
+        train=False,
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, dataset.test.labels)
+    assert found["test"]["loss"] == pytest.approx(float(loss.mean()), rel=1e-5)
+
+
 def test_a_complete_run_is_only_evaluated(uninterrupted, capsys):
     workdir, expected = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
@@ -195,11 +248,12 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
     [
         ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
         ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
-        ("batch_size=0", "batch_size=0 .* expected 1 to 96"),
+        ("batch_size=0", "batch_size=0 .* expected 1 or more"),
         ("microbatches=3", "microbatches=3 does not divide batch_size=40; .* 2, 4"),
         ("microbatches=0", "microbatches=0 does not divide"),
         ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
         ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
+        ("precise_batch_norm_batches=-1", "precise_batch_norm_batches=-1 is not valid"),
         ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
         ("model.dtype=float8", "model: .*'float8'.*bfloat16"),
     ],
@@ -210,6 +264,36 @@ def test_a_config_that_cannot_run_is_an_error_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         loop.train_and_evaluate(tiny_config(override), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.name=adm", "optimizer.name='adm' is unknown: .*'adam'"),
+        ("optimizer.nlcg.preconditioner=bfgs", "'bfgs' is unknown: .*'diagonal_bfgs'"),
+        ("optimizer.nlcg.step_rule=steps", "optimizer: .*'steps'"),
+        ("optimizer.nlcg.beta_rule=fr", "optimizer: .*'fr'.*fletcher_reeves"),
+        ("optimizer.nlcg.beta_bounds=(1.0, 0.0)", "optimizer: .*beta_bounds"),
+        ("schedule.name=cosin", "schedule.name='cosin' is unknown: .*'cosine'"),
+        ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
+        ("dataset.normalization=none", "normalization.*'none'.*per_image"),
+        ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
+        ("microbatches=3", "microbatches=3 does not divide batch_size=40"),
+        ("batch_norm_statistics=none", "batch_norm_statistics='none' is unknown"),
+        ("num_epochs=0", "num_epochs=0.0 is no step"),
+    ],
+)
+def test_what_needs_no_data_is_checked_before_they_are_loaded(
+    override, message, tmp_path, monkeypatch
+):
+    def load_dataset(config):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(loop, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=message):
+        loop.train_and_evaluate(tiny_config(override), tmp_path)
+    with pytest.raises(AssertionError, match="too late"):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
 
 
 def test_streamed_images_train_and_resume(tmp_path):
@@ -239,6 +323,11 @@ def test_streamed_images_train_and_resume(tmp_path):
     result = loop.train_and_evaluate(config, tmp_path / "run")
     assert result.step == 6
     assert set(result.metrics) == {"test"}
+    # In memory the same images make the same model, and the same statistics of it.
+    apply_overrides(config, ["dataset.in_memory=yes"])
+    in_memory = loop.train_and_evaluate(config, tmp_path / "in_memory")
+    loss = in_memory.metrics["test"]["loss"]
+    assert result.metrics["test"]["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -257,13 +346,9 @@ def test_signals_save_and_say_where(tmp_path, number, code):
         cwd=ROOT,
     )
     path = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (path.exists() and '"test"' in path.read_text()):
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for(lambda: path.exists() and '"test"' in path.read_text(), process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=HANGING_SECONDS)
     assert process.returncode == code, out
     assert f"{number.name}: stopped after step" in out
     assert str(tmp_path / "checkpoints") in out

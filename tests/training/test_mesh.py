@@ -8,6 +8,7 @@ import pytest
 
 from nlcg_optax.training import data
 from nlcg_optax.training.config import ConfigError, base_config
+from nlcg_optax.training.data.sources import Subset
 from nlcg_optax.training.mesh import (
     BatchLayout,
     create_mesh,
@@ -19,8 +20,7 @@ WORKER = pathlib.Path(__file__).parents[1] / "workers" / "mesh.py"
 
 
 def test_the_training_step_on_eight_devices(run_on_devices):
-    # Without LLVM's optimizations, which leave collectives alone, it compiles faster.
-    done = run_on_devices(WORKER, 8, "--xla_backend_optimization_level=0")
+    done = run_on_devices(WORKER, 8)
     assert len(done.stdout.splitlines()) == 9, done.stdout
     assert "rematerialization" not in done.stderr  # what XLA calls bad sharding
 
@@ -71,7 +71,7 @@ def test_a_mesh_that_does_not_fit_the_devices(data_axis, fsdp):
 def test_processes_read_a_batch_together(in_memory, train):
     split = data.load("digits", max_train_examples=21).train
     if not in_memory:
-        split = data.Split(data._Subset(split.source, np.arange(21)))
+        split = data.Split(Subset(split.source, np.arange(21)))
     shares = [np.array([0, 1, 4]), np.array([2]), np.array([3])]
 
     def batches(places):

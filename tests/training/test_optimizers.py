@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+import nlcg_optax
 from nlcg_optax.training import config as config_lib
 from nlcg_optax.training import optimizers
 from nlcg_optax.training.config import ConfigError
@@ -47,9 +48,23 @@ def test_cosine_schedule_ends_at_zero():
         }
     )
     rate = optimizers.create_schedule(config, steps_per_epoch=3.0)
-    np.testing.assert_allclose(
-        [rate(0), rate(6), rate(18), rate(30)], [0, 2, 1, 0], atol=1e-6
+    np.testing.assert_allclose([rate(6), rate(18), rate(30)], [2, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_a_warmup_from_zero_wastes_no_step(power):
+    config = make_config(
+        **{
+            "optimizer.learning_rate": 2.0,
+            "schedule.name": "constant",
+            "schedule.warmup_epochs": 4.0,
+            "schedule.warmup_power": power,
+        }
     )
+    rate = optimizers.create_schedule(config, steps_per_epoch=1.0)
+    expected = [2 * (1 - (1 - t / 5) ** power) for t in (1, 2, 3, 4, 5)]
+    np.testing.assert_allclose([rate(t) for t in range(5)], expected, rtol=1e-5)
+    assert rate(5) == 2
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -95,12 +110,14 @@ def test_muon_orthogonalizes_kernels_as_matrices():
     "preconditioner", ["orthogonalization", "diagonal_bfgs", "rms", "adam", "none"]
 )
 @pytest.mark.parametrize("step_rule", ["step", "online", "none"])
-def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):
+@pytest.mark.parametrize("name", ["nlcg", "nlcg_paper"])
+def test_nlcg_options_reach_the_optimizer(name, preconditioner, step_rule):
     config = make_config(
         **{
-            "optimizer.nlcg.preconditioner": preconditioner,
-            "optimizer.nlcg.step_rule": step_rule,
-            "optimizer.nlcg.beta_rule": "dai_yuan",
+            "optimizer.name": name,
+            f"optimizer.{name}.preconditioner": preconditioner,
+            f"optimizer.{name}.step_rule": step_rule,
+            f"optimizer.{name}.beta_rule": "dai_yuan",
         }
     )
     tx = optimizers.create_optimizer(config, optax.constant_schedule(0.5), True)
@@ -114,6 +131,26 @@ def test_nlcg_options_reach_the_optimizer(preconditioner, step_rule):
     np.testing.assert_allclose(
         updates, -0.5 * np.array(expected.get(preconditioner, [1.0, 2.0])), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["nlcg", "nlcg_paper"])
+def test_the_defaults_are_those_of_the_function_of_that_name(name):
+    config = make_config(**{"optimizer.name": name})
+    ours = optimizers.create_optimizer(config, optax.constant_schedule(0.1), None)
+    expected = getattr(nlcg_optax, name)(0.1)
+    scale = jnp.array([[1.0, 4.0], [9.0, 0.5]])
+    x = y = jnp.array([[1.0, -2.0], [3.0, 1.5]])
+    state, expected_state = ours.init(x), expected.init(x)
+    for _ in range(12):
+        # The loss rises and falls, so that the step rule acts.
+        loss = jnp.sum(scale * y**2)
+        updates, expected_state = expected.update(
+            2 * scale * y, expected_state, y, value=loss
+        )
+        y = y + updates
+        updates, state = ours.update(2 * scale * x, state, x, value=loss)
+        x = x + updates
+        np.testing.assert_allclose(x, y, rtol=1e-5)
 
 
 def test_layerwise_coefficient_scales_the_gradient_first():
@@ -136,7 +173,14 @@ def test_layerwise_coefficient_scales_the_gradient_first():
         ({"schedule.name": "linear"}, "schedule.name='linear'.*'cosine'"),
         ({"optimizer.nlcg.beta_rule": "fr"}, "beta_rule='fr'.*'fletcher_reeves'"),
         ({"optimizer.nlcg.preconditioner": "hessian"}, "preconditioner.*'rms'"),
-        ({"optimizer.nlcg.period": 0}, "period=0"),
+        (
+            {"optimizer.name": "nlcg_paper", "optimizer.nlcg_paper.period": 0},
+            "period=0",
+        ),
+        (
+            {"optimizer.name": "nlcg_paper", "optimizer.nlcg_paper.preconditioner": ""},
+            "optimizer.nlcg_paper.preconditioner=''.*'diagonal_bfgs'",
+        ),
     ],
 )
 def test_mistakes_name_the_field_and_what_is_accepted(fields, message):

@@ -15,10 +15,14 @@ SHAPE = (4, 4, 1)
 class Tiny(nn.Module):
     """Small enough to compile at once; names as in the ResNets."""
 
+    batch_norm_momentum: float = 0.99
+
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x, train, mask=None):
+        mask = None if mask is None else mask[:, None, None, None]
         x = nn.Conv(2, (3, 3), use_bias=False)(x)
-        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        norm = nn.BatchNorm(not train, momentum=self.batch_norm_momentum)
+        x = nn.relu(norm(x, mask=mask))
         return nn.Dense(3)(x.reshape(len(x), -1))
 
 
@@ -168,6 +172,41 @@ def test_evaluation_ignores_padding_and_uses_the_average():
     )
     other = evaluate(state.replace(average=None), whole)
     assert abs(other["loss"] - expected["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("average_decay", [0.0, 0.9])
+def test_precise_statistics_are_those_of_the_activations(average_decay):
+    """Of the weights that are evaluated, over all batches; padding does not count."""
+    config, model, state, step = setup(average_decay=average_decay)
+    for i in range(2):
+        state, _ = step(state, batch(i))
+    parts = [batch(seed, size=8) for seed in (2, 3, 4)]
+    statistics = jax.jit(
+        steps.make_statistics_step(model, config, create_mesh(config), batch_size=6)
+    )
+    before = jax.device_get(state)
+    found = steps.pool_statistics(
+        jax.device_get([statistics(state, part) for part in parts])
+    )
+    images = np.concatenate([part["image"][0, :6] for part in parts])
+    _, seen = model.apply(
+        {"params": state.average or state.params, "batch_stats": state.batch_stats},
+        steps.normalizer(config)(images),
+        train=False,
+        capture_intermediates=lambda module, _: isinstance(module, nn.Conv),
+    )
+    (activations,) = jax.tree.leaves(seen["intermediates"])
+    activations = np.asarray(activations, np.float64)
+    expected = {
+        "mean": activations.mean(axis=(0, 1, 2)),
+        "var": activations.var(axis=(0, 1, 2)),
+    }
+    assert found.keys() == state.batch_stats.keys() == {"BatchNorm_0"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(found["BatchNorm_0"][name], value, rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+    lagging = state.batch_stats["BatchNorm_0"]["var"]
+    assert np.abs(lagging / expected["var"] - 1).max() > 0.1
 
 
 def test_unknown_normalization_lists_the_known_ones():

@@ -9,9 +9,10 @@ import pathlib
 import resource
 import subprocess
 import sys
-import time
 
 import flax.linen as nn
+import xla
+from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import cli, models
 
@@ -39,11 +40,14 @@ class Tiny(nn.Module):
     """In place of the ResNet where the loop is tested: it compiles at once."""
 
     num_classes: int
+    batch_norm_momentum: float = 0.5
 
     @nn.compact
     def __call__(self, x, train, mask=None):
         mask = None if mask is None else mask[:, None, None, None]
-        norm = nn.BatchNorm(use_running_average=not train, momentum=0.5)
+        norm = nn.BatchNorm(
+            use_running_average=not train, momentum=self.batch_norm_momentum
+        )
         x = nn.relu(norm(x, mask=mask))
         return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
 
@@ -63,8 +67,7 @@ def start(workdir, *args, devices=1, process=None, limit=None):
       process: (port, number of processes, this one's number), or None for one alone.
       limit: largest file that it can write, in bytes.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     if limit is not None:
         env[_LIMIT] = str(limit)
@@ -82,13 +85,11 @@ def start(workdir, *args, devices=1, process=None, limit=None):
     )
 
 
-def finish(*processes, code=0, timeout=200):
+def finish(*processes, code=0):
     """Waits for processes to end with that exit code; returns what they printed."""
-    deadline = time.monotonic() + timeout
     try:
         outputs = [
-            process.communicate(timeout=deadline - time.monotonic())[0]
-            for process in processes
+            process.communicate(timeout=HANGING_SECONDS)[0] for process in processes
         ]
     finally:
         for process in processes:

@@ -29,6 +29,7 @@ class Net(nn.Module):
     """A ResNet's ingredients, in float64."""
 
     batch_norm: bool
+    batch_norm_momentum: float = 0.99
 
     @nn.compact
     def __call__(self, x, train, mask=None):
@@ -37,18 +38,13 @@ class Net(nn.Module):
         # Under BatchNorm a bias would have no gradient but rounding errors.
         x = nn.Conv(8, (3, 3), strides=2, use_bias=not self.batch_norm, **options)(x)
         if self.batch_norm:
-            norm = nn.BatchNorm(use_running_average=not train, **options)
+            norm = nn.BatchNorm(not train, momentum=self.batch_norm_momentum, **options)
             x = norm(x, mask=mask)
         x = nn.Dense(16, **options)(nn.tanh(x).reshape(len(x), -1))
         return nn.Dense(2, **options)(nn.tanh(x))
 
 
-PAPER = (
-    "optimizer.nlcg.preconditioner=diagonal_bfgs",
-    "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
-    "optimizer.nlcg.nesterov=False",
-    "optimizer.learning_rate=0.1",
-)
+PAPER = ("optimizer.name=nlcg_paper", "optimizer.learning_rate=0.1")
 
 
 def build(data_axis, fsdp, *overrides, batch_norm=True):

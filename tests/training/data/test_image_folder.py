@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from pictures import encode, images_of, random_image, write_folder
+from PIL import Image
+
+from nlcg_optax.training import data
+
+
+@pytest.mark.parametrize("test_name", ["test", "val", "validation"])
+def test_folder_is_read(tmp_path, test_name):
+    written = write_folder(tmp_path, splits=("train", test_name))
+    dataset = data.load("folder", data_dir=tmp_path)
+    assert dataset.class_names == ("ant", "bee")
+    assert dataset.image_shape == (6, 6, 3)
+    np.testing.assert_array_equal(dataset.train.images, images_of(written, "train"))
+    np.testing.assert_array_equal(dataset.test.images, images_of(written, test_name))
+    assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+
+
+def test_folder_reads_grey_palette_and_jpeg_as_colour(tmp_path):
+    write_folder(tmp_path)
+    image = Image.fromarray(random_image(0))
+    folder = tmp_path / "train" / "ant"
+    image.convert("L").save(folder / "6.png")
+    image.convert("P").save(folder / "7.png", transparency=b"\0\1\2")
+    image.save(folder / "8.JPEG")
+    dataset = data.load("folder", data_dir=tmp_path)
+    assert dataset.train.images.shape == (15, 6, 6, 3)
+    grey = dataset.train.images[6]
+    np.testing.assert_array_equal(grey[..., 0], np.asarray(image.convert("L")))
+    np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+
+
+def test_folder_may_stay_on_disk(tmp_path):
+    written = write_folder(tmp_path)
+    memory = data.load("folder", data_dir=tmp_path, validation_fraction=0.5)
+    disk = data.load(
+        "folder", data_dir=tmp_path, validation_fraction=0.5, in_memory="no"
+    )
+    assert disk.streamed
+    assert len(written) == 24
+    for name in ("train", "test", "validation"):
+        split, expected = getattr(disk, name), getattr(memory, name)
+        assert len(split) == len(expected)
+        for i in range(len(split)):
+            np.testing.assert_array_equal(split[i]["image"], expected[i]["image"])
+            assert split[i]["label"] == expected[i]["label"]
+    with pytest.raises(TypeError, match="not in memory"):
+        _ = disk.train.images
+
+
+def test_differing_sizes_need_an_image_size(tmp_path):
+    written = write_folder(tmp_path, sizes=[(6, 6), (8, 10)])
+    with pytest.raises(data.DataError) as error:
+        data.load("folder", data_dir=tmp_path)
+    first, second = (tmp_path / "train" / "ant" / f"{i}.png" for i in range(2))
+    assert f"{first} is 6x6 and {second} is 8x10" in str(error.value)
+    assert "image_size" in str(error.value)
+
+    dataset = data.load("folder", data_dir=tmp_path, image_size=6)
+    assert dataset.image_shape == (6, 6, 3)
+    np.testing.assert_array_equal(dataset.train.images[0], written[first])
+    # Shorter side to 6, so 6x8 (7.5 rounds to even), of which the central 6 columns.
+    resized = Image.fromarray(written[second]).resize((8, 6), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(dataset.train.images[1], np.array(resized)[:, 1:7])
+
+
+def test_folder_errors_name_the_path(tmp_path):
+    def error(path=tmp_path):
+        with pytest.raises(data.DataError) as info:
+            data.load("folder", data_dir=path)
+        return str(info.value)
+
+    assert "needs data_dir" in error(None)
+    assert str(tmp_path / "nothing") in error(tmp_path / "nothing")
+    assert f"no folder {tmp_path / 'train'}" in error()
+    (tmp_path / "train").mkdir()
+    assert "no test split" in error() and "validation" in error()
+    (tmp_path / "test").mkdir()
+    assert f"no class folders in {tmp_path / 'train'}" in error()
+    empty = tmp_path / "train" / "cat"
+    empty.mkdir()
+    (empty / "notes.txt").write_text("no image")
+    assert str(empty) in error() and "no images (jpg, jpeg, png)" in error()
+    empty.joinpath("0.png").write_bytes(encode(random_image(0)))
+    (tmp_path / "test" / "dog").mkdir()
+    (tmp_path / "test" / "dog" / "0.png").write_bytes(encode(random_image(0)))
+    assert "differ: cat, dog" in error()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"text", lambda b: b[: len(b) // 2]])
+def test_broken_image_is_named(tmp_path, damage):
+    write_folder(tmp_path)
+    path = tmp_path / "train" / "bee" / "2.png"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(data.DataError, match="cannot decode .*bee/2.png"):
+        data.load("folder", data_dir=tmp_path)
