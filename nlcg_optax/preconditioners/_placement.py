@@ -245,8 +245,14 @@ class Matrix(NamedTuple):
       rows: the axes that, together, count rows.
       columns: the axes that, together, count columns.
       batch: the axes that count matrices: layers of a scan, experts.
-      parts: matrices side by side along the columns, as in a kernel that makes queries,
-        keys and values at once.
+      parts: how many matrices are side by side along the columns, as in a kernel that
+        makes queries, keys and values at once; each is orthogonalized by itself.
+
+    A kernel of shape [layers, inputs, 3 · outputs]:
+
+    >>> import nlcg_optax
+    >>> nlcg_optax.Matrix(rows=(1,), columns=(2,), batch=(0,), parts=3)
+    Matrix(rows=(1,), columns=(2,), batch=(0,), parts=3)
     """
 
     rows: tuple[int, ...]

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 
 from nlcg_optax import _check, _tree
 from nlcg_optax.preconditioners import _newton_schulz, _placement
+from nlcg_optax.preconditioners import matrices as ready_matrices
 from nlcg_optax.preconditioners._placement import Matrix
 
 
@@ -52,6 +53,7 @@ def scale_by_orthogonalization(
     coefficients: str | Sequence[tuple[float, float, float]] = "polar_express",
     precision: str = "highest",
     batch_axes: int = 0,
+    matrices: ready_matrices.Matrices | None = None,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -106,6 +108,12 @@ def scale_by_orthogonalization(
         times as coarsely, after each; choose that only where float16 is not fast.
       batch_axes: leading axes of every leaf that count layers (of a scan over layers),
         not rows.
+      matrices: a function of a leaf's path (keys, as in `jax.tree_util`) and the leaf
+        that returns a :class:`~nlcg_optax.Matrix`, which names the axes of rows, of
+        columns and those that count matrices, and the number of parts side by side; or
+        None for a leaf that is no matrix. :mod:`nlcg_optax.matrices` has those for Flax
+        and Equinox, and :func:`nlcg_optax.describe` prints what went where. By default
+        (None) it is as said above.
       mesh: the mesh over whose devices the work is shared out under `jit`; None for
         the one that is set (`jax.set_mesh`), if any. Arrays with explicit axes bring
         their own.
@@ -122,7 +130,7 @@ def scale_by_orthogonalization(
       ValueError: when built, for an argument out of range; in `update`, if the
         gradients do not match the parameters that `init` saw, or the shards of a
         matrix over `axis_name` cannot be put together; in `init`, if a parameter lies
-        on a device that the mesh does not have.
+        on a device that the mesh does not have, or what `matrices` gives does not fit.
 
     >>> import jax.numpy as jnp
     >>> import nlcg_optax
@@ -130,7 +138,7 @@ def scale_by_orthogonalization(
     >>> grads = {"w": jnp.array([[3.0, 0.0, 0.0], [0.0, -0.1, 0.0]]), "b": jnp.ones(3)}
     >>> updates, _ = tx.update(grads, tx.init(grads))
     >>> print(jnp.diagonal(updates["w"]).round(2), updates["b"].round(4))
-    [ 0.24 -0.39] [1. 1. 1.]
+    [ 0.34 -0.34] [1. 1. 1.]
     """
     _check.number("decay", decay, minimum=0)
     if not isinstance(decay, jax.Array) and decay >= 1:
@@ -152,7 +160,15 @@ def scale_by_orthogonalization(
         _newton_schulz.coefficients_of(coefficients, iterations), precision
     )
 
-    def treatment(leaf: Any) -> Matrix | None:
+    if matrices is not None and batch_axes != 0:
+        raise ValueError(
+            f"batch_axes={batch_axes!r} is not valid beside `matrices`, which says of "
+            "each leaf which axes count matrices: Matrix(rows, columns, batch)."
+        )
+
+    def treatment(path: Any, leaf: Any) -> Matrix | None:
+        if matrices is not None:
+            return ready_matrices.check(path, leaf, matrices(path, leaf))
         ndim = jnp.ndim(leaf)
         if ndim - batch_axes < 2:
             return None
@@ -163,7 +179,7 @@ def scale_by_orthogonalization(
         mapped = _mapped_axes(axis_name)
 
         def moment(path: Any, x: Any) -> Any:
-            matrix = treatment(x)
+            matrix = treatment(path, x)
             if matrix is None:
                 return jnp.zeros_like(x, dtype=_tree.scalar_dtype(x))
             _check_devices(path, x, mesh)
