@@ -311,6 +311,18 @@ class Group:
     simple: bool
     chunks: int = 1
 
+    def apart(self) -> list["Group"]:
+        """A group for each leaf."""
+        return [
+            dataclasses.replace(
+                self,
+                matrices=(matrix,),
+                numbers=((i, count),),
+                stack=dataclasses.replace(self.stack, count=count),
+            )
+            for (i, count), matrix in zip(self.numbers, self.matrices, strict=True)
+        ]
+
     def items(self, leaves: Sequence[Leaf], place: Any) -> jax.Array:
         """All items, of shape [count, *item]."""
         # Those of one shape first: a stack may have to be moved to be lengthened.
@@ -494,13 +506,16 @@ def orthogonalize(
         place, bundle, how = _place(bundle, leaves, method, mesh, axes)
         for choice in ("each", "spread", "split"):
             groups = [g for g, h in zip(bundle, how, strict=True) if h == choice]
-            if not groups:
-                continue
-            made = _work(choice, groups, leaves, method, place)
-            for g, items in zip(groups, made, strict=True):
-                arrays = g.leaves(items, leaves, place)
-                for (i, _), x in zip(g.numbers, arrays, strict=True):
-                    results[i] = x
+            together = [groups] if groups else []
+            if place.devices == 1:
+                # Nothing travels; and XLA for CPUs is slow at stacks of products.
+                together = [[one] for g in groups for one in g.apart()]
+            for groups in together:
+                made = _work(choice, groups, leaves, method, place)
+                for g, items in zip(groups, made, strict=True):
+                    arrays = g.leaves(items, leaves, place)
+                    for (i, _), x in zip(g.numbers, arrays, strict=True):
+                        results[i] = x
     return results
 
 
@@ -578,9 +593,15 @@ def _work(
     if choice == "split":
         xs = [place.split(x) for x in xs]
         reductions = {"largest": place.largest, "total": place.total}
-    ys = _newton_schulz.polar_factors(
-        xs, method, add=slots.add, pick=slots.pick, **reductions
-    )
+    if len(xs) == 1 and math.prod(xs[0].shape[:3]) == 1:
+        shape = xs[0].shape
+        xs = [xs[0].reshape(shape[3:])]
+        ys = _newton_schulz.polar_factors(xs, method, **reductions)
+        ys = [ys[0].reshape(shape)]
+    else:
+        ys = _newton_schulz.polar_factors(
+            xs, method, add=slots.add, pick=slots.pick, **reductions
+        )
     results = []
     for i, (g, x, y) in enumerate(zip(groups, items, ys, strict=True)):
         if choice == "split":

@@ -104,8 +104,7 @@ def scale_by_orthogonalization(
       precision: of the products of float32 matrices (and of those of 16 bits):
         ``"highest"``, or half precision with sums in float32, ``"float16"`` or
         ``"bfloat16"``, for matrix units that are faster so. The Gram matrix is then
-        made anew of X, in float16 after two steps, in bfloat16, which rounds eight
-        times as coarsely, after each; choose that only where float16 is not fast.
+        made anew of X after each step, without which rounding can grow without bound.
       batch_axes: leading axes of every leaf that count layers (of a scan over layers),
         not rows.
       matrices: a function of a leaf's path (keys, as in `jax.tree_util`) and the leaf
