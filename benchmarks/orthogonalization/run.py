@@ -8,8 +8,8 @@
 CPU devices, parameters of two and more axes split along their longest axis that the
 devices divide, and reads operations, collectives and temporary memory off the program.
 `--times` runs the step on the CPU, all optimizers in turn. `--device` runs the update
-on the accelerator in each precision: milliseconds, operations a second, and the error to
-the exact polar factor of a matrix with singular values from 1 to 0.01.
+on the accelerator in each precision: milliseconds, operations a second, and the error
+to the exact polar factor of a matrix with singular values from 1 to 0.01.
 
 Every case is a line of `results/<part>.jsonl`, in place of what was there of it.
 """
