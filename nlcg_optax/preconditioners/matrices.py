@@ -178,14 +178,14 @@ def check(path: Any, leaf: Any, matrix: Any) -> Matrix | None:
             f"batch have to name each of its axes, 0 to {ndim - 1}, once, and rows and "
             "columns at least one. None is for a leaf that is no matrix."
         )
-    columns = math.prod(shape[axis] for axis in matrix.columns)
-    if not isinstance(matrix.parts, int) or matrix.parts < 1 or columns % matrix.parts:
+    width = math.prod(shape[axis] for axis in matrix.columns)
+    if not isinstance(matrix.parts, int) or matrix.parts < 1 or width % matrix.parts:
         raise ValueError(
-            f"`matrices` gave {matrix} for the parameter {where}: its {columns} "
+            f"`matrices` gave {matrix} for the parameter {where}: its {width} "
             f"columns do not come apart into parts={matrix.parts!r} of one size."
         )
-    counted = (tuple(axis % ndim for axis in axes) for axes in matrix[:3])
-    return Matrix(*counted, matrix.parts)
+    rows, columns, batch = (tuple(axis % ndim for axis in axes) for axes in matrix[:3])
+    return Matrix(rows, columns, batch, matrix.parts)
 
 
 def _name(key: Any) -> str:
