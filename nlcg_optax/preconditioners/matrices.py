@@ -74,7 +74,7 @@ def equinox(path: Any, leaf: Any) -> Matrix | None:
 def describe(
     what: optax.GradientTransformation | Matrices, params: Any, *, iterations: int = 5
 ) -> None:
-    """Prints what orthogonalization does with each parameter.
+    """Prints what orthogonalization does with each parameter, on one device.
 
     Args:
       what: an optimizer that orthogonalizes somewhere, or a function of path and leaf,
@@ -124,7 +124,7 @@ def describe(
             count, m, n = sides(node.matrix, leaf.shape)
             treatment = f"{m}×{n}" if count == 1 else f"{count} × {m}×{n}"
             operations = count * sum(
-                _newton_schulz.operations(min(m, n), max(m, n), method)
+                _newton_schulz.operations(min(m, n), max(m, n), method, stacked=False)
             )
         rows.append(
             (

@@ -31,11 +31,13 @@ def literal(x, steps):
 @pytest.mark.parametrize("name", ["muon", "polar_express"])
 @pytest.mark.parametrize("iterations", [1, 5])
 def test_it_is_the_iteration_on_the_matrix(x64, monkeypatch, shape, name, iterations):
-    # So that the largest of them takes its products apart, twice.
+    # So that products of stacks of the largest of them are taken apart.
     monkeypatch.setattr(_newton_schulz, "HERMITIAN_BLOCK", 6)
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) + 1j * rng.normal(size=shape)
     got = polar_factor(jnp.asarray(x), iterations, 3.0, name)
+    stacked = polar_factor(jnp.asarray(x)[None], iterations, 3.0, name)[0]
+    np.testing.assert_allclose(stacked, got, rtol=1e-10, atol=1e-10)
     expected = 3 * literal(x, coefficients_of(name, iterations))
     np.testing.assert_allclose(got, expected, rtol=1e-10, atol=1e-10)
 
