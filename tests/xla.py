@@ -21,8 +21,8 @@ _FLAGS = {
 }
 _KNOWN = (0, 9) <= jax.__version_info__ < (0, 11)
 
-#: What the user has set, which has the last word. Programs that tests start read it in a
-#: variable of its own, as theirs has our flags already.
+#: What the user has set, which has the last word. Programs that tests start read it in
+#: a variable of its own, as theirs has our flags already.
 GIVEN = os.environ.setdefault("XLA_FLAGS_GIVEN", os.environ.get("XLA_FLAGS", ""))
 
 
