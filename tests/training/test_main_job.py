@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import xla
 from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import metrics
@@ -19,7 +20,11 @@ def test_the_default_config_reaches_97_percent_in_60_full_batch_steps(tmp_path):
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_FLAGS": xla.GIVEN,  # it runs for longer than it compiles
+        },
         capture_output=True,
         text=True,
         timeout=HANGING_SECONDS,
