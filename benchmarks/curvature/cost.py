@@ -5,8 +5,8 @@
 
 The whole jitted step of `nlcg_optax.training` with tuned-rate `nlcg` and with the
 quadratic model, by the part of the batch that the products are taken on, the past steps
-and the residual directions, side by side in one process: rounds of one step each, and the
-median over the rounds. Images are made up. Times are those of the process, so that
+and the residual directions, side by side in one process: rounds of one step each, and
+the median over the rounds. Images are made up. Times are those of the process, so that
 others on the machine do not count. Writes `results/cost.md`.
 """
 
@@ -14,9 +14,9 @@ import argparse
 import pathlib
 import platform
 import statistics
+import sys
 import time
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +26,9 @@ import nlcg_optax
 from nlcg_optax.training import loop, models, optimizers, steps
 from nlcg_optax.training.config import apply_overrides, base_config
 from nlcg_optax.training.mesh import create_mesh
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+import compiled  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 SHAPE = (32, 32, 3)
