@@ -364,6 +364,7 @@ def test_the_quadratic_model_needs_no_learning_rate(tmp_path):
     printed = io.StringIO()
     config = tiny_config(
         "optimizer.nlcg.step_rule=quadratic_model",
+        "optimizer.nlcg.preconditioner=orthogonalization",
         "optimizer.nlcg.curvature_fraction=0.5",
     )
     with contextlib.redirect_stdout(printed):
