@@ -95,7 +95,6 @@ def measure(name, batch_size, rounds, cases):
                 nlcg_optax.scale_by_orthogonalization(),
                 history=case[1],
                 residuals=case[2],
-                min_signal=0.0,  # products in every step
             )
             tx = optax.chain(piece, optax.scale(-1.0))
         runs[case] = Case(config, mesh, tx, batch)

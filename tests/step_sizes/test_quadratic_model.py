@@ -51,7 +51,6 @@ PURE = {
     "noise_damping": 0.0,
     "first_damping": 0.0,
     "max_growth": math.inf,
-    "min_signal": 0.0,
 }
 
 
@@ -242,17 +241,15 @@ def oracle(x, noise, steps, horizon):
             delta, slope, curve = -c @ directions, slopes @ c, c @ products @ c
             solved += 1
             log_length += max(0.1, 1 / solved) * (math.log(length) - log_length)
-            left = math.inf if horizon is None else horizon - t
+            left = 0 if horizon is None else horizon - t
             if share < 0.4 and measured >= 8 and left >= 50:
                 switched, rate = t, 0.5 * math.exp(log_length)
                 d, rho = -past[0] / rate, None
         if switched is not None:
             beta = 0.9 if rho is None else min(max(g @ z / rho, 0), 0.9)
             d, rho = z + beta * d, g @ z
-            size = rate
-            if horizon is not None:
-                done = (t - switched) / (horizon - switched)
-                size *= 0.5 * (1 + math.cos(math.pi * done))
+            done = (t - switched) / (horizon - switched)
+            size = 0.5 * rate * (1 + math.cos(math.pi * done))
             delta, curve = -size * (z + beta * d), 0.0
             slope = -g @ delta
         rho = g @ z if rho is not None or switched is not None else None
@@ -299,7 +296,10 @@ def test_it_is_what_its_description_says(case, x64):
             np.testing.assert_allclose(state.damping, row["damping"], rtol=1e-4)
     # The case is about something.
     much = case.startswith("much noise")
-    assert (state.rejected > 0) == (state.bounded > 0) == (state.rate > 0) == much
+    assert (state.rejected > 0) == (state.bounded > 0) == much
+    # Without a horizon noise never rules.
+    assert (state.signal < 0.4) == much
+    assert (state.rate > 0) == (horizon is not None)
     assert state.nonfinite == 0
 
 
