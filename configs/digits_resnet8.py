@@ -4,8 +4,12 @@ nlcg-train --config=digits_resnet8 --workdir=runs/digits
 
 Needs: nothing but a CPU and two minutes; the images come with scikit-learn.
 
-Result (jax 0.10.2, one CPU core): test accuracy 0.9889, 0.9972, 0.9972 (seeds 0 to 2),
-mean 0.9944.
+Result (jax 0.10.2, one CPU core): test accuracy 0.9861, 0.9972, 0.9944 (seeds 0 to 2),
+mean 0.9926.
+
+The rate was chosen on a fifth of the training images: of 0.01, 0.02, 0.04, 0.08, 0.16
+and 0.32 the first had the best accuracy, 0.9873 over three seeds (0.9861, 0.9850,
+0.9850, 0.9850, 0.9826; an image is 0.0035), and a lower one was not tried.
 """
 
 from nlcg_optax.training.config import base_config
