@@ -36,11 +36,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# A dot is a test that has passed.
 test: lint
-	$(BIN)/python -m pytest --numprocesses=2 $(ARGS)
+	@echo "The tests take some minutes on two cores, and several times that beside other work."
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest --numprocesses=2 -m "" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m "" $(ARGS)
 
 # Warnings are errors; links within the documentation are checked.
 docs: $(INSTALLED)

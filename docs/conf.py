@@ -55,25 +55,16 @@ SHOWN = {
     "README.md": "index.md",
     "CHANGELOG.md": "project/changelog.md",
     "CONTRIBUTING.md": "project/contributing.md",
-    "benchmarks/deterministic/README.md": "results/deterministic.md",
-    "benchmarks/input/results.md": "results/input.md",
-    "benchmarks/large_batch/README.md": "results/large_batch_protocol.md",
-    "benchmarks/large_batch/results.md": "results/large_batch.md",
-    "benchmarks/pod_plan/results.md": "results/pod_plan.md",
-    "benchmarks/pod_plan/roofline.md": "results/pod_plan.md",
-    "benchmarks/update_cost/before.md": "results/update_cost.md",
-    "benchmarks/update_cost/history.md": "results/update_cost.md",
-    "benchmarks/update_cost/results.md": "results/update_cost.md",
-    "benchmarks/update_cost/step.md": "results/update_cost.md",
     "examples/notebooks/README.md": "notebooks/index.md",
 }
+# A page for each benchmark, with its README and all that it measured.
+for path in ROOT.glob("benchmarks/*/**/*.md"):
+    benchmark = path.relative_to(ROOT / "benchmarks").parts[0]
+    SHOWN[path.relative_to(ROOT).as_posix()] = f"results/{benchmark}.md"
 # Sections of the README are parts of several pages.
 README_SECTIONS = {
-    "compose-the-pieces": "quickstart.md",
-    "on-several-devices": "meshes.md",
-    "train-a-resnet": "training.md",
+    "install": "quickstart.md",
     "what-was-measured": "results/index.md",
-    "without-noise-minimize": "minimize.md",
 }
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 
@@ -85,9 +76,12 @@ def defaults_table() -> str:
         for optimizer in (nlcg_optax.nlcg, nlcg_optax.nlcg_paper)
     )
     rows = ["| argument | `nlcg` | `nlcg_paper` |", "| --- | --- | --- |"]
-    for name, parameter in ours.items():
+    for name, parameter in (ours | paper).items():
         if parameter.default is not inspect.Parameter.empty:
-            defaults = f"`{parameter.default!r}`", f"`{paper[name].default!r}`"
+            defaults = tuple(
+                f"`{one[name].default!r}`" if name in one else "–"
+                for one in (ours, paper)
+            )
             if defaults[0] != defaults[1]:
                 defaults = tuple(f"**{default}**" for default in defaults)
             rows.append(f"| `{name}` | {' | '.join(defaults)} |")

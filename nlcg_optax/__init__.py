@@ -2,6 +2,7 @@
 
 from nlcg_optax import beta
 from nlcg_optax._alias import nlcg, nlcg_paper
+from nlcg_optax._curvature import Curvature, gauss_newton, hessian
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
 from nlcg_optax._parallel import pmean_value_and_grad
@@ -31,11 +32,16 @@ from nlcg_optax.step_sizes.loss_feedback import (
     LossFeedbackState,
     scale_by_loss_feedback,
 )
+from nlcg_optax.step_sizes.quadratic_model import (
+    QuadraticModelState,
+    scale_by_quadratic_model,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConjugateDirectionState",
+    "Curvature",
     "DiagonalBfgsState",
     "HagerZhangLinesearchInfo",
     "HagerZhangLinesearchState",
@@ -44,8 +50,11 @@ __all__ = [
     "LossFeedbackState",
     "MinimizeResult",
     "OrthogonalizationState",
+    "QuadraticModelState",
     "beta",
     "diagnostics",
+    "gauss_newton",
+    "hessian",
     "minimize",
     "nlcg",
     "nlcg_paper",
@@ -57,4 +66,5 @@ __all__ = [
     "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
     "scale_by_orthogonalization",
+    "scale_by_quadratic_model",
 ]

@@ -1,5 +1,6 @@
 """The ready optimizers: chains of a preconditioner, a direction and a step size."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import optax
@@ -10,14 +11,18 @@ from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
 from nlcg_optax.step_sizes.loss_feedback import scale_by_loss_feedback
+from nlcg_optax.step_sizes.quadratic_model import scale_by_quadratic_model
+
+_BETA_RULE, _BETA_BOUNDS = "fletcher_reeves", (0.0, 0.9)
+Preconditioner = str | optax.GradientTransformation | None
 
 
 def nlcg(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | None = None,
     *,
-    beta_rule: str | BetaRule = "fletcher_reeves",
-    beta_bounds: tuple[float, float] = (0.0, 0.9),
-    preconditioner: str | optax.GradientTransformation | None = "orthogonalization",
+    beta_rule: str | BetaRule = _BETA_RULE,
+    beta_bounds: tuple[float, float] = _BETA_BOUNDS,
+    preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
     step_rule: str | optax.GradientTransformation | None = "step",
     nesterov: bool | None = None,
     epsilon: float = 1e-8,
@@ -43,19 +48,26 @@ def nlcg(
 
     One step moves a matrix of full rank by a root mean square of
     :math:`0.2 \alpha`, and up to ten times that where directions agree (β = 0.9); 0.04
-    is a learning rate to try first, and a factor of 2 to either side.
+    is a learning rate to try first, then a factor of 4 to either side.
 
     As parts of one optimizer they share the previous direction, of which the chain of
     the three has two copies. (So after a loss that is not finite, part of the direction
     taken then may be taken back, not of the one before.)
 
+    With ``step_rule="quadratic_model"`` there is no learning rate to choose: the
+    curvature of the loss, which `update` is given, chooses the length of the step and β
+    (:func:`~nlcg_optax.scale_by_quadratic_model`).
+
     Args:
-      learning_rate: α, a number or a schedule.
+      learning_rate: α, a number or a schedule. For the quadratic model it multiplies
+        the step that the curvature chose, and need not be given (1); all other rules
+        need it.
       beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
       preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
-        transformation, or None.
+        transformation, or None. The quadratic model takes a sequence of them, too.
       step_rule: ``"step"`` or ``"online"``, see
-        :func:`~nlcg_optax.scale_by_loss_feedback`; None for none. A gradient
+        :func:`~nlcg_optax.scale_by_loss_feedback`; ``"quadratic_model"``, in place of
+        the direction, the rule of β and the look ahead; None for none. A gradient
         transformation is placed last, where it is given the descent direction times the
         learning rate, as line searches expect it.
       beta_bounds: β is clipped to this closed interval.
@@ -73,7 +85,7 @@ def nlcg(
     Returns:
       An optimizer. Its `update` needs `params` for the diagonal of BFGS, and the
       keyword argument ``value``, the loss averaged over the global batch, for the step
-      rules.
+      rules; ``curvature`` too for the quadratic model.
 
     Raises:
       ValueError: for an unknown name or an argument out of range.
@@ -95,7 +107,50 @@ def nlcg(
     >>> print(w.round(2))
     [[ 1.  -2. ]
      [ 0.5  3. ]]
+
+    Without a learning rate, and in a tenth of the steps:
+
+    >>> tx = nlcg_optax.nlcg(step_rule="quadratic_model")
+    >>> w = jnp.zeros((2, 2))
+    >>> state = tx.init(w)
+    >>> for _ in range(10):
+    ...     loss, grads = jax.value_and_grad(loss_fn)(w)
+    ...     updates, state = tx.update(
+    ...         grads, state, w, value=loss, curvature=nlcg_optax.hessian(loss_fn)
+    ...     )
+    ...     w = w + updates
+    >>> print(w.round(2))
+    [[ 1.  -2. ]
+     [ 0.5  3. ]]
     """
+    if isinstance(step_rule, str):
+        _check.one_of(
+            "step_rule",
+            step_rule,
+            ("step", "online", "quadratic_model"),
+            ", a gradient transformation, or None",
+        )
+    if step_rule == "quadratic_model":
+        for name, value, default in (
+            ("beta_rule", beta_rule, _BETA_RULE),
+            ("beta_bounds", beta_bounds, _BETA_BOUNDS),
+            ("nesterov", nesterov, None),
+        ):
+            if value != default:
+                raise ValueError(
+                    f"{name}={value!r} is not valid with step_rule='quadratic_model', "
+                    "which chooses β by itself: leave it out."
+                )
+        # A transformation is a (named) tuple itself.
+        one = isinstance(preconditioner, str | optax.GradientTransformation | None)
+        several: Any = [preconditioner] if one else preconditioner
+        model = scale_by_quadratic_model(
+            [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
+            multiplier=1.0 if learning_rate is None else learning_rate,
+            state_dtype=state_dtype,
+            axis_name=axis_name,
+        )
+        return optax.chain(model, optax.scale(-1.0))
     if nesterov is None:
         nesterov = not isinstance(step_rule, optax.GradientTransformation)
     direction = scale_by_conjugate_direction(
@@ -158,7 +213,7 @@ def nlcg_paper(
 
 
 def _preconditioner(
-    preconditioner: str | optax.GradientTransformation | None,
+    preconditioner: Any,
     epsilon: float,
     state_dtype: Any | None,
     axis_name: _tree.AxisName | None,
@@ -180,11 +235,16 @@ def _preconditioner(
 def _chain(
     direction: optax.GradientTransformationExtraArgs,
     step_rule: str | optax.GradientTransformation | None,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | None,
     period: int = 5,
     threshold: float = 1.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Chains a direction, a step rule and the learning rate."""
+    if learning_rate is None:
+        raise ValueError(
+            "learning_rate=None is not valid: expected a number or a schedule. "
+            "`nlcg(step_rule='quadratic_model')` alone does without one."
+        )
     if not callable(learning_rate):
         _check.number("learning_rate", learning_rate)
     scale = optax.scale_by_learning_rate(learning_rate)

@@ -9,6 +9,7 @@ from nlcg_optax.directions.conjugate import ConjugateDirectionState
 from nlcg_optax.preconditioners.diagonal_bfgs import DiagonalBfgsState
 from nlcg_optax.preconditioners.limited_memory_bfgs import LimitedMemoryBfgsState
 from nlcg_optax.step_sizes.loss_feedback import LossFeedbackState
+from nlcg_optax.step_sizes.quadratic_model import QuadraticModelState
 
 # Name of the diagnostic -> field of the state that holds it.
 _FIELDS: dict[type, dict[str, str]] = {
@@ -22,6 +23,18 @@ _FIELDS: dict[type, dict[str, str]] = {
     LossFeedbackState: {
         "base_step": "base_step",
         "nonfinite_losses": "nonfinite",
+    },
+    QuadraticModelState: {
+        "coefficients": "coefficients",
+        "damping": "damping",
+        "predicted_decrease": "predicted_decrease",
+        "actual_decrease": "actual_decrease",
+        "conjugacy": "conjugacy",
+        "signal": "signal",
+        "rate": "rate",
+        "bounded_steps": "bounded",
+        "rejected_steps": "rejected",
+        "nonfinite_products": "nonfinite",
     },
 }
 
@@ -45,6 +58,23 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``base_step``: the factor of the learning rate.
       - ``nonfinite_losses``: losses so far that were not finite.
       - ``skipped_curvature``: curvature updates of the preconditioner skipped so far.
+
+      and where :func:`scale_by_quadratic_model` takes the step:
+
+      - ``coefficients``: an array, of each preconditioned gradient, then of each past
+        step, the newest first, then of each residual direction.
+      - ``damping``: λ.
+      - ``predicted_decrease``: how far the loss should fall by the last step.
+      - ``actual_decrease``: how far it fell by the step before.
+      - ``conjugacy``: cosine between the last two steps in the metric of the curvature.
+      - ``signal``: average share of the slope along a step that is no noise, which the
+        next gradient tells: 1 on the whole data, 0 where all is noise.
+      - ``rate``: the rate with which NLCG's own direction goes on once noise rules; 0
+        before.
+      - ``bounded_steps``: steps so far that were shortened to the longest allowed.
+      - ``rejected_steps``: steps so far that were taken back.
+      - ``nonfinite_products``: steps so far that were left out because an inner product
+        (or the first loss) was not finite.
 
       If a piece occurs several times (say under ``optax.partition``), the path of its
       state precedes the name: ``"['decoder'].inner_state[0]/beta"``.
@@ -74,9 +104,12 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
             if type(node) in _FIELDS:
                 where = path + jax.tree_util.keystr(keys)
                 found.append((where, node))
-                # A preconditioner's state lies within the direction's.
+                # A preconditioner's state lies within that of what it serves.
                 if isinstance(node, ConjugateDirectionState):
                     collect(where + ".preconditioner_state", node.preconditioner_state)
+                if isinstance(node, QuadraticModelState):
+                    states = node.preconditioner_states
+                    collect(where + ".preconditioner_states", states)
 
     collect("", opt_state)
     if not found:

@@ -1,11 +1,15 @@
 """Minimization of smooth functions without noise."""
 
+import difflib
 import functools
+import inspect
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -28,8 +32,36 @@ _MESSAGES = (
     "stopped: the value or the gradient is not finite at the starting point",
     "stopped: along steepest descent most points tried gave a value or a gradient that "
     "is not finite, and none a lower value",
+    "stopped: the callback asked for it",
+    "stopped: the objective seems to have no lower bound; its value falls ever "
+    "further, and its gradient does not shrink",
 )
 _RUNNING, _GTOL, _FTOL, _MAX_ITER, _STUCK, _BAD_START, _NONFINITE = range(7)
+_CALLBACK, _UNBOUNDED = 7, 8
+
+# Where the gradient is no smaller than ever before, a fall so many times the first
+# value, along a way so many times the starting point's size, has no end.
+_FALL = 1e10
+
+# What stands in the place of an argument of scipy.optimize.minimize.
+_INSTEAD = {
+    "args": "pass them one by one behind params: minimize(fun, params, a, b)",
+    "bounds": "minimize over y in params = lower + (upper - lower) * jnp.sin(y)**2, "
+    "which cannot leave them and reaches them",
+    "constraints": "express params by variables that are free, or add a penalty",
+    "disp": "progress=True prints a line after each iteration",
+    "fprime": "leave it out: JAX differentiates fun, written in jax.numpy",
+    "hess": "leave it out: curvature is learned from the gradients",
+    "hessp": "leave it out: curvature is learned from the gradients",
+    "jac": "leave it out: JAX differentiates fun, written in jax.numpy",
+    "maxiter": "it is called max_iter",
+    "method": "preconditioner, beta_rule and line_search choose it; the default is "
+    "limited-memory BFGS, and preconditioner=None nonlinear conjugate gradient",
+    "options": "its entries are arguments themselves: max_iter, gtol, ftol, "
+    "memory_size, progress",
+    "tol": "there are two: gtol, of the gradient, and ftol, of the value's decrease",
+    "x0": "it is the second argument, params",
+}
 
 # The predicted decrease that is left when the search may stop, in units of gtol times
 # the value or the decrease made so far.
@@ -83,6 +115,24 @@ class MinimizeResult(NamedTuple):
         """Whether a tolerance was met."""
         return (self.status == _GTOL) | (self.status == _FTOL)
 
+    def __repr__(self) -> str:
+        """Why it stopped, where, and after how much work, in a few lines."""
+        told = (self.value, self.grad_norm, self.iterations, self.value_evaluations)
+        if any(
+            isinstance(x, jax.core.Tracer) or jnp.ndim(x) for x in (*told, self.status)
+        ):
+            return f"MinimizeResult{tuple(self)!r}"
+        shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", self.params)
+        return (
+            f"{self.message}\n"
+            f"  value {self.value:.8g}, largest element of the gradient "
+            f"{self.grad_norm:.3g}\n"
+            f"  {self.iterations} iterations, {self.value_evaluations} evaluations of "
+            f"the objective, {self.grad_evaluations} of its gradient, "
+            f"{self.restarts} restarts\n"
+            f"  params: {shapes}"
+        )
+
 
 class IterationInfo(NamedTuple):
     """What a callback of :func:`minimize` is told after each iteration.
@@ -134,6 +184,7 @@ class _State(NamedTuple):
     fresh: jax.Array
     idle: jax.Array
     lowest: tuple[jax.Array, jax.Array]
+    steepest: jax.Array
     status: jax.Array
 
 
@@ -152,6 +203,7 @@ def minimize(
     restart_every: int | None = None,
     callback: Callable[[IterationInfo], Any] | None = None,
     progress: bool = False,
+    **unknown: Any,
 ) -> MinimizeResult:
     r"""Minimizes a smooth function by preconditioned nonlinear conjugate gradient.
 
@@ -192,7 +244,8 @@ def minimize(
         with `has_aux`, a scalar and anything else. Outside `jit` the compiled solver is
         kept for the function object and the options: pass what varies through `args`.
       params: where to start, any tree of real or complex floating-point arrays. The
-        result is sharded like them.
+        result is sharded like them. A list of numbers is one array of them, as for
+        scipy.
       *args: further arguments of the objective: trees of arrays.
       max_iter: iterations at most.
       gtol: tolerance of the gradient; None for 1e-8 in float64 and 1e-5 in float32.
@@ -214,15 +267,19 @@ def minimize(
       restart_every: β = 0 every so many iterations; None for never. Nothing to do where
         β is 0 in all of them.
       callback: called on the host after each iteration with an
-        :class:`IterationInfo`; under `vmap` once for each problem still running.
+        :class:`IterationInfo`; under `vmap` once for each problem still running. The
+        search stops where it returns True or raises StopIteration.
       progress: prints a line after each iteration.
+      **unknown: refused; for the arguments of ``scipy.optimize.minimize`` the error
+        says what stands in their place.
 
     Returns:
       A :class:`MinimizeResult`; its `message` says why it stopped. Evaluations by other
       line searches than ours are counted as they report them.
 
     Raises:
-      TypeError: for parameters that are not floating-point numbers.
+      TypeError: for parameters that are not floating-point numbers, an unknown
+        argument, or an objective that does not return what it should.
       ValueError: for an unknown name or an argument out of range.
 
     >>> import jax
@@ -240,7 +297,23 @@ def minimize(
     ...     return nlcg_optax.minimize(rosenbrock, jnp.zeros(2), a).params
     >>> print(jax.jacobian(solution)(2.0).round(2))
     [1. 4.]
+
+    Bounds are kept by a transformation of variables that can reach them:
+
+    >>> lower, upper = jnp.array([-1.0, -1.0]), jnp.array([1.5, 3.0])
+    >>> def inside(y):
+    ...     return lower + (upper - lower) * jnp.sin(y) ** 2
+    >>> result = nlcg_optax.minimize(lambda y: rosenbrock(inside(y), 2.0), jnp.ones(2))
+    >>> print(inside(result.params).round(2))
+    [1.5  2.25]
     """
+    for name in unknown:
+        instead = _INSTEAD.get(name)
+        if instead is None:
+            known = list(inspect.signature(minimize).parameters)[3:-1]
+            near = difflib.get_close_matches(name, known, n=1) or known
+            instead = f"did you mean {', '.join(near)}?"
+        raise TypeError(f"minimize takes no argument {name!r}: {instead}")
     _check.number("max_iter", max_iter, minimum=0, integer=True)
     _check.number("ftol", ftol, minimum=0)
     _check.number("memory_size", memory_size, minimum=1, integer=True)
@@ -278,13 +351,17 @@ def minimize(
         callback=callback,
         progress=progress,
     )
+    if isinstance(params, list) and all(
+        isinstance(x, numbers.Real) and not isinstance(x, bool) for x in params
+    ):
+        params = jnp.asarray(params, float)
     params = jax.tree.map(jnp.asarray, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} has dtype {leaf.dtype}: expected "
-                "real or complex floating-point numbers. Pass what is not to be "
-                "optimized through `args`."
+                "real or complex floating-point numbers. Start from 1.0 rather than 1, "
+                "and pass what is not to be optimized through `args`."
             )
     dtype = _tree.scalar_dtype(params)
     if gtol is None:
@@ -378,6 +455,36 @@ def _from_real(real: Any, like: Any) -> Any:
     )
 
 
+def _check_value(out: Any, has_aux: bool) -> Any:
+    """The value that the objective returned, if it is one."""
+    pair = isinstance(out, tuple) and len(out) == 2
+    if has_aux and not pair:
+        raise TypeError(
+            f"has_aux=True: the objective is to return (value, aux), and returns "
+            f"{_described(out)}."
+        )
+    if has_aux:
+        out = out[0]
+    elif pair:
+        raise TypeError(
+            f"The objective returns {_described(out)}: a second output beside the "
+            "value, which has_aux=True allows and returns as `result.aux`."
+        )
+    scalar = hasattr(out, "dtype") and out.ndim == 0  # pyright: ignore
+    if not scalar or jnp.iscomplexobj(out):
+        raise TypeError(
+            f"The objective returns {_described(out)}: expected a real scalar, such as "
+            "the sum or the mean of its elements."
+        )
+    return out
+
+
+def _described(out: Any) -> str:
+    if hasattr(out, "dtype"):
+        return f"an array of shape {jnp.shape(out)} and dtype {out.dtype}"
+    return f"a {type(out).__name__} of {len(jax.tree.leaves(out))} arrays"
+
+
 def _solve(objective, options, params, gtol):
     """Runs the loop."""
     direction = _make_direction(options)
@@ -385,7 +492,8 @@ def _solve(objective, options, params, gtol):
     dtype = _tree.scalar_dtype(params)
 
     def value_fn(x):
-        return objective(x)[0] if options.has_aux else objective(x)
+        out = objective(x)
+        return _check_value(out, options.has_aux)
 
     def norm(grad):
         return _tree.max_abs(grad, dtype=dtype)
@@ -394,6 +502,7 @@ def _solve(objective, options, params, gtol):
     value = first_value = value.astype(dtype)
     grad_norm = norm(grad)
     tolerance = gtol * jnp.maximum(1, grad_norm)
+    size = jnp.maximum(1, _tree.max_abs(params, dtype=dtype))
     zero = jnp.zeros([], jnp.int32)
 
     def search_direction(value, grad, direction_state, params):
@@ -478,12 +587,20 @@ def _solve(objective, options, params, gtol):
         scale = jnp.maximum(jnp.maximum(jnp.abs(state.value), jnp.abs(new_value)), 1)
         level = (options.ftol > 0) & ~failed & (decrease <= options.ftol * scale)
         hopeless = 2 * nonfinite > evaluations
+        fall = first_value / _FALL - value / _FALL  # this way nothing overflows
+        steepest = jnp.maximum(grad_norm, state.steepest)
+        unbounded = (grad_norm >= steepest) & (
+            fall > jnp.maximum(jnp.abs(first_value), grad_norm * size)
+        )
+        # No step goes further down than the numbers do.
+        unbounded |= stuck & (value < -(float(jnp.finfo(dtype).max) ** 0.85))
         used_up = iterations >= options.max_iter
         status = jnp.asarray(_RUNNING, jnp.int32)
         for condition, reason in (  # the last that holds is given
             (used_up, _MAX_ITER),
             (stuck, _STUCK),
             (stuck & hopeless, _NONFINITE),
+            (unbounded, _UNBOUNDED),
             (level, _FTOL),
             (small & (decided | stuck | used_up), _GTOL),
         ):
@@ -503,10 +620,12 @@ def _solve(objective, options, params, gtol):
             fresh=restart | (state.fresh & ~improved),
             idle=jnp.where(restart, 0, idle),
             lowest=(jnp.fmin(value, lowest_value), jnp.fmin(grad_norm, lowest_norm)),
+            steepest=steepest,
             status=status,
         )
-        _report(options, state.status == _RUNNING, new_state)
-        return new_state
+        stop = _report(options, state.status == _RUNNING, new_state)
+        going_on = status == _RUNNING
+        return new_state._replace(status=jnp.where(stop & going_on, _CALLBACK, status))
 
     bad = ~(jnp.isfinite(value) & jnp.isfinite(grad_norm))
     status = jnp.where(
@@ -539,6 +658,7 @@ def _solve(objective, options, params, gtol):
             fresh=jnp.ones([], bool),
             idle=zero,
             lowest=(value, grad_norm),
+            steepest=grad_norm,
             status=status.astype(jnp.int32),
         ),
     )
@@ -587,14 +707,17 @@ def _make_line_search(options: _Options) -> optax.GradientTransformationExtraArg
     return optax.with_extra_args_support(line_search)
 
 
-def _report(options: _Options, active: jax.Array, state: _State) -> None:
-    """Calls back on the host; problems of a batch that have stopped are silent."""
+def _report(options: _Options, active: jax.Array, state: _State) -> Any:
+    """Calls back on the host; returns whether the callback wants to stop.
+
+    Problems of a batch that have stopped already are silent.
+    """
     if options.callback is None and not options.progress:
-        return
+        return False
 
     def call(active, *info):
         if not active:
-            return
+            return np.bool_(False)
         info = IterationInfo(*info)
         if options.progress:
             print(
@@ -602,15 +725,23 @@ def _report(options: _Options, active: jax.Array, state: _State) -> None:
                 f"gradient {info.grad_norm:.3g}  "
                 f"evaluations {info.value_evaluations}"
             )
-        if options.callback is not None:
-            options.callback(info)
+        try:
+            wish = options.callback(info) if options.callback is not None else None
+        except StopIteration:
+            wish = True
+        # Not whatever is true: many callbacks return something by chance.
+        wish = np.asarray(wish)
+        return np.bool_(wish.dtype == bool and wish.ndim == 0 and wish)
 
-    jax.debug.callback(
+    # Pure as far as JAX is concerned: derivatives allow no other that returns a value.
+    return jax.pure_callback(
         call,
+        jax.ShapeDtypeStruct((), bool),
         active,
         state.iterations,
         state.params if options.callback is not None else None,
         state.value,
         state.grad_norm,
         state.value_evaluations,
+        vmap_method="sequential",
     )

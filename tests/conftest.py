@@ -5,6 +5,11 @@ import sys
 
 import jax
 import pytest
+import xla
+from waiting import HANGING_SECONDS
+
+# Before JAX starts its devices; the programs that tests start inherit them.
+os.environ["XLA_FLAGS"] = xla.flags()
 
 # Programs that tests start; importing one would change JAX's settings for all.
 collect_ignore = ["workers"]
@@ -37,19 +42,18 @@ def run_on_devices():
     Devices are counted when JAX starts, so this needs a process of its own.
     """
 
-    def run(program, count, flags=""):
-        flags = f"--xla_force_host_platform_device_count={count} {flags}"
+    def run(program, count):
         done = subprocess.run(
             [sys.executable, "-W", "error", program],
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}",
+                "XLA_FLAGS": xla.flags(count),
                 "PYTHONPATH": os.pathsep.join(sys.path),
             },
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=HANGING_SECONDS,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done

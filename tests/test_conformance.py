@@ -27,6 +27,7 @@ from nlcg_optax import (
     scale_by_limited_memory_bfgs,
     scale_by_loss_feedback,
     scale_by_orthogonalization,
+    scale_by_quadratic_model,
 )
 
 # Factory and options of every transformation, in its main configurations.
@@ -41,6 +42,16 @@ FACTORIES = {
     "loss_feedback-step": (scale_by_loss_feedback, {"period": 2}),
     "loss_feedback-online": (scale_by_loss_feedback, {"rule": "online"}),
     "lars": (scale_by_lars, {"coefficient": 0.1}),
+    "quadratic_model": (scale_by_quadratic_model, {}),
+    "quadratic_model-two": (
+        scale_by_quadratic_model,
+        {
+            "preconditioner": (None, scale_by_diagonal_bfgs()),
+            "history": 1,
+            "residuals": 0,
+            "every": 2,
+        },
+    ),
     "nlcg": (nlcg, {"learning_rate": 0.1}),
     "nlcg_paper": (nlcg_paper, {"learning_rate": 0.1}),
     "nlcg-hager_zhang": (
@@ -78,6 +89,7 @@ PUBLIC = (
     "conjugate_direction-hager_zhang",
     "loss_feedback-online",
     "lars",
+    "quadratic_model",
     "nlcg",
     "nlcg_paper",
 )
@@ -115,15 +127,20 @@ def value_and_grad(params):
     return total, jax.tree.unflatten(structure, grads)
 
 
+CURVATURE = nlcg_optax.hessian(lambda params: value_and_grad(params)[0])
+
+
 # Scaled so that the pieces that keep the gradient's sign descend a little too.
 def apply(name, params, updates):
     sign = 1.0 if name.startswith("nlcg") else -0.01
+    sign = -1.0 if name.startswith("quadratic_model") else sign
     return jax.tree.map(lambda p, u: p + (sign * u).astype(p.dtype), params, updates)
 
 
 def step(name, tx, params, state, **extra_args):
     value, grads = value_and_grad(params)
-    updates, state = tx.update(grads, state, params, value=value, **extra_args)
+    given = {"value": value, "curvature": CURVATURE, **extra_args}
+    updates, state = tx.update(grads, state, params, **given)
     return apply(name, params, updates), state, updates
 
 
@@ -212,8 +229,9 @@ def test_tree_map_params(name):
         jax.tree.leaves(marked),
         strict=True,
     ):
-        # The memory's weights are scalars, one for each pair.
-        scalar = before.ndim == 0 or jax.tree_util.keystr(path).endswith(".weights")
+        # Weights of a memory and coefficients are scalars, several of them.
+        scalars = (".weights", ".coefficients", ".prev_norms", ".prev_products")
+        scalar = before.ndim == 0 or jax.tree_util.keystr(path).endswith(scalars)
         expected = before if scalar else jnp.full_like(before, 7)
         np.testing.assert_array_equal(after, expected)
 
@@ -232,7 +250,12 @@ def test_unexpected_extra_arguments_are_ignored(name):
 @each_public
 def test_inject_hyperparams(name, dtype):
     factory, options = FACTORIES[name]
-    tx = optax.inject_hyperparams(factory)(**options)
+    static = [
+        n
+        for n in ("history", "residuals", "every")
+        if factory is scale_by_quadratic_model
+    ]
+    tx = optax.inject_hyperparams(factory, static)(**options)
     params = simple_params(dtype)
     _, state = train(name, make(name), params)
     _, injected = train(name, tx, params)
@@ -267,7 +290,9 @@ def test_shapes_and_dtypes_are_stable_through_cond(name, dtype):
         def conditional_step(on, params, state):
             def update():
                 value, grads = value_and_grad(params)
-                return tx.update(grads, state, params, value=value.astype(wide))
+                return tx.update(
+                    grads, state, params, value=value.astype(wide), curvature=CURVATURE
+                )
 
             return jax.lax.cond(on, update, lambda: (params, state))
 
@@ -295,11 +320,15 @@ def test_multi_steps(name, dtype):
     update = jax.jit(multi.update)
     for t in range(3):
         value, grads = value_and_grad(params)
-        updates, state = tx.update(grads, state, params, value=value)
+        updates, state = tx.update(
+            grads, state, params, value=value, curvature=CURVATURE
+        )
         for k in range(2):
             # The loss of the last mini-batch is the one that is seen.
             loss = value if k == 1 else jnp.full_like(value, math.nan)
-            got, multi_state = update(grads, multi_state, params, value=loss)
+            got, multi_state = update(
+                grads, multi_state, params, value=loss, curvature=CURVATURE
+            )
             if k == 0:
                 assert all(jnp.all(u == 0) for u in jax.tree.leaves(got))
         # The accumulated mean of equal gradients is rounded.
@@ -395,12 +424,28 @@ def test_chain_with_clipping_and_weight_decay(name):
     state, inner = chain.init(params), tx.init(params)
     for _ in range(3):
         value, grads = value_and_grad(params)
-        updates, state = chain.update(grads, state, params, value=value)
+        updates, state = chain.update(
+            grads, state, params, value=value, curvature=CURVATURE
+        )
         clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
-        expected, inner = tx.update(clipped, inner, params, value=value)
+        expected, inner = tx.update(
+            clipped, inner, params, value=value, curvature=CURVATURE
+        )
         expected = jax.tree.map(lambda u, p: u - 0.01 * p, expected, params)
         assert_close(updates, expected, 1e-4, 1e-6)
         params = apply(name, params, updates)
+
+
+def curvatures(params):
+    """Where the optimizer sees "w" alone: of the whole, and of the part."""
+
+    def of_part(part):
+        return value_and_grad({**part, "b": params["b"]})[0]
+
+    return (
+        nlcg_optax.hessian(lambda p: value_and_grad(p)[0], params=params),
+        nlcg_optax.hessian(of_part),
+    )
 
 
 @every_transformation
@@ -411,9 +456,12 @@ def test_masked(name):
     state, inner = masked.init(params), tx.init({"w": params["w"]})
     for _ in range(3):
         value, grads = value_and_grad(params)
-        updates, state = masked.update(grads, state, params, value=value)
+        whole, part = curvatures(params)
+        updates, state = masked.update(
+            grads, state, params, value=value, curvature=whole
+        )
         expected, inner = tx.update(
-            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value
+            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value, curvature=part
         )
         np.testing.assert_array_equal(updates["b"], grads["b"])
         np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
@@ -429,9 +477,12 @@ def test_partition_with_an_empty_group(name):
     state, inner = partition.init(params), tx.init({"w": params["w"]})
     for _ in range(3):
         value, grads = value_and_grad(params)
-        updates, state = partition.update(grads, state, params, value=value)
+        whole, part = curvatures(params)
+        updates, state = partition.update(
+            grads, state, params, value=value, curvature=whole
+        )
         expected, inner = tx.update(
-            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value
+            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value, curvature=part
         )
         np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(updates["b"], -0.01 * grads["b"], rtol=1e-6)
@@ -449,11 +500,13 @@ def test_apply_if_finite(name):
         value, grads = value_and_grad(params)
         if t in (1, 3):
             grads = jax.tree.map(lambda g: g * jnp.float32(jnp.nan), grads)
-        updates, state = update(grads, state, params, value=value)
+        updates, state = update(grads, state, params, value=value, curvature=CURVATURE)
         if t in (1, 3):
             assert all(jnp.all(u == 0) for u in jax.tree.leaves(updates))
             continue
-        expected, inner = tx.update(grads, inner, params, value=value)
+        expected, inner = tx.update(
+            grads, inner, params, value=value, curvature=CURVATURE
+        )
         assert_close(updates, expected, 1e-4, 1e-6)
         params = apply(name, params, updates)
     assert state.total_notfinite == 2
@@ -516,6 +569,7 @@ def test_how_the_tree_is_cut_does_not_matter(name):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(5, 6)).astype(np.float32)
     tx = make(name)
+    bowl = nlcg_optax.hessian(lambda tree: optax.tree.norm(tree, squared=True))
 
     def run(cut):
         params = cut(jnp.ones(6))
@@ -523,7 +577,9 @@ def test_how_the_tree_is_cut_does_not_matter(name):
         out = []
         for row in rows:
             g = cut(jnp.asarray(row))
-            updates, state = tx.update(g, state, params, value=jnp.sum(row) ** 2)
+            updates, state = tx.update(
+                g, state, params, value=jnp.sum(row) ** 2, curvature=bowl
+            )
             params = apply(name, params, updates)
             out.append(np.concatenate([np.ravel(u) for u in jax.tree.leaves(updates)]))
         return np.array(out)
@@ -543,7 +599,11 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("name", [n for n in FACTORIES if n != "nlcg-rms"])
+# The residual of a gradient in half precision is mostly rounding.
+NOT_MIXED = ("nlcg-rms", "quadratic_model")
+
+
+@pytest.mark.parametrize("name", [n for n in FACTORIES if n not in NOT_MIXED])
 def test_mixed_trees_keep_the_dtype_of_every_leaf(name, x64):
     tx = make(name)
     values = np.array([1.0, -0.5, 0.25])
@@ -552,7 +612,9 @@ def test_mixed_trees_keep_the_dtype_of_every_leaf(name, x64):
     before = shapes_and_dtypes(state)
     for t in range(4):
         grads = jax.tree.map(lambda x, c=1.5 - t: (c * x).astype(x.dtype), params)
-        updates, state = tx.update(grads, state, params, value=1.0 + t)
+        updates, state = tx.update(
+            grads, state, params, value=1.0 + t, curvature=CURVATURE
+        )
         assert shapes_and_dtypes(updates) == shapes_and_dtypes(params)
         assert shapes_and_dtypes(state) == before
         # Six copies of one problem: every leaf goes the same way in its precision.
@@ -676,6 +738,7 @@ def test_public_states_are_documented():
         nlcg_optax.LimitedMemoryBfgsState,
         nlcg_optax.LossFeedbackState,
         nlcg_optax.MinimizeResult,
+        nlcg_optax.QuadraticModelState,
     ):
         for field in kind._fields:
             assert f"      {field}: " in kind.__doc__ or f"  {field}: " in kind.__doc__

@@ -6,8 +6,12 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 import snippets
+from waiting import HANGING_SECONDS
 
 import nlcg_optax
 from nlcg_optax import training
@@ -33,6 +37,26 @@ def test_pages_have_snippets():
     assert {"algorithm", "checkpoints", "equinox", "flax_linen", "flax_nnx"} <= set(
         WITH_SNIPPETS
     )
+    assert {"meshes", "quickstart", "tuning"} <= set(WITH_SNIPPETS)
+
+
+def test_the_chain_called_equal_to_nlcg_is():
+    page = (DOCS / "quickstart.md").read_text()
+    (chain,) = re.findall(
+        r"```python\ntx = (optax\.chain\(\n    nlcg_optax.*?\n\))\n```", page, re.DOTALL
+    )
+    written = eval(chain, {"nlcg_optax": nlcg_optax, "optax": optax})
+    alias = nlcg_optax.nlcg(0.04)
+    x = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[1.0, 2.0], [-0.5, 1.0]])}
+    states = [written.init(x), alias.init(x)]
+    for loss in (3.0, 2.0, 2.5, 1.0, 4.0, 3.0):
+        grads = jax.tree.map(lambda leaf, loss=loss: loss * leaf**3, x)
+        (u, s), (v, t) = (
+            tx.update(grads, state, x, value=loss)
+            for tx, state in zip((written, alias), states, strict=True)
+        )
+        assert all((u[name] == v[name]).all() for name in x)
+        states, x = [s, t], optax.apply_updates(x, u)
 
 
 def entries(page):
@@ -56,7 +80,7 @@ def test_every_module_of_training_is_in_the_reference_once():
 def test_files_that_markdown_links_to_exist():
     made = (DOCS / "_build", DOCS / "notebooks", DOCS / "project")
     missing = []
-    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("b*/*/*.md")):
+    for path in (*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *ROOT.glob("b*/**/*.md")):
         if any(path.is_relative_to(folder) for folder in made):
             continue
         links = re.findall(r"\[[^\]]*\]\(([^)#\s]+)(?:#\S*)?\)", path.read_text())
@@ -74,7 +98,7 @@ def test_sphinx_builds_without_warnings(tmp_path):
         + ["-d", tmp_path / "doctrees", DOCS, tmp_path / "html"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGING_SECONDS,
     )
     assert built.returncode == 0, built.stderr
     text = (tmp_path / "html" / "algorithm.html").read_text()

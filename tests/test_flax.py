@@ -95,6 +95,8 @@ def test_linen_train_state():
             opt_state=opt_state,
         )
 
+    with pytest.raises(ValueError, match="TrainState of Flax drops it.*tx.update"):
+        state.apply_gradients(grads=state.params, value=1.0)
     losses = []
     for _ in range(30):
         loss, state = step(state)

@@ -11,16 +11,16 @@ import re
 
 import pytest
 
+# One process measures for all the tests of a group, which xdist leaves together.
+pytestmark = pytest.mark.xdist_group("front_doors")
+
 HERE = pathlib.Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 
 
 @pytest.fixture(scope="module")
 def found(run_on_devices):
-    # Without LLVM's optimizations, which leave collectives alone, it compiles faster.
-    worker = HERE / "workers" / "front_doors.py"
-    done = run_on_devices(worker, 8, "--xla_backend_optimization_level=0")
-    return json.loads(done.stdout)
+    return json.loads(run_on_devices(HERE / "workers" / "front_doors.py", 8).stdout)
 
 
 def worst(differences):
@@ -29,7 +29,7 @@ def worst(differences):
 
 def test_the_optimizer_alone_has_the_numbers_of_one_device(found):
     differences = {**found["optimizer_alone"], **found["two_axes"]}
-    assert len(differences) == 36
+    assert len(differences) == 30
     case = worst(differences)
     assert differences[case] < 1e-12, case
 
@@ -47,7 +47,7 @@ def test_the_helper_averages_what_is_not_averaged_yet(found):
 
 def test_a_model_with_batch_norm_has_the_numbers_of_one_device(found):
     differences = found["models"]
-    assert len(differences) == 28
+    assert len(differences) == 13
     case = worst(differences)
     assert differences[case] < 1e-10, case
 

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import xla
 from problems import paper
+from waiting import HANGING_SECONDS
 
 import nlcg_optax
 from nlcg_optax import minimize
@@ -129,8 +131,9 @@ def test_trees_of_real_and_complex_leaves_and_aux():
         assert result.grad_evaluations == result.value_evaluations - 1
 
 
-def test_vmap_lets_each_problem_stop_by_itself():
-    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]], jnp.float32)
+def test_vmap_lets_each_problem_stop_by_itself(x64):
+    # In float32 the last digits depend on what XLA fuses.
+    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]])
     solve = functools.partial(minimize, rosenbrock)
     together = jax.jit(jax.vmap(solve))(starts)
     alone = [solve(start) for start in starts]
@@ -420,6 +423,138 @@ def test_callback_and_progress(capsys):
     assert capsys.readouterr().out.count("iteration") == 5
 
 
+@pytest.mark.parametrize("preconditioner", ["lbfgs", None])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: -jnp.sum(x),
+        lambda x: -jnp.sum(x**2),
+        lambda x: jnp.sum(-(x**3)),
+        lambda x: x[0] * (x[1] - 3),
+        lambda x: -jnp.sum(jnp.exp(x)),
+    ],
+    ids=["linear", "concave", "cubic", "saddle", "exponential"],
+)
+def test_an_objective_without_a_lower_bound(fun, scale, preconditioner):
+    def scaled(x):
+        return scale * fun(x)
+
+    start = jnp.array([1.0, 0.5], jnp.float32)
+    result = minimize(scaled, start, preconditioner=preconditioner)
+    assert "no lower bound" in result.message and not result.success
+    assert jnp.isfinite(result.value) and result.value_evaluations < 300
+
+
+@pytest.mark.parametrize("preconditioner", ["lbfgs", None])
+def test_a_far_minimum_is_one(preconditioner, x64):
+    def far(x):  # -5e15, 1e8 away
+        return 0.5 * jnp.sum((x - 1e8) ** 2) - 5e15
+
+    result = minimize(far, jnp.zeros(2), preconditioner=preconditioner)
+    assert result.success
+    np.testing.assert_allclose(result.params, 1e8, rtol=1e-7)
+
+    def low(x):  # from beside a maximum down to -2.5e9
+        return jnp.sum(x**4 - 1e5 * x**2)
+
+    result = minimize(low, jnp.full(2, 1e-12), preconditioner=preconditioner)
+    assert result.success
+    np.testing.assert_allclose(result.params**2, 5e4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["returns True", "raises StopIteration"])
+def test_a_callback_stops_the_search(way):
+    def callback(info):
+        if info.iteration == 3 and way == "raises StopIteration":
+            raise StopIteration
+        return info.iteration == 3
+
+    result = minimize(rosenbrock, jnp.zeros(2), callback=callback)
+    assert result.message == "stopped: the callback asked for it"
+    assert result.iterations == 3 and not result.success
+    # What happens to be true is no wish; nor is one of a problem that has stopped.
+    assert minimize(rosenbrock, jnp.zeros(2), callback=lambda info: 1).success
+    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0]])
+    run = jax.vmap(lambda x: minimize(rosenbrock, x, callback=callback))
+    assert run(starts).iterations.tolist() == [3, 0]
+
+    def solution(c):  # 1/c
+        hessian, b = c * jnp.eye(1), jnp.ones(1)
+        return minimize(quadratic, jnp.ones(1), hessian, b, callback=print).params[0]
+
+    np.testing.assert_allclose(jax.grad(solution)(jnp.float32(2)), -0.25, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("args", "behind params: minimize(fun, params, a, b)"),
+        ("method", "preconditioner, beta_rule and line_search choose it"),
+        ("bounds", "lower + (upper - lower) * jnp.sin(y)**2"),
+        ("constraints", "variables that are free"),
+        ("tol", "gtol, of the gradient, and ftol"),
+        ("options", "arguments themselves: max_iter, gtol"),
+        ("jac", "JAX differentiates fun"),
+        ("hess", "learned from the gradients"),
+        ("maxiter", "it is called max_iter"),
+        ("disp", "progress=True"),
+        ("max_iters", "did you mean max_iter?"),
+        ("xyz", "did you mean max_iter, gtol, ftol, has_aux, "),
+    ],
+)
+def test_arguments_of_scipy_are_told_what_stands_in_their_place(name, instead):
+    with pytest.raises(TypeError) as info:
+        minimize(rosenbrock, jnp.zeros(2), **{name: None})
+    assert str(info.value).startswith(f"minimize takes no argument {name!r}: ")
+    assert instead in str(info.value)
+
+
+@pytest.mark.parametrize("start", [[-1, 1], [-1.0, 1], [np.float32(-1), 1.0]])
+def test_a_list_of_numbers_is_an_array(start):
+    found = minimize(rosenbrock, start)
+    expected = minimize(rosenbrock, jnp.array([-1.0, 1.0]))
+    np.testing.assert_array_equal(found.params, expected.params)
+
+
+@pytest.mark.parametrize(
+    ("fun", "has_aux", "said"),
+    [
+        (lambda x: (jnp.sum(x**2), x), False, "has_aux=True allows"),
+        (lambda x: x**2, False, "array of shape (2,) and dtype float32: expected a re"),
+        (lambda x: {"loss": jnp.sum(x)}, False, "returns a dict of 1 arrays: expected"),
+        (lambda x: jnp.sum(x**2), True, "to return (value, aux), and returns an array"),
+        (
+            lambda x: (x, x),
+            True,
+            "array of shape (2,) and dtype float32: expected a re",
+        ),
+        (
+            lambda x: jnp.sum(x).astype(complex),
+            False,
+            "dtype complex64: expected a real scalar",
+        ),
+    ],
+)
+def test_what_the_objective_returns_is_checked(fun, has_aux, said):
+    with pytest.raises(TypeError) as info:
+        minimize(fun, jnp.ones(2), has_aux=has_aux)
+    assert said in str(info.value)
+
+
+def test_a_result_is_printed_in_a_few_lines():
+    result = minimize(rosenbrock, jnp.zeros(2, jnp.float32))
+    first, second, third, fourth = repr(result).splitlines()
+    assert first == result.message
+    assert f"value {result.value:.8g}, " in second
+    assert f"{result.iterations} iterations, {result.value_evaluations} eval" in third
+    assert fourth == "  params: float32[2]"
+    # Batches and traced results are printed as the tuples that they are.
+    batch = jax.vmap(lambda x: minimize(rosenbrock, x))(jnp.zeros((2, 2)))
+    assert repr(batch).startswith("MinimizeResult(Array(")
+    jax.jit(lambda x: print(repr(minimize(rosenbrock, x))))(jnp.zeros(2))
+
+
 def test_callback_of_a_batch_hears_of_the_running_problems():
     starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]], jnp.float32)
     heard = []
@@ -498,7 +633,7 @@ assert result.success, result.message
 def test_sharded_parameters():
     environment = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": xla.flags(devices=4),
         "PYTHONPATH": str(pathlib.Path(nlcg_optax.__file__).parents[1]),
     }
     done = subprocess.run(
@@ -506,6 +641,6 @@ def test_sharded_parameters():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-2000:]

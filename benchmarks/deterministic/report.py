@@ -243,7 +243,9 @@ def main():
             [f"{c[k]:.6g}" if isinstance(c[k], float) else c[k] for k in head]
             for c in workloads
         ]
-        print(table(rows, head))
+        print(table(rows, head) + "\n")
+
+    print("![Performance profile](profile.png)")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ FOLDER holds `train/<class>/*.jpg` and `test/<class>/*.jpg` of one size. It is s
 alone (by 1, 2 and 16 threads, and by two processes' shares), then trained on by
 ResNet-8 from memory and streamed; "waiting" is the share of a step's time in which it
 had no input yet. Images as large as ImageNet's are made up, 500×375, and cropped to
-224. Writes `results.md` beside this file. About two minutes on two cores.
+224. Writes `results/tables.md`. About two minutes on two cores.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def main() -> None:
         f"{grain.__version__}, {os.cpu_count()} CPU cores, which the step shares with "
         "the decoding.",
     ]
-    (HERE / "results.md").write_text("\n".join(lines) + "\n")
+    (HERE / "results" / "tables.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -1,4 +1,4 @@
-"""Tables and plots of what the sweep measured: results.md and PNGs beside this file.
+"""Tables and plots of what the sweep measured: results/tables.md, and PNGs beside it.
 
 python benchmarks/large_batch/report.py
 """
@@ -279,8 +279,13 @@ def finish(figure: Any, axes: Any, path: pathlib.Path) -> None:
 
 
 def report(results: pathlib.Path, folder: pathlib.Path) -> str:
-    """Writes results.md and the plots; returns the Markdown."""
-    lines = ["# Accuracy by batch size", "", "Protocol: [README.md](README.md).", ""]
+    """Writes tables.md and the plots; returns the Markdown."""
+    lines = [
+        "# Accuracy by batch size",
+        "",
+        "[README.md](../README.md) has the protocol.",
+        "",
+    ]
     for name in WORKLOADS:
         path = results / f"{name}.jsonl"
         text = path.read_text() if path.exists() else ""
@@ -289,14 +294,14 @@ def report(results: pathlib.Path, folder: pathlib.Path) -> str:
         if rows and compares_batch_sizes(WORKLOADS[name](None)):
             plot(name, rows, folder)
     text = "\n".join(lines).rstrip() + "\n"
-    (folder / "results.md").write_text(text)
+    (folder / "tables.md").write_text(text)
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
-    parser.add_argument("--output", type=pathlib.Path, default=HERE)
+    parser.add_argument("--output", type=pathlib.Path, default=HERE / "results")
     flags = parser.parse_args()
     print(report(flags.results, flags.output))
 

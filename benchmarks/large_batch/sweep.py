@@ -32,6 +32,7 @@ from workloads import (
     FACTOR,
     MAX_EXTENSIONS,
     NUM_RATES,
+    UNTUNED,
     WORKLOADS,
     Workload,
 )
@@ -98,6 +99,8 @@ def plan(
     schedules: Iterable[str],
     tuning_seeds: Iterable[int] = TUNING_SEEDS,
     test_seeds: Iterable[int] = TEST_SEEDS,
+    *,
+    tuned: bool = True,
 ) -> list[Cell]:
     """The runs that come next for an optimizer at a batch size; none when it is done.
 
@@ -110,6 +113,7 @@ def plan(
       schedules: names, the default first.
       tuning_seeds: of the runs on the training set less its validation split.
       test_seeds: of the runs on the whole training set.
+      tuned: whether there is something to tune; if not, only stage 3 is left.
     """
     done = {Cell(*(row[name] for name in Cell._fields)): row for row in rows}
     tuning_seeds, (default, *others) = list(tuning_seeds), schedules
@@ -123,6 +127,8 @@ def plan(
     def missing(cells: Iterable[Cell]) -> list[Cell]:
         return [cell for cell in cells if cell not in done]
 
+    if not tuned:
+        return missing(Cell("test", centre, default, seed) for seed in test_seeds)
     scores = {}
     for cell in done:
         cells = tuning(cell.learning_rate, default)
@@ -377,7 +383,8 @@ def sweep(
 
     def next_cells(group: tuple[str, int]) -> list[Cell]:
         centre = workload.optimizers[group[0]][1]
-        return plan(rows[group], centre, workload.schedules)
+        tuned = group[0] not in UNTUNED
+        return plan(rows[group], centre, workload.schedules, tuned=tuned)
 
     def left() -> int:
         return sum(expected_cells(rows[g], next_cells(g), workload) for g in groups)

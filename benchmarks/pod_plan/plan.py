@@ -4,10 +4,10 @@
     python benchmarks/pod_plan/plan.py --roofline # step times that follow from them
 
 The real training step is compiled for a mesh of forced host devices with abstract
-arrays: nothing is allocated, nothing runs. Every case is a line of `results.jsonl`
-beside this file; what is there already is not compiled again. `results.md` has the
-tables, `roofline.md` the step times. With `--one` a single config is compiled and its
-line printed.
+arrays: nothing is allocated, nothing runs. Every case is a line of
+`results/rows.jsonl`; what is there already is not compiled again. `results/tables.md`
+has the tables, `results/roofline.md` the step times. With `--one` a single config is
+compiled and its line printed.
 
 What is read off the compiled program, per device and step:
 
@@ -38,7 +38,7 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT, RESULTS = HERE.parents[1], HERE / "results"
 sys.path.insert(0, str(HERE.parent))
 import compiled  # noqa: E402
 
@@ -195,8 +195,8 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
 
 
 def run_cases(names: list[str]) -> list[dict]:
-    """Compiles what is not in `results.jsonl`; each case in a process of its own."""
-    path = HERE / "results.jsonl"
+    """Compiles what is not in `rows.jsonl`; each case in a process of its own."""
+    path = RESULTS / "rows.jsonl"
     done = (
         {row["case"]: row for row in map(json.loads, path.read_text().splitlines())}
         if path.exists()
@@ -393,7 +393,7 @@ def roofline(rows: list[dict]) -> str:
         )
         + ".",
         "",
-        "`python benchmarks/pod_plan/plan.py --roofline`, from `results.jsonl`.",
+        "`python benchmarks/pod_plan/plan.py --roofline`, from `rows.jsonl`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -416,7 +416,7 @@ def main() -> None:
     parser.add_argument(
         "--roofline",
         action="store_true",
-        help="only the two tables, of what there is in results.jsonl",
+        help="only the two tables, of what there is in rows.jsonl",
     )
     one = parser.add_argument_group("one config", "with any --config.FIELD=VALUE")
     one.add_argument("--one", action="store_true", help="compile it, print its line")
@@ -433,8 +433,8 @@ def main() -> None:
         print(json.dumps(row, ensure_ascii=False))
         return
     rows = run_cases([] if args.roofline else args.case or list(CASES))
-    for name, text in (("results.md", tables(rows)), ("roofline.md", roofline(rows))):
-        (HERE / name).write_text(text)
+    for name, text in (("tables.md", tables(rows)), ("roofline.md", roofline(rows))):
+        (RESULTS / name).write_text(text)
         print(text)
 
 

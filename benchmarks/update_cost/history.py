@@ -3,7 +3,7 @@
     taskset -c 1 python benchmarks/update_cost/history.py    # about 4 minutes
 
 Digits, ResNet-8, full batch, 60 steps, rate 0.4: the paper's optimizer (β ≤ 0.9) with
-its whole state, and with history in bfloat16. Writes `history.md` beside this file.
+its whole state, and with history in bfloat16. Writes `results/history.md`.
 """
 
 import pathlib
@@ -71,7 +71,7 @@ def main() -> None:
         f"{platform.python_version()}, jax {jax.__version__}, optax "
         f"{optax.__version__}, device: {jax.devices()[0].device_kind}, 1 core.",
     ]
-    (HERE / "history.md").write_text("\n".join(lines) + "\n")
+    (HERE / "results" / "history.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ buffer that is there, and that of an update in place (which on a CPU is faster: 
 is read that is only written). "kernels" and "bytes accessed" (XLA's own estimate, which
 takes every kernel's operands as read from memory) are read off the compiled program.
 
-Every case is a line of `<output>.jsonl` beside this file, in place of what was there of
-its tree and dtype; `<output>.md` and `<output>.png` show them.
+Every case is a line of `results/<output>.jsonl`, in place of what was there of its tree
+and dtype; `results/<output>.md` and `results/<output>.png` show them.
 """
 
 import argparse
@@ -43,6 +43,8 @@ import nlcg_optax
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import compiled  # noqa: E402
+
+RESULTS = HERE / "results"
 
 RATE = 1e-4
 
@@ -404,9 +406,9 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--optimizers", default=";".join(OPTIMIZERS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", default="results")
+    parser.add_argument("--output", default="update")
     args = parser.parse_args()
-    path, facts, names = HERE / f"{args.output}.jsonl", versions(), args.optimizers
+    path, facts, names = RESULTS / f"{args.output}.jsonl", versions(), args.optimizers
     rows = (
         [json.loads(line) for line in path.read_text().splitlines()]
         if path.exists()
@@ -429,8 +431,8 @@ def main() -> None:
         f"device: {facts['device']}, "
         f"{facts['cores']} core(s)."
     )
-    (HERE / f"{args.output}.md").write_text("\n".join(lines) + "\n")
-    figure(rows, HERE / f"{args.output}.png")
+    (RESULTS / f"{args.output}.md").write_text("\n".join(lines) + "\n")
+    figure(rows, RESULTS / f"{args.output}.png")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The whole jitted step of `nlcg_optax.training`, and its parts jitted alone: the batch
 (gather, crop, flip, standardize), the optimizer's update, the same without the guard
 against steps that are not finite, and what the host does for a batch. The images are
-made up. Writes `step.md` beside this file.
+made up. Writes `results/step.md`.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def main() -> None:
         f"step.py`, Python {platform.python_version()}, jax {jax.__version__}, optax "
         f"{optax.__version__}, device: {jax.devices()[0].device_kind}, one core.",
     ]
-    (HERE / "step.md").write_text("\n".join(lines) + "\n")
+    (HERE / "results" / "step.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

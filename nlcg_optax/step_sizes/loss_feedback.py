@@ -222,7 +222,9 @@ def _check_loss(value: jax.typing.ArrayLike | None) -> jax.Array:
         raise ValueError(
             "value=None: the step size follows the loss. Call `update(grads, state, "
             "params, value=loss)` with the loss averaged over the global batch, or "
-            "switch this piece off (`nlcg(..., step_rule=None)`)."
+            "switch this piece off (`nlcg(..., step_rule=None)`). The TrainState of "
+            "Flax drops it: its `apply_gradients` does not pass `value` on, so call "
+            "`state.tx.update` yourself."
         )
     value = jnp.asarray(value)
     if value.ndim or jnp.iscomplexobj(value):

@@ -1,8 +1,11 @@
 """The command line: ``nlcg-train --config=digits_resnet8 --workdir=runs/a``."""
 
 import argparse
+import contextlib
+import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -51,12 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    overrides = [text.removeprefix("--config.") for text in rest]
-    for text in rest:
+    for text, following in zip(rest, [*rest, ""][1:], strict=True):
         if not text.startswith("--config.") or "=" not in text:
-            parser.error(
-                f"unknown argument {text!r}: set fields by --config.FIELD=VALUE"
-            )
+            parser.error(_unknown_argument(parser, text, following))
+    overrides = [text.removeprefix("--config.") for text in rest]
     listing = args.list_configs or args.list_datasets
     if not args.workdir and not listing:
         parser.error("--workdir=FOLDER is needed: where checkpoints and metrics go")
@@ -160,6 +161,31 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument("--num_processes", type=int, metavar="N", help="how many")
     several.add_argument("--process_id", type=int, metavar="I", help="0 to N - 1")
     return parser
+
+
+def _unknown_argument(
+    parser: argparse.ArgumentParser, text: str, following: str
+) -> str:
+    """What is wrong with an argument, given the one after it, and what is meant."""
+    if text.startswith("--config."):
+        value = "VALUE" if following.startswith("-") else following or "VALUE"
+        return f"{text} needs '=' and a value: {text}={value}"
+    name, _, value = text.partition("=")
+    flags = re.findall(r"--[a-z_-]+", parser.format_help())
+    near = difflib.get_close_matches(name, sorted({*flags}), n=1, cutoff=0.75)
+    if not near and name.startswith("--"):
+        with contextlib.suppress(ModuleNotFoundError):  # of the extra [train]
+            from nlcg_optax.training.config import (
+                base_config,
+                known_fields,
+                near_fields,
+            )
+
+            fields = near_fields(name.lstrip("-"), known_fields(base_config()))
+            near = [f"--config.{field}={value or 'VALUE'}" for field in fields]
+    if near:
+        return f"unknown argument {text!r}: did you mean {' or '.join(near)}?"
+    return f"unknown argument {text!r}: fields are set by --config.FIELD=VALUE"
 
 
 def _train(name: str, overrides: Sequence[str], workdir: str, verbosity: str) -> int:

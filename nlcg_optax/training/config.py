@@ -5,9 +5,13 @@ in: those in the folder ``configs`` of the repository.
 """
 
 import ast
+import difflib
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+import re
+import traceback
+import types
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_collections
@@ -19,6 +23,11 @@ if TYPE_CHECKING:
     ConfigDict = Any  # fields are attributes that no type checker can know
 else:
     ConfigDict = _Group
+
+_CONTRACT = (
+    "expected a function get_config() that takes base_config(), changes fields of it "
+    "and returns it"
+)
 
 
 class ConfigError(ValueError):
@@ -83,10 +92,17 @@ def base_config() -> ConfigDict:
             beta_rule="fletcher_reeves",
             # orthogonalization, diagonal_bfgs, rms, adam, none
             preconditioner="orthogonalization",
-            step_rule="step",  # step, online, none
+            # step, online, quadratic_model, none. With quadratic_model the curvature
+            # chooses β and the length of the step: no field of the learning rate, the
+            # schedule or β counts.
+            step_rule="step",
             beta_bounds=(0.0, 0.9),
             nesterov=True,
             epsilon=1e-8,
+            # Of quadratic_model: the part of a batch that its products are taken on,
+            # and the steps between two of them.
+            curvature_fraction=0.1,
+            curvature_every=1,
         )
     )
     config.optimizer.nlcg_paper = _Group(
@@ -167,7 +183,9 @@ def load_config(name: str | pathlib.Path) -> ConfigDict:
       name: path of the file, which ends in ``.py``, or name of a built-in one.
 
     Raises:
-      ConfigError: if there is no such file, or it does not define `get_config`.
+      ConfigError: if there is no such file, if it fails, or if it does not define a
+        `get_config` that returns :func:`base_config` with other values. It names the
+        file, the line, what was wrong there, and what is expected.
 
     Example:
       >>> load_config("digits_resnet8").dataset.name
@@ -177,10 +195,14 @@ def load_config(name: str | pathlib.Path) -> ConfigDict:
     builtin = {config.name: config.path for config in builtin_configs()}
     path = builtin.get(str(name), path)
     if path.suffix != ".py" or not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.suffix else []
+        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.suffix else []
+        near = difflib.get_close_matches(str(name), [*beside, *builtin])
+        if (with_suffix := path.with_suffix(".py")).is_file():
+            near = [str(with_suffix)]
         raise ConfigError(
-            f"There is no config {str(name)!r}: expected a file that ends in .py"
-            + (f" (beside it there are {', '.join(near)})" if near else "")
+            f"There is no config {str(name)!r}{_did_you_mean(near)}: expected a file "
+            "that ends in .py"
+            + (f" (beside it there are {', '.join(beside)})" if beside else "")
             + f", or one of {', '.join(builtin)}."
         )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
@@ -188,10 +210,100 @@ def load_config(name: str | pathlib.Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
-    except AttributeError as error:
-        raise ConfigError(f"Config file {str(path)!r}: {error}") from error
+        get_config = getattr(module, "get_config", None)
+        config = get_config() if get_config is not None else None
+    except (Exception, SystemExit) as error:  # whatever the file does
+        raise ConfigError(_what_failed(error, path)) from error
+    if get_config is None:
+        own = [key for key, x in vars(module).items() if _is_own(x, module)]
+        near = difflib.get_close_matches("get_config", own)
+        raise ConfigError(
+            f"{path} defines no get_config(){_did_you_mean(near)}: {_CONTRACT}."
+        )
+    code = getattr(get_config, "__code__", None)
+    where = f"{path}, line {code.co_firstlineno}" if code else str(path)
+    if not isinstance(config, _Group):
+        found = "None" if config is None else f"a {type(config).__name__}"
+        raise ConfigError(f"{where}: get_config() returned {found}; {_CONTRACT}.")
+    known, fields = known_fields(base_config()), known_fields(config)
+    for field in fields:
+        if field not in known:
+            raise ConfigError(f"{where}: {_no_such_field(field, known)}")
+    missing = [field for field in known if field not in fields]
+    if missing:
+        raise ConfigError(
+            f"{where}: get_config() returned a config without {', '.join(missing[:3])}"
+            f"{' and others' * (len(missing) > 3)}; {_CONTRACT}."
+        )
     return config.lock()
+
+
+def _is_own(value: Any, module: types.ModuleType) -> bool:
+    """Whether it is a function that the module itself defines."""
+    return getattr(value, "__module__", None) == module.__name__ and callable(value)
+
+
+def _what_failed(error: BaseException, path: pathlib.Path) -> str:
+    """One sentence: file, line, what was wrong, and what is expected."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if f.filename == str(path)]
+    where = f"{path}, line {lines[-1]}" if lines else str(path)
+    if isinstance(error, SyntaxError):
+        if error.filename != str(path):  # of a module that it imports
+            where += f", imports {error.filename}, whose line {error.lineno}"
+        else:
+            where = f"{path}, line {error.lineno}"
+        return f"{where} is no Python: {error.msg}; {_CONTRACT}."
+    # ConfigDict's own messages contain the whole config, or name the field alone.
+    field = _field_in_error(error, lines[-1] if lines else None, path)
+    if field:
+        return f"{where}: {_wrong_field(field)}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{where}: {error}; expected a package that is installed."
+    what = f"{type(error).__name__}: {error}".rstrip(".: ")
+    return f"{where}: {what}; {_CONTRACT}."
+
+
+def _field_in_error(error: BaseException, line: int | None, path: pathlib.Path) -> str:
+    """The dotted name of the field that ConfigDict refuses, or "" for another error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if not frame.f_globals.get("__name__", "").startswith("ml_collections."):
+        return ""
+    # The message says the field's own name; the line says in which group it is.
+    match = re.match(r"\W*(?:Key\W+|Could not override field\W+)?(\w+)", str(error))
+    key = match[1] if match else ""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute | ast.Subscript) and line == node.lineno:
+            name = _dotted(node)
+            if name.rpartition(".")[2] == key:
+                return name
+    return key
+
+
+def _dotted(node: ast.expr) -> str:
+    """``optimizer.lr`` of ``config.optimizer.lr``, or of ``config["optimizer"].lr``."""
+    match node:
+        case ast.Attribute(value=value, attr=key):
+            return f"{_dotted(value)}.{key}".lstrip(".")
+        case ast.Subscript(value=value, slice=ast.Constant(value=str(key))):
+            return f"{_dotted(value)}.{key}".lstrip(".")
+    return ""
+
+
+def _wrong_field(name: str) -> str:
+    """Why a config file cannot set a field as it does."""
+    config: Any = base_config()
+    known = known_fields(config)
+    if name not in known:
+        return _no_such_field(name, known)
+    *groups, last = name.split(".")
+    for group in groups:
+        config = config[group]
+    return f"the value does not fit {name}: expected {_kind(config, last)}."
+
+
+def _kind(group: ConfigDict, last: str) -> str:
+    return f"{group.get_type(last).__name__}, as in {group[last]!r}"
 
 
 def known_fields(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -205,20 +317,68 @@ def known_fields(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
+def near_fields(name: str, known: Iterable[str]) -> list[str]:
+    """The fields that a wrong name may stand for, the most likely first.
+
+    Example:
+      >>> known = known_fields(base_config())
+      >>> near_fields("optimizer.lr", known), near_fields("batchsize", known)
+      (['optimizer.learning_rate'], ['batch_size'])
+    """
+
+    def similarity(a: str, b: str) -> float:
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    group, _, last = name.rpartition(".")
+    found = []
+    for field in known:
+        own_group, _, own_last = field.rpartition(".")
+        initials = "".join(word[0] for word in own_last.split("_"))
+        alike = 1.0 if last == initials else similarity(last, own_last)
+        if alike > 0.7:
+            found.append((alike + similarity(group, own_group) / 2, field))
+    best = max(found, default=(0.0, ""))[0]
+    return [
+        field for score, field in sorted(found, reverse=True) if score > best - 0.05
+    ]
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _no_such_field(name: str, known: Sequence[str]) -> str:
+    """What is wrong with the name of a field, and what it may be instead."""
+    within = [field for field in known if field.startswith(f"{name}.")]
+    if f"{name}.name" in within:
+        return f"{name!r} is a group of fields: did you mean {name}.name?"
+    if within:
+        return f"{name!r} is a group of fields: set one of {', '.join(within)}."
+    near = near_fields(name, known)
+    if near:
+        return f"there is no config field {name!r}: did you mean {' or '.join(near)}?"
+    # The fields beside it, or the groups there are.
+    group = name.rpartition(".")[0]
+    beside = [field for field in known if field.rpartition(".")[0] == group]
+    if not group or not beside:
+        beside = list(dict.fromkeys(field.partition(".")[0] for field in known))
+    return f"there is no config field {name!r}: expected one of {', '.join(beside)}."
+
+
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     """Sets fields in place from strings such as ``optimizer.learning_rate=0.1``.
 
     Raises:
-      ConfigError: for an unknown field (lists the known ones) or an unfitting value.
+      ConfigError: for an unknown field (with those that may have been meant), or a
+        value that does not fit.
     """
     known = known_fields(config)
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not equals or name not in known:
-            raise ConfigError(
-                f"There is no config field {name!r}. The fields are: "
-                f"{', '.join(known)}. Set one by --config.FIELD=VALUE."
-            )
+        if name not in known:
+            raise ConfigError(f"--config.{name}: {_no_such_field(name, known)}")
+        if not equals:
+            raise ConfigError(f"--config.{name} needs a value: --config.{name}=VALUE.")
         *groups, last = name.split(".")
         node: Any = config
         for group in groups:
@@ -227,8 +387,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
             node[last] = _parse(text, node.get_type(last))
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"--config.{name}={text} does not fit: expected "
-                f"{node.get_type(last).__name__}, as in {node[last]!r}."
+                f"--config.{name}={text} does not fit: expected {_kind(node, last)}."
             ) from error
 
 

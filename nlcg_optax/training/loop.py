@@ -93,14 +93,15 @@ def train_and_evaluate(
     if jax.process_count() > 1:
         distributed.check_same_config(config)
     mesh = create_mesh(config)
+    _check_without_data(config, mesh)
+    check_config(config, workdir)
     # The first process may have to prepare the data for all.
     dataset = distributed.first_alone(lambda: load_dataset(config), "load the data")
     dataset = dataset or load_dataset(config)
-    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train), mesh)
+    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
     schedule = optimizers.create_schedule(config, steps_per_epoch)
-    tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
+    tx = optimizers.create_optimizer(config, schedule, models.l2_mask, total_steps)
     model = create_model(config, dataset.num_classes)
-    check_config(config, workdir)
     distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
     check_shared(workdir)
 
@@ -139,7 +140,7 @@ def train_and_evaluate(
         if step % config.log_every_steps == 0 or not _is_finite(row):
             writer.write(step, "train", row)
             told.step(step, row)
-        if not _is_finite(row):
+        if not _is_finite(row) and not row.get("taken_back"):
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
@@ -238,14 +239,11 @@ def train_and_evaluate(
     return Result(step, None, results, state)
 
 
-def _count_steps(config: ConfigDict, num_train: int, mesh: Mesh) -> tuple[float, int]:
-    """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
+def _check_without_data(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises for what is wrong whatever the data are, before they are downloaded."""
     batch_size, parts = config.batch_size, config.microbatches
-    if not 1 <= batch_size <= num_train:
-        raise ConfigError(
-            f"batch_size={batch_size} does not fit: expected 1 to {num_train}, "
-            f"the number of training images of {config.dataset.name!r}."
-        )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} does not fit: expected 1 or more.")
     if parts < 1 or batch_size % parts:
         near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - parts))[:4])
@@ -269,6 +267,23 @@ def _count_steps(config: ConfigDict, num_train: int, mesh: Mesh) -> tuple[float,
         raise ConfigError(
             f"precise_batch_norm_batches={config.precise_batch_norm_batches} is not "
             "valid: expected 0 (off) or a number of batches."
+        )
+    if config.num_epochs <= 0:
+        raise ConfigError(f"num_epochs={config.num_epochs} is no step: raise it.")
+    # They are made again when the data tell how many steps and classes there are.
+    schedule = optimizers.create_schedule(config, steps_per_epoch=1.0)
+    optimizers.create_optimizer(config, schedule, models.l2_mask)
+    create_model(config, num_classes=2)
+    steps.normalizer(config)
+
+
+def _count_steps(config: ConfigDict, num_train: int) -> tuple[float, int]:
+    """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
+    batch_size = config.batch_size
+    if batch_size > num_train:
+        raise ConfigError(
+            f"batch_size={batch_size} does not fit: expected 1 to {num_train}, "
+            f"the number of training images of {config.dataset.name!r}."
         )
     steps_per_epoch = num_train / batch_size
     total_steps = round(config.num_epochs * steps_per_epoch)

@@ -126,7 +126,11 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Draws loss, accuracy, step size and β against the step, as a PNG."""
+    """Draws loss, accuracy, step size and β against the step, as a PNG.
+
+    Where the quadratic model chose the steps, its coefficients and λ take the place of
+    the learning rate and of β.
+    """
     # Figure and not pyplot: no window system, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -161,6 +165,26 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
             },
         ),
     )
+    if series("train", "damping")[0]:
+        panels = (
+            *panels[:2],
+            (
+                "coefficients of the step",
+                {
+                    "a, of the gradient": series("train", "coefficient_gradient"),
+                    "of the residual": series("train", "coefficient_residual"),
+                    "b, of the last step": series("train", "coefficient_past_1"),
+                },
+            ),
+            (
+                "λ, signal and conjugacy",
+                {
+                    "λ": series("train", "damping"),
+                    "share of signal": series("train", "signal"),
+                    "conjugacy": series("train", "conjugacy"),
+                },
+            ),
+        )
     for axis, (name, curves) in zip(axes, panels, strict=True):
         drawn = {label: xy for label, xy in curves.items() if xy[0]}
         for label, (x, y) in drawn.items():

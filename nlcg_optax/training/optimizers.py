@@ -25,9 +25,14 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
       config: the whole config of a run.
       steps_per_epoch: steps (or a fraction of one) that an epoch takes.
 
+    Returns:
+      The schedule: 1 throughout where the quadratic model chooses the step.
+
     Raises:
       ConfigError: for an unknown schedule.
     """
+    if uses_quadratic_model(config):
+        return optax.constant_schedule(1.0)
     schedule, peak = config.schedule, config.optimizer.learning_rate
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
     total_steps = round(config.num_epochs * steps_per_epoch)
@@ -62,9 +67,24 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
     )
 
 
-def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
+def uses_quadratic_model(config: ConfigDict) -> bool:
+    """Whether the curvature of the loss chooses the step."""
+    optimizer = config.optimizer
+    return optimizer.name == "nlcg" and optimizer.nlcg.step_rule == "quadratic_model"
+
+
+def _nlcg(
+    config: ConfigDict, learning_rate: optax.Schedule, total_steps: int | None = None
+) -> Any:
     """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
     options = config[config.name].to_dict()
+    fraction = options.pop("curvature_fraction", 1.0)
+    every = options.pop("curvature_every", 1)
+    if not 0 < fraction <= 1:
+        raise ConfigError(
+            f"optimizer.nlcg.curvature_fraction={fraction} is not valid: expected a "
+            "part of the batch, above 0 and up to 1."
+        )
     preconditioners = {
         "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
         "diagonal_bfgs": "diagonal_bfgs",
@@ -80,6 +100,12 @@ def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
             f"of {', '.join(map(repr, preconditioners))}."
         )
     step_rule = options.pop("step_rule")
+    if step_rule == "quadratic_model" and config.name == "nlcg":
+        preconditioners["diagonal_bfgs"] = nlcg_optax.scale_by_diagonal_bfgs()
+        model = nlcg_optax.scale_by_quadratic_model(
+            preconditioners[name], every=every, horizon=total_steps
+        )
+        return optax.chain(model, optax.scale(-1.0))
     make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]
     return make(
         learning_rate,
@@ -111,7 +137,7 @@ def _muon(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
 
 
 # Optimizers that leave weight decay to be applied after them.
-OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "nlcg": _nlcg,
     "nlcg_paper": _nlcg,
     "sgd": lambda config, rate: optax.sgd(rate),
@@ -142,7 +168,10 @@ DECAYING_OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 def create_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, decay_mask: Any
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    decay_mask: Any,
+    total_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config, with its layerwise scaling and weight decay.
 
@@ -155,6 +184,8 @@ def create_optimizer(
       schedule: the learning rate by step.
       decay_mask: tree of booleans, or a function from parameters to it: the leaves that
         weight decay (and the trust ratio of "lars") applies to.
+      total_steps: steps of the whole run, if they are known: the quadratic model has to
+        know them once noise rules.
 
     Raises:
       ConfigError: for an unknown optimizer, or options that it refuses.
@@ -162,6 +193,18 @@ def create_optimizer(
     optimizer, decay = config.optimizer, config.weight_decay
     name = optimizer.name
     pieces = []
+    quadratic = uses_quadratic_model(config)
+    if quadratic:
+        # The model is of the loss and of the step as they are.
+        for field, value in (
+            ("optimizer.layerwise_coefficient", optimizer.layerwise_coefficient),
+            ("weight_decay", decay),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{field}={value} is not valid with optimizer.nlcg.step_rule="
+                    "'quadratic_model': expected 0. l2_penalty is part of the loss."
+                )
     try:
         if optimizer.layerwise_coefficient:
             pieces.append(nlcg_optax.scale_by_lars(optimizer.layerwise_coefficient))
@@ -170,7 +213,8 @@ def create_optimizer(
                 DECAYING_OPTIMIZERS[name](optimizer, schedule, decay, decay_mask)
             )
         elif name in OPTIMIZERS:
-            pieces.append(OPTIMIZERS[name](optimizer, schedule))
+            horizon = {"total_steps": total_steps} if quadratic else {}
+            pieces.append(OPTIMIZERS[name](optimizer, schedule, **horizon))
             if decay:
                 decayed = optax.inject_hyperparams(
                     optax.add_decayed_weights, static_args="mask"

@@ -25,6 +25,7 @@ import nlcg_optax
 from nlcg_optax.training import data
 from nlcg_optax.training.config import ConfigDict, known_fields
 from nlcg_optax.training.mesh import BatchLayout
+from nlcg_optax.training.optimizers import uses_quadratic_model
 from nlcg_optax.training.steps import at_once
 
 VERBOSITIES = ("quiet", "normal", "verbose")
@@ -454,6 +455,14 @@ def _batch(config: ConfigDict, mesh: Mesh) -> str:
 def _optimizer(config: ConfigDict) -> str:
     optimizer, schedule = config.optimizer, config.schedule
     text = optimizer.name
+    if uses_quadratic_model(config):
+        options = optimizer.nlcg
+        every = options.curvature_every
+        return (
+            f"nlcg ({options.preconditioner}), steps chosen by the curvature of "
+            f"{options.curvature_fraction:.0%} of the batch"
+            + (f", every {every} steps" if every > 1 else "")
+        )
     if text in ("nlcg", "nlcg_paper"):
         options = optimizer[text]
         text += f" ({options.beta_rule}, {options.preconditioner})"

@@ -16,6 +16,7 @@ import nlcg_optax
 from nlcg_optax.training import data, models
 from nlcg_optax.training.config import ConfigDict, ConfigError
 from nlcg_optax.training.mesh import AXES, replicated, state_shardings
+from nlcg_optax.training.optimizers import uses_quadratic_model
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -158,7 +159,12 @@ def make_train_step(
     saved by computing each of its blocks a second time in the backward pass.
 
     A step whose loss or gradient is not finite leaves the state as it was, so that the
-    run can stop with everything that came before.
+    run can stop with everything that came before. But where the quadratic model chooses
+    the steps, it takes the one back that led there, and the metric ``taken_back`` is 1.
+
+    The curvature that the model is given is that of some of the batch, evenly spaced
+    over it: of those images, cropped and flipped as they are for the gradient, as one
+    batch with BatchNorm statistics of its own.
 
     Args:
       model: a Flax module.
@@ -183,12 +189,19 @@ def make_train_step(
     batch_size, parts = config.batch_size, config.microbatches
     examples = batch_size // parts
     side_by_side = at_once(config)
+    quadratic = uses_quadratic_model(config)
+    # One image of so many is among those that tell the curvature.
+    stride = max(round(1 / config.optimizer.nlcg.curvature_fraction), 1)
 
-    def loss_fn(params, batch_stats, key, batch, places):
-        """Cross-entropy and accuracy; a microbatch's share in the whole batch's."""
-        images, labels = jax.lax.with_sharding_constraint(
-            (batch["image"], batch["label"]), NamedSharding(mesh, P(AXES))
-        )
+    def split_rows(x: jax.Array) -> jax.Array:
+        """Splits the rows over the devices, if they can be."""
+        if len(x) % mesh.size:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES)))
+
+    def run_model(params, batch_stats, key, batch, places, some_empty):
+        """Logits and new BatchNorm statistics; some rows may have no example."""
+        images = split_rows(batch["image"])
         if augment:
             images = data.augment(
                 key,
@@ -198,8 +211,6 @@ def make_train_step(
                 places=places,
                 batch_size=batch_size,
             )
-        # The model sees a mask only where there are rows without an example.
-        some_empty = len(labels) > (batch_size if side_by_side else examples)
         mask = {"mask": places >= 0} if some_empty else {}
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
@@ -208,13 +219,60 @@ def make_train_step(
             mutable=["batch_stats"],
             **mask,
         )
+        return logits, updated["batch_stats"]
+
+    def loss_fn(params, batch_stats, key, batch, places):
+        """Cross-entropy and accuracy; a microbatch's share in the whole batch's."""
+        labels = split_rows(batch["label"])
+        # The model sees a mask only where there are rows without an example.
+        some_empty = len(labels) > (batch_size if side_by_side else examples)
+        logits, statistics = run_model(
+            params, batch_stats, key, batch, places, some_empty
+        )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         hits = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         if some_empty:
             cross_entropy = jnp.where(places >= 0, cross_entropy, 0)
             hits = jnp.where(places >= 0, hits, 0)
         loss = jnp.sum(cross_entropy) / batch_size
-        return loss, (jnp.sum(hits) / batch_size, updated["batch_stats"])
+        return loss, (jnp.sum(hits) / batch_size, statistics)
+
+    def curvature(state: TrainState, batch: Batch) -> nlcg_optax.Curvature:
+        """That of the loss on some of the images, evenly spaced, and of the penalty."""
+        key = jax.random.fold_in(jax.random.key(draws), state.step)
+        # Rows first: they are what is split over the devices.
+        chosen, places = jax.tree.map(
+            lambda x: _every(stride, x).swapaxes(0, 1).reshape(-1, *x.shape[2:]),
+            (batch, rows_of(batch)),
+        )
+        present = places >= 0
+        some_empty = batch["label"].shape[1] > examples
+
+        def outputs_fn(params: Any) -> tuple[jax.Array, Any]:
+            return run_model(
+                whole(params), state.batch_stats, key, chosen, places, some_empty
+            )
+
+        def mean_loss(logits: jax.Array) -> jax.Array:
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, chosen["label"]
+            )
+            return jnp.sum(jnp.where(present, losses, 0)) / jnp.sum(present)
+
+        return nlcg_optax.gauss_newton(
+            outputs_fn,
+            mean_loss,
+            l2=config.l2_penalty,
+            l2_mask=models.l2_mask,
+            has_aux=True,
+        )
+
+    def rows_of(batch: Batch) -> jax.Array:
+        """The place in the global batch of each row [M, R]; -1 for those without."""
+        row = jnp.arange(batch["label"].shape[1])
+        return jnp.where(
+            row < examples, jnp.arange(parts)[:, None] * examples + row, -1
+        )
 
     def constrain(tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, config))
@@ -239,10 +297,7 @@ def make_train_step(
     def whole_batch(state: TrainState, batch: Batch):
         """Loss, accuracy, BatchNorm statistics and gradient of the whole batch."""
         key = jax.random.fold_in(jax.random.key(draws), state.step)
-        row = jnp.arange(batch["label"].shape[1])
-        places = jnp.where(
-            row < examples, jnp.arange(parts)[:, None] * examples + row, -1
-        )
+        places = rows_of(batch)
         params = whole(state.params)
         if side_by_side:
             # Rows first: they are what is split over the devices.
@@ -269,7 +324,10 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, (accuracy, batch_stats)), grads = whole_batch(state, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
+        given = {"curvature": curvature(state, batch)} if quadratic else {}
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, value=loss, **given
+        )
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if config.average_decay:
@@ -286,9 +344,14 @@ def make_train_step(
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new_state = jax.tree.map(
+        guarded = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), new_state, state
         )
+        if quadratic:  # it guards parameters and state itself, and steps back
+            guarded = guarded.replace(
+                step=new_state.step, params=params, opt_state=opt_state
+            )
+        new_state = guarded
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics = {
             "loss": loss,
@@ -299,11 +362,29 @@ def make_train_step(
         }
         if config.optimizer.name in ("nlcg", "nlcg_paper"):
             report = nlcg_optax.diagnostics(opt_state)
+            if quadratic:
+                a, *past = report.pop("coefficients")
+                names = [f"coefficient_past_{i}" for i in range(1, len(past))]
+                report |= zip(
+                    ["coefficient_gradient", *names, "coefficient_residual"],
+                    [a, *past],
+                    strict=True,
+                )
+                before = nlcg_optax.diagnostics(state.opt_state)["rejected_steps"]
+                report["taken_back"] = report["rejected_steps"] - before
             metrics |= report
             metrics["step_size"] = rate * report.get("base_step", 1.0)
         return constrain(new_state), whole(metrics)
 
     return train_step
+
+
+def _every(stride: int, x: jax.Array) -> jax.Array:
+    """The first of every so many rows [M, R, ...]; mostly none changes its device."""
+    stride = min(stride, x.shape[1])
+    count = x.shape[1] // stride
+    x = x[:, : count * stride]
+    return x.reshape(x.shape[0], count, stride, *x.shape[2:])[:, :, 0]
 
 
 def l2_loss(params: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import sys
 import compiled
 import pytest
 from test_compiled import PROGRAM
+from waiting import HANGING_SECONDS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PLAN = ROOT / "benchmarks" / "pod_plan" / "plan.py"
@@ -72,7 +73,7 @@ def test_tiny_step():
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGING_SECONDS,
     )
     assert result.returncode == 0, result.stderr
     row = json.loads(result.stdout)

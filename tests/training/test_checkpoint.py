@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_distributed import rows, start_two, wait_for
+from test_distributed import rows, start_two
+from waiting import wait_for
 
 from nlcg_optax.training import loop, models
 from nlcg_optax.training.checkpoint import (
@@ -23,6 +24,9 @@ from nlcg_optax.training.config import (
     base_config,
     load_config,
 )
+
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
 
 
 def steps_saved(workdir):
@@ -141,15 +145,22 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
     whole = tmp_path / "whole"
     tiny.finish(*start_two(whole, *args, devices=1))
     workdir = tmp_path / "killed"
+    checkpoints = workdir / "checkpoints"
     chance = random.Random(0)
     kills, within_write, reached = 0, 0, 0
     while kills < 12:
         processes = start_two(workdir, *args, devices=1)
-        checkpoints = workdir / "checkpoints"
-        # Not before it has gone on, so that the run comes to an end.
-        last = reached
-        wait_for(lambda last=last: steps_saved(workdir)[-1:] > [last], processes)
-        time.sleep(chance.uniform(0, 0.6))
+        # Not before it has gone on, so that the run comes to an end; and every other
+        # time within a write.
+        after, writing = reached + chance.randrange(5), kills % 2
+
+        def time_to_kill(after=after, writing=writing):
+            names = [path.name for path in checkpoints.glob("*")]
+            return max(map(int, filter(str.isdigit, names)), default=0) > after and (
+                not writing or any("tmp" in name for name in names)
+            )
+
+        wait_for(time_to_kill, *processes)
         processes[chance.randrange(2)].kill()
         # The other would end too, in half a minute; a cluster does not wait so long.
         time.sleep(chance.uniform(0, 0.3))

@@ -9,6 +9,7 @@ import tomllib
 
 import pytest
 from tiny import CONFIG, ROOT
+from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import cli, data
 from nlcg_optax.training.config import builtin_configs
@@ -55,6 +56,44 @@ def test_command_line_reports_mistakes_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main([*args, "--quiet", "--verbose"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--config.batch_size", "100"],
+            "--config.batch_size needs '=' and a value: --config.batch_size=100",
+        ),
+        (
+            ["--config.batch_size", "--quiet"],
+            "--config.batch_size needs '=' and a value: --config.batch_size=VALUE",
+        ),
+        (["--lr=1"], "'--lr=1': did you mean --config.optimizer.learning_rate=1?"),
+        (["--optimizer.name=adam"], "did you mean --config.optimizer.name=adam?"),
+        (["--workdr=a"], "unknown argument '--workdr=a': did you mean --workdir?"),
+        (["--list-datasts"], "did you mean --list-datasets?"),
+        (["a"], "unknown argument 'a': fields are set by --config.FIELD=VALUE"),
+    ],
+)
+def test_an_argument_that_is_none_and_what_may_be_meant(arguments, said, capsys):
+    with pytest.raises(SystemExit) as info:
+        cli.main(["--workdir=unused", *arguments])
+    assert info.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(said), error
+
+
+@pytest.mark.parametrize(
+    "text", ["def get_config(:", "import no_such_package", "get_config = dict"]
+)
+def test_a_wrong_config_file_is_a_sentence_and_exit_code_2(text, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(text)
+    args = [f"--config={tmp_path / 'mine.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_tells_the_flags_and_the_exit_codes(capsys):
@@ -117,7 +156,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 2, done.stderr
     assert "pip install 'nlcg-optax[train]'" in done.stderr

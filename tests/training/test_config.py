@@ -30,11 +30,34 @@ def test_overrides_set_fields_of_every_type():
     assert tuple(config.optimizer.nlcg.beta_bounds) == (0.0, 0.9)
 
 
-def test_unknown_field_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="'optimizer.lr'.*optimizer.learning_rate"):
-        config_lib.apply_overrides(config_lib.base_config(), ["optimizer.lr=1"])
-    with pytest.raises(ConfigError, match="'optimizer'"):  # a group is no field
-        config_lib.apply_overrides(config_lib.base_config(), ["optimizer=nlcg"])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.lr=1", "'optimizer.lr': did you mean optimizer.learning_rate?"),
+        ("lr=1", "'lr': did you mean optimizer.learning_rate?"),
+        ("optimiser.learning_rate=1", "did you mean optimizer.learning_rate?"),
+        ("batchsize=1", "'batchsize': did you mean batch_size?"),
+        ("epochs=1", "'epochs': did you mean num_epochs?"),
+        ("optimizer.nlcg.betarule=x", "did you mean optimizer.nlcg.beta_rule?"),
+        (
+            "optimizer=nlcg",
+            "'optimizer' is a group of fields: did you mean optimizer.n",
+        ),
+        ("mesh=2", "is a group of fields: set one of mesh.data, mesh.fsdp, mesh.min_"),
+        (
+            "model.depth=2",
+            "expected one of model.batch_norm_epsilon, model.batch_norm_",
+        ),
+        ("nothing_like_it=2", "expected one of average_decay, batch_norm_statistics, "),
+        ("batch_size", "--config.batch_size needs a value: --config.batch_size=VALUE."),
+    ],
+)
+def test_a_wrong_field_and_what_may_be_meant(override, said):
+    with pytest.raises(ConfigError) as info:
+        config_lib.apply_overrides(config_lib.base_config(), [override])
+    message = str(info.value)
+    assert said in message and "\n" not in message and len(message) < 450
+    assert message.startswith(f"--config.{override.partition('=')[0]}")
 
 
 @pytest.mark.parametrize(
@@ -51,18 +74,109 @@ def test_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "near.py").write_text("")
     with pytest.raises(ConfigError, match=r"no config .*far.py.*near.py.*digits_res"):
         config_lib.load_config(tmp_path / "far.py")
+    with pytest.raises(ConfigError, match=r"near' \(did you mean .*near.py\?\): expec"):
+        config_lib.load_config(tmp_path / "near")
 
 
 def test_unknown_name_lists_the_built_in_ones():
     known = "cifar10_resnet32, cifar100_resnet32, digits_resnet8, imagenet_resnet50"
-    with pytest.raises(ConfigError, match=f"no config 'digits'.*one of {known}"):
+    with pytest.raises(
+        ConfigError, match=f"'digits' .did you mean digits_resnet8.*one of {known}"
+    ):
         config_lib.load_config("digits")
 
 
-def test_file_without_get_config(tmp_path):
-    (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ConfigError, match="get_config"):
-        config_lib.load_config(tmp_path / "empty.py")
+HEAD = "from nlcg_optax.training.config import base_config\n"
+CHANGES = HEAD + "def get_config():\n    c = base_config()\n"
+CONTRACT = (
+    "expected a function get_config() that takes base_config(), changes fields of"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "def get_config(:\n",
+            ", line 1 is no Python: invalid syntax; expected a funct",
+        ),
+        (CHANGES + "  x = 1\n", ", line 4 is no Python: unindent does not match any"),
+        (
+            HEAD + "def get_config():\n    raise ValueError('not today')\n",
+            f", line 3: ValueError: not today; {CONTRACT}",
+        ),
+        (HEAD + "assert base_config() is None", ", line 2: AssertionError; expected a"),
+        (
+            "import os\nimport no_such_package\n",
+            ", line 2: No module named 'no_such_package'; expected a package that is",
+        ),
+        (HEAD + "c = base_confg()\n", ", line 2: NameError: name 'base_confg' is not"),
+        (
+            "import sys\nsys.exit('no')\n",
+            ", line 2: SystemExit: no; expected a function",
+        ),
+        (
+            "def get_config():\n    return {}",
+            ", line 1: get_config() returned a dict; ex",
+        ),
+        (CHANGES, ", line 2: get_config() returned None; expected a function get_conf"),
+        (
+            "import ml_collections\nget_config = lambda: ml_collections.ConfigDict()",
+            ", line 2: get_config() returned a config without average_decay, batch_nor",
+        ),
+        ("", f" defines no get_config(): {CONTRACT}"),
+        (
+            "def getconfig():\n    pass",
+            " defines no get_config() (did you mean getconfi",
+        ),
+        (
+            "get_config = 3",
+            ": TypeError: 'int' object is not callable; expected a funct",
+        ),
+        (
+            CHANGES + "    c.optimizer.lr = 1.0\n",
+            ", line 4: there is no config field 'optimizer.lr': did you mean "
+            "optimizer.learning_rate?",
+        ),
+        (
+            CHANGES + "    c['optimizer'].lr = (\n        c.seed)\n",
+            ", line 4: there is no config field 'optimizer.lr': did you mean optimizer",
+        ),
+        (
+            CHANGES + "    o = c.optimizer\n    c.batch_size = o.learningrate\n",
+            ", line 5: there is no config field 'learningrate': did you mean optimizer",
+        ),
+        (
+            CHANGES + "    c.unlock()\n    c.batchsize = 3\n    return c\n",
+            ", line 2: there is no config field 'batchsize': did you mean batch_size?",
+        ),
+        (
+            CHANGES + "    c.batch_size = 'many'\n",
+            ", line 4: the value does not fit batch_size: expected int, as in 128.",
+        ),
+        (
+            CHANGES + "    c.optimizer = 'adam'\n",
+            ", line 4: 'optimizer' is a group of fields: did you mean optimizer.name?",
+        ),
+    ],
+)
+def test_a_wrong_file_is_told_in_one_sentence(text, said, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as info:
+        config_lib.load_config(path)
+    message = str(info.value)
+    assert message.startswith(f"{path}{said}"), message
+    assert "\n" not in message and "!!python" not in message
+    assert len(message.removeprefix(str(path))) < 250
+
+
+def test_a_wrong_file_that_is_imported_names_both(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_module.py").write_text("x = 1\nx = = 1\n")
+    (tmp_path / "mine.py").write_text("import broken_module\n")
+    with pytest.raises(ConfigError, match=r"mine.py, line 1, imports .*, whose line 2"):
+        config_lib.load_config(tmp_path / "mine.py")
 
 
 def test_every_committed_config_loads(request):

@@ -3,13 +3,16 @@
 import re
 import signal
 import socket
-import time
 
 import numpy as np
 import pytest
 import tiny
+from waiting import wait_for
 
 from nlcg_optax.training import metrics
+
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
 
 SPLIT_IN_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
 
@@ -40,14 +43,6 @@ def assert_same_run(workdir, expected, rtol=1e-4):
         assert x.keys() == y.keys()
         for key in x.keys() - {"split"}:
             np.testing.assert_allclose(x[key], y[key], rtol=rtol, atol=1e-6)
-
-
-def wait_for(condition, processes, timeout=120):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert all(p.poll() is None for p in processes), tiny.finish(*processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +98,7 @@ def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
 def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, number, code):
     processes = start_two(tmp_path, "--config.num_epochs=100000", devices=1)
     path = tmp_path / "metrics.jsonl"
-    wait_for(lambda: path.exists() and '"test"' in path.read_text(), processes)
+    wait_for(lambda: path.exists() and '"test"' in path.read_text(), *processes)
     processes[1].send_signal(signal.Signals[number])
     first, second = tiny.finish(*processes, code=None)
     assert [p.returncode for p in processes] == [0, code], (first, second)

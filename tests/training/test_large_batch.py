@@ -97,6 +97,14 @@ def test_an_interrupted_stage_goes_on(sweep):
     assert sweep.plan([row(first[1], 0.5)], 1.0, SCHEDULES) == [first[0], *first[2:]]
 
 
+def test_what_has_nothing_to_tune_is_only_tested(sweep):
+    cells = sweep.plan([], 1.0, SCHEDULES, tuned=False)
+    assert [cell.seed for cell in cells] == list(sweep.TEST_SEEDS)
+    assert {cell[:3] for cell in cells} == {("test", 1.0, next(iter(SCHEDULES)))}
+    rows = [row(cells[1], 0.5)]
+    assert sweep.plan(rows, 1.0, SCHEDULES, tuned=False) == [cells[0], *cells[2:]]
+
+
 def test_thinned_curves_keep_the_mean(sweep):
     assert sweep.thin([1.23456, 2.0]) == [1.235, 2.0]
     thinned = sweep.thin([float(i) for i in range(1000)])

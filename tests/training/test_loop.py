@@ -8,17 +8,20 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import optax
 import pytest
 from tiny import CONFIG, OVERRIDES, ROOT, create_tiny_model
+from waiting import HANGING_SECONDS, wait_for
 
 from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
 from nlcg_optax.training.mesh import create_mesh
+
+# Runs of one config compile once, and some tests share one: xdist leaves them together.
+pytestmark = pytest.mark.xdist_group("runs")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -247,7 +250,7 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
     [
         ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
         ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
-        ("batch_size=0", "batch_size=0 .* expected 1 to 96"),
+        ("batch_size=0", "batch_size=0 .* expected 1 or more"),
         ("microbatches=3", "microbatches=3 does not divide batch_size=40; .* 2, 4"),
         ("microbatches=0", "microbatches=0 does not divide"),
         ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
@@ -263,6 +266,36 @@ def test_a_config_that_cannot_run_is_an_error_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         loop.train_and_evaluate(tiny_config(override), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.name=adm", "optimizer.name='adm' is unknown: .*'adam'"),
+        ("optimizer.nlcg.preconditioner=bfgs", "'bfgs' is unknown: .*'diagonal_bfgs'"),
+        ("optimizer.nlcg.step_rule=steps", "optimizer: .*'steps'"),
+        ("optimizer.nlcg.beta_rule=fr", "optimizer: .*'fr'.*fletcher_reeves"),
+        ("optimizer.nlcg.beta_bounds=(1.0, 0.0)", "optimizer: .*beta_bounds"),
+        ("schedule.name=cosin", "schedule.name='cosin' is unknown: .*'cosine'"),
+        ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
+        ("dataset.normalization=none", "normalization.*'none'.*per_image"),
+        ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
+        ("microbatches=3", "microbatches=3 does not divide batch_size=40"),
+        ("batch_norm_statistics=none", "batch_norm_statistics='none' is unknown"),
+        ("num_epochs=0", "num_epochs=0.0 is no step"),
+    ],
+)
+def test_what_needs_no_data_is_checked_before_they_are_loaded(
+    override, message, tmp_path, monkeypatch
+):
+    def load_dataset(config):
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(loop, "load_dataset", load_dataset)
+    with pytest.raises(ConfigError, match=message):
+        loop.train_and_evaluate(tiny_config(override), tmp_path)
+    with pytest.raises(AssertionError, match="too late"):
+        loop.train_and_evaluate(tiny_config(), tmp_path)
 
 
 def test_streamed_images_train_and_resume(tmp_path):
@@ -315,13 +348,9 @@ def test_signals_save_and_say_where(tmp_path, number, code):
         cwd=ROOT,
     )
     path = tmp_path / "metrics.jsonl"
-    deadline = time.monotonic() + 600  # against a hang alone
-    while not (path.exists() and '"test"' in path.read_text()):
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for(lambda: path.exists() and '"test"' in path.read_text(), process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=HANGING_SECONDS)
     assert process.returncode == code, out
     assert f"{number.name}: stopped after step" in out
     assert str(tmp_path / "checkpoints") in out
@@ -329,3 +358,25 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     step = saved.latest_step()
     saved.close()
     assert f"stopped after step {step:,} " in out
+
+
+def test_the_quadratic_model_needs_no_learning_rate(tmp_path):
+    printed = io.StringIO()
+    config = tiny_config(
+        "optimizer.nlcg.step_rule=quadratic_model",
+        "optimizer.nlcg.preconditioner=orthogonalization",
+        # The batch is small, and a part of it would not see all of its curvature.
+        "optimizer.nlcg.curvature_fraction=1.0",
+        "dataset.crop_padding=0",
+        "dataset.flip=False",
+    )
+    with contextlib.redirect_stdout(printed):
+        loop.train_and_evaluate(config, tmp_path)
+    assert "steps chosen by the curvature of 100% of the batch" in printed.getvalue()
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    wanted = {"coefficient_gradient", "coefficient_past_1", "damping", "signal"}
+    assert all(wanted <= row.keys() for row in train)
+    assert {row["learning_rate"] for row in train} == {1.0}
+    assert train[-1]["loss"] < 0.1 * train[0]["loss"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+import xla
+from waiting import HANGING_SECONDS
+
 from nlcg_optax.training import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -17,10 +20,14 @@ def test_the_default_config_reaches_97_percent_in_60_full_batch_steps(tmp_path):
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_FLAGS": xla.GIVEN,  # it runs for longer than it compiles
+        },
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=HANGING_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")

@@ -20,8 +20,7 @@ WORKER = pathlib.Path(__file__).parents[1] / "workers" / "mesh.py"
 
 
 def test_the_training_step_on_eight_devices(run_on_devices):
-    # Without LLVM's optimizations, which leave collectives alone, it compiles faster.
-    done = run_on_devices(WORKER, 8, "--xla_backend_optimization_level=0")
+    done = run_on_devices(WORKER, 8)
     assert len(done.stdout.splitlines()) == 9, done.stdout
     assert "rematerialization" not in done.stderr  # what XLA calls bad sharding
 

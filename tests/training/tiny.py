@@ -9,9 +9,10 @@ import pathlib
 import resource
 import subprocess
 import sys
-import time
 
 import flax.linen as nn
+import xla
+from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import cli, models
 
@@ -66,8 +67,7 @@ def start(workdir, *args, devices=1, process=None, limit=None):
       process: (port, number of processes, this one's number), or None for one alone.
       limit: largest file that it can write, in bytes.
     """
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     if limit is not None:
         env[_LIMIT] = str(limit)
@@ -85,13 +85,11 @@ def start(workdir, *args, devices=1, process=None, limit=None):
     )
 
 
-def finish(*processes, code=0, timeout=200):
+def finish(*processes, code=0):
     """Waits for processes to end with that exit code; returns what they printed."""
-    deadline = time.monotonic() + timeout
     try:
         outputs = [
-            process.communicate(timeout=deadline - time.monotonic())[0]
-            for process in processes
+            process.communicate(timeout=HANGING_SECONDS)[0] for process in processes
         ]
     finally:
         for process in processes:

@@ -29,7 +29,7 @@ import nlcg_optax  # noqa: E402
 from nlcg_optax import _parallel, _tree  # noqa: E402
 
 STEPS = 20
-DEVICES = (1, 2, 4, 8)
+DEVICES = (1, 8)  # and axes of 2 and 4 devices, in the meshes of two axes
 RNG = np.random.default_rng(0)
 
 
@@ -451,13 +451,13 @@ def train_through(door, layout, devices):
 
 def models():
     found = {}
-    for devices in DEVICES:
-        extra = UNCHECKED_LAYOUTS if devices == 8 else []
-        for name, door, layout in LAYOUTS + extra:
-            out = train_through(door, layout, devices)
-            found[f"{name}, {layout}, {devices}"] = difference(
-                *np_broadcast(out, expected_training())
-            )
+    cases = [(*layout, 8) for layout in LAYOUTS + UNCHECKED_LAYOUTS]
+    cases += [(*layout, 1) for layout in LAYOUTS if layout[2] != "replicated"]
+    for name, door, layout, devices in cases:
+        out = train_through(door, layout, devices)
+        found[f"{name}, {layout}, {devices}"] = difference(
+            *np_broadcast(out, expected_training())
+        )
     # Batch over both axes, parameters over one: the sums of the optimizer over the
     # axis of the parameters, or over both, are the same.
     mesh = make_mesh((2, 4), ("data", "fsdp"))
@@ -624,7 +624,8 @@ def communication():
         for door in ("jit", "shard_map"):
             for layout, specs in (("replicated", replicated), ("sharded", sharded)):
                 manual = door == "shard_map"
-                if manual and layout == "sharded" and name == ORTHOGONALIZING:
+                # Its matrices are gathered where they are split: no claim is made.
+                if layout == "sharded" and name == ORTHOGONALIZING:
                     continue
                 # The axis named is harmless where all is replicated: types know.
                 tx = optax.with_extra_args_support(make("fsdp" if manual else None))

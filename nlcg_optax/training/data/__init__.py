@@ -1,6 +1,6 @@
 """Image-classification data by name: load, index, augment, stream.
 
-Three kinds of data sets, see :data:`DATASETS`: the digits that scikit-learn brings
+Three kinds of data sets, see ``DATASETS``: the digits that scikit-learn brings
 along, a folder of images, and everything in the catalog of TensorFlow Datasets (TFDS).
 TensorFlow itself is never imported here. Reading a TFDS data set does not need it;
 preparing one for the first time mostly does, see :func:`load`.

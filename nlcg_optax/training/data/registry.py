@@ -38,7 +38,7 @@ def load(
     the files, here or on any machine that they are copied to, needs none of these.
 
     Args:
-      name: one of :data:`DATASETS`.
+      name: one of ``DATASETS``.
       data_dir: where the images of ``folder`` lie, or TFDS's data folder.
       split_seed: decides which examples are held out.
       validation_fraction: how much of the training split to hold out, in [0, 1). With

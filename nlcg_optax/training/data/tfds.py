@@ -1,10 +1,14 @@
 """TensorFlow Datasets, read without TensorFlow."""
 
+import contextlib
 import dataclasses
 import difflib
 import logging
 import os
+import pathlib
+from collections.abc import Iterator
 from typing import Any
+from urllib import parse
 
 import numpy as np
 
@@ -54,6 +58,9 @@ TFDS_DATASETS: dict[str, tuple[int | None, int]] = {
     "svhn_cropped": (32, 10),
 }
 
+# After so long without an answer there is no network.
+_NETWORK_SECONDS = 10
+
 _logger = logging.getLogger(__name__)
 
 
@@ -77,6 +84,20 @@ class _Records:
         return f"{self.description}[{index}]"
 
 
+@contextlib.contextmanager
+def _errors_only(*loggers: str) -> Iterator[None]:
+    """Silences warnings of other libraries, which are for who develops with them."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+@_errors_only("absl", "urllib3")  # of folders yet to be made, and of every attempt
 def load(
     name: str, data_dir: str | os.PathLike[str] | None, known: str
 ) -> tuple[Any, Any, tuple[str, ...]]:
@@ -152,6 +173,7 @@ def load(
 def _prepare(name: str, builder: Any) -> None:
     _logger.info("preparing %s in %s, once", name, builder.data_dir)
     try:
+        _check_network(builder)
         builder.download_and_prepare()
     except Exception as error:
         missing = [
@@ -175,3 +197,26 @@ def _prepare(name: str, builder: Any) -> None:
             f"cannot prepare the TFDS data set {name!r} in {builder.data_dir}: "
             f"{advice} ({type(error).__name__}: {str(error)[-600:]})"
         ) from error
+
+
+def _check_network(builder: Any) -> None:
+    """Raises if what there is to be downloaded cannot be reached.
+
+    TFDS itself would try for minutes. Where one of the files is there already, the rest
+    may be, too.
+    """
+    import requests
+
+    urls = list(builder.url_infos or ())
+    downloads = pathlib.Path(builder.data_dir_root) / "downloads"
+    known = "".join(path.read_text() for path in downloads.glob("*.INFO"))
+    there = any(url in known for url in urls)
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS or there or not urls:
+        return
+    address = parse.urlsplit(urls[0])
+    if address.scheme not in ("http", "https"):
+        return
+    try:
+        requests.head(urls[0], timeout=_NETWORK_SECONDS).close()
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise ConnectionError(f"{address.netloc} cannot be reached") from error

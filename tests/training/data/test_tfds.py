@@ -1,7 +1,10 @@
+import logging
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
+import requests
 from pictures import encode, random_image
 
 from nlcg_optax.training import data
@@ -151,5 +154,37 @@ def test_failed_preparation_says_what_to_do(
         raise error
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    monkeypatch.setattr(requests, "head", mock.Mock())
     with pytest.raises(data.DataError, match=f"'{name}' in {tmp_path}.*{message}"):
         data.load(name, data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("error", [requests.ConnectionError, requests.Timeout])
+def test_without_a_network_one_attempt_says_so(tmp_path, monkeypatch, caplog, error):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    attempts, prepared = [], []
+
+    def head(url, timeout):
+        logging.getLogger("urllib3.connectionpool").warning("Retrying")
+        attempts.append((url, timeout))
+        raise error("a paragraph of urllib3's")
+
+    monkeypatch.setattr(requests, "head", head)
+    builder = tfds.core.DatasetBuilder
+    monkeypatch.setattr(builder, "download_and_prepare", lambda x: prepared.append(x))
+    with pytest.raises(data.DataError) as info:
+        data.load("mnist", data_dir=tmp_path)
+    assert str(info.value) == (
+        f"cannot prepare the TFDS data set 'mnist' in {tmp_path}/mnist/3.0.1: if this "
+        "machine has no network, prepare it on another one and copy that folder here "
+        "(ConnectionError: storage.googleapis.com cannot be reached)"
+    )
+    ((url, timeout),) = attempts
+    assert "storage.googleapis.com" in url and 0 < timeout <= 10
+    assert not prepared and not caplog.records
+    # What is downloaded already needs no network.
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / "a.INFO").write_text(f'{{"urls": ["{url}"]}}')
+    with pytest.raises(Exception, match="mnist"):
+        data.load("mnist", data_dir=tmp_path)
+    assert len(attempts) == 1 and len(prepared) == 1

@@ -1,0 +1,577 @@
+"""The step that curvature chooses, against conjugate gradient in NumPy."""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nlcg_optax
+from nlcg_optax import scale_by_quadratic_model
+
+N = 8
+RNG = np.random.default_rng(0)
+BASIS, _ = np.linalg.qr(RNG.normal(size=(N, N)))
+MATRIX = (BASIS * np.geomspace(1.0, 20.0, N)) @ BASIS.T
+OFFSET = RNG.normal(size=N)
+START = RNG.normal(size=N)
+INVERSE = 1 / np.diag(MATRIX) * RNG.uniform(0.5, 2.0, N)
+MINIMUM = np.linalg.solve(MATRIX, OFFSET)
+
+fixed = optax.stateless(lambda updates, params: updates * INVERSE)
+
+
+def quadratic(x, factor=1.0):
+    return factor * (0.5 * x @ (MATRIX @ x) - OFFSET @ x)
+
+
+def conjugate_gradient(steps):
+    """Preconditioned conjugate gradient, as in the textbooks."""
+    x, points = START, []
+    r = OFFSET - MATRIX @ x
+    p = z = INVERSE * r
+    for _ in range(steps):
+        alpha = r @ z / (p @ MATRIX @ p)
+        x = x + alpha * p
+        points.append(x)
+        new_r = r - alpha * MATRIX @ p
+        new_z = INVERSE * new_r
+        p = new_z + new_r @ new_z / (r @ z) * p
+        r, z = new_r, new_z
+    return np.array(points)
+
+
+# Conjugate gradient itself: no damping, no bound.
+PURE = {
+    "damping": 0.0,
+    "noise_damping": 0.0,
+    "first_damping": 0.0,
+    "max_growth": math.inf,
+}
+
+
+def run(tx, value_fn, x, steps, curvature=None):
+    """Points and states of so many steps."""
+    curvature = nlcg_optax.hessian(value_fn) if curvature is None else curvature
+
+    @jax.jit
+    def step(x, state):
+        value, grad = jax.value_and_grad(value_fn)(x)
+        updates, state = tx.update(grad, state, x, value=value, curvature=curvature)
+        return optax.apply_updates(x, jax.tree.map(jnp.negative, updates)), state
+
+    x = jax.tree.map(jnp.asarray, x)
+    state, points, states = tx.init(x), [], []
+    for _ in range(steps):
+        x, state = step(x, state)
+        points.append(x)
+        states.append(state)
+    return points, states
+
+
+# --- Conjugate gradient -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("history", [1, 3])
+def test_on_a_quadratic_it_is_conjugate_gradient(history, x64):
+    tx = scale_by_quadratic_model(fixed, history=history, residuals=0, **PURE)
+    points, states = run(tx, quadratic, START, N + 2)
+    expected = conjugate_gradient(N)
+    largest = np.abs(START - MINIMUM).max()
+    for point, other in zip(points, expected, strict=False):
+        np.testing.assert_allclose(point, other, rtol=0, atol=1e-10 * largest)
+    # It ends in n steps, and then stays.
+    for point in points[N - 1 :]:
+        np.testing.assert_allclose(point, MINIMUM, rtol=0, atol=1e-9)
+    # The model is the function: what it predicts is what happens.
+    for before, after in zip(states[: N - 1], states[1:], strict=False):
+        np.testing.assert_allclose(
+            before.predicted_decrease, after.actual_decrease, rtol=1e-8
+        )
+        assert abs(after.conjugacy) < 1e-8
+    assert states[-1].rejected == 0 and states[-1].nonfinite == 0
+
+
+def test_a_residual_direction_is_a_second_iteration(x64):
+    for residuals in (1, 2, 3):
+        tx = scale_by_quadratic_model(fixed, residuals=residuals, **PURE)
+        points, _ = run(tx, quadratic, START, 1)
+        expected = conjugate_gradient(1 + residuals)[-1]
+        np.testing.assert_allclose(points[0], expected, rtol=1e-10)
+
+
+def test_steepest_descent(x64):
+    """With z = g and no history: exact steps along the gradient."""
+    tx = scale_by_quadratic_model(history=0, residuals=0, **PURE)
+    points, states = run(tx, quadratic, START, 5)
+    x = START
+    for point, state in zip(points, states, strict=True):
+        g = MATRIX @ x - OFFSET
+        alpha = g @ g / (g @ MATRIX @ g)
+        np.testing.assert_allclose(state.coefficients, [alpha, 0], rtol=1e-10)
+        np.testing.assert_allclose(
+            state.predicted_decrease, quadratic(x) - quadratic(x - alpha * g), 1e-9
+        )
+        x = x - alpha * g
+        np.testing.assert_allclose(point, x, rtol=1e-10)
+
+
+def test_several_preconditioners_span_a_plane(x64):
+    second = np.linspace(1.0, 3.0, N)
+    other = optax.stateless(lambda updates, params: updates * second)
+    tx = scale_by_quadratic_model([fixed, None, other], residuals=0, **PURE)
+    points, states = run(tx, quadratic, START, 1)
+    g = MATRIX @ START - OFFSET
+    d = np.stack([INVERSE * g, g, second * g])
+    c = np.linalg.solve(d @ MATRIX @ d.T, d @ g)
+    np.testing.assert_allclose(states[0].coefficients, [*c, 0, 0, 0], rtol=1e-8)
+    np.testing.assert_allclose(points[0], START - c @ d, rtol=1e-8)
+
+
+# A small regression with a curved model, where steps are not exact.
+X = RNG.normal(size=(20, 3))
+Y = np.sin(X @ RNG.normal(size=(3, 2)))
+NET = {"a": RNG.normal(size=(3, 4)), "b": RNG.normal(size=(4, 2))}
+
+
+def net(params):
+    return jnp.tanh(X @ params["a"]) @ params["b"]
+
+
+def net_loss(params, factor=1.0):
+    return factor * jnp.mean(jnp.sum((net(params) - Y) ** 2, -1))
+
+
+def net_curvature(factor=1.0):
+    return nlcg_optax.gauss_newton(
+        net, lambda y: factor * jnp.mean(jnp.sum((y - Y) ** 2, -1))
+    )
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_a_factor_in_the_loss_changes_nothing(factor, x64):
+    tx = scale_by_quadratic_model(damping=0.1)
+    expected, states = run(tx, net_loss, NET, 10, net_curvature())
+    got, others = run(tx, lambda p: net_loss(p, factor), NET, 10, net_curvature(factor))
+    assert net_loss(got[-1]) < 0.5 * net_loss(NET)
+    for point, other in zip(got, expected, strict=True):
+        for a, b in zip(jax.tree.leaves(point), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9)
+    for state, other in zip(states, others, strict=True):
+        np.testing.assert_allclose(state.damping, other.damping)
+
+
+def test_orthogonalization_trains_without_a_learning_rate():
+    params = jax.tree.map(np.float32, NET)
+    tx = scale_by_quadratic_model(nlcg_optax.scale_by_orthogonalization())
+
+    def outputs(params):
+        return jnp.tanh(np.float32(X) @ params["a"]) @ params["b"]
+
+    def loss(y):
+        return jnp.mean(jnp.sum((y - np.float32(Y)) ** 2, -1))
+
+    curvature = nlcg_optax.gauss_newton(outputs, loss)
+    points, _ = run(tx, lambda p: loss(outputs(p)), params, 40, curvature)
+    assert loss(outputs(points[-1])) < 0.1 * loss(outputs(params))
+
+
+# --- All of it, stated literally ----------------------------------------------------
+
+STEPS = 80
+NOISE = RNG.normal(size=(STEPS, N))
+
+
+def noisy(x, t, noise):
+    """Value and gradient of a tilted bowl."""
+    slope = MATRIX @ x - OFFSET + noise * NOISE[t]
+    value = quadratic(x) + noise * NOISE[t] @ x + 0.05 * np.sum(x**4) + 10
+    return value, slope + 0.2 * x**3
+
+
+def solve(products, slopes, damping):
+    lengths = np.sqrt(np.diag(products))
+    unit = products / np.outer(lengths, lengths) + damping * np.eye(len(slopes))
+    return np.linalg.solve(unit, slopes / lengths) / lengths
+
+
+def oracle(x, noise, steps, horizon):
+    """The step in NumPy, in the order of its description."""
+    past, rows = [], []
+    last = switched = d = None
+    error = log_length = rate = rho = 0.0
+    share, extra, measured, solved = 1.0, 1.0, 0, 0
+    for t in range(steps):
+        f, g = noisy(x, t, noise)
+        row = {"rejected": False, "switched": switched is not None}
+        rows.append(row)
+        if last is not None:
+            predicted = last["slope"] - last["curve"] / 2
+            if not f - last["f"] <= max(predicted, 4 * error):
+                x = x - 0.75 * past[0]
+                past[0] = 0.25 * past[0]
+                last["slope"], last["curve"] = last["slope"] / 4, last["curve"] / 16
+                extra = 4 * max(extra, 0.1)
+                row |= {"rejected": True, "x": x, "share": share}
+                continue
+            new = abs(f - (last["f"] - predicted))
+            error = error + 0.2 * (min(new, 3 * error) - error) if error else new
+            if switched is None:
+                new = (last["curve"] - g @ past[0]) / last["slope"]
+                measured += 1
+                new = min(max(new, 0), 1) - share
+                share += max(0.1, 1 / (measured + 1)) * new
+            extra *= 0.25
+        damping = 0.01 + 0.1 * (1 - share) / max(share, 0.05) + extra
+        z = INVERSE * g
+        if switched is None:
+            directions = np.stack([z, *past])
+            products = directions @ MATRIX @ directions.T
+            c = solve(products, directions @ g, damping)
+            length = z @ g / products[0, 0]
+            residual = g - MATRIX @ (c @ directions)
+            directions = np.stack([*directions, INVERSE * residual])
+            products = directions @ MATRIX @ directions.T
+            slopes = directions @ g
+            c = solve(products, slopes, damping)
+            delta, slope, curve = -c @ directions, slopes @ c, c @ products @ c
+            solved += 1
+            log_length += max(0.1, 1 / solved) * (math.log(length) - log_length)
+            left = 0 if horizon is None else horizon - t
+            if share < 0.4 and measured >= 8 and left >= 50:
+                switched, rate = t, 0.5 * math.exp(log_length)
+                d, rho = -past[0] / rate, None
+        if switched is not None:
+            beta = 0.9 if rho is None else min(max(g @ z / rho, 0), 0.9)
+            d, rho = z + beta * d, g @ z
+            done = (t - switched) / (horizon - switched)
+            size = 0.5 * rate * (1 + math.cos(math.pi * done))
+            delta, curve = -size * (z + beta * d), 0.0
+            slope = -g @ delta
+        rho = g @ z if rho is not None or switched is not None else None
+        if past:
+            longest = 3 * max(np.linalg.norm(step) for step in past)
+            ratio = min(1, longest / np.linalg.norm(delta))
+            delta, slope, curve = ratio * delta, ratio * slope, ratio**2 * curve
+        last = {"f": f, "slope": slope, "curve": curve}
+        x = x + delta
+        past = [delta, *past][:3]
+        row |= {"x": x, "share": share, "damping": damping}
+    return rows
+
+
+CASES = {  # noise, steps, horizon
+    "no noise": (0.0, 20, None),
+    "much noise": (3.0, STEPS, None),
+    "much noise, a horizon": (3.0, STEPS, STEPS),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_what_its_description_says(case, x64):
+    noise, steps, horizon = CASES[case]
+    tx = scale_by_quadratic_model(fixed, horizon=horizon)
+    curvature = nlcg_optax.hessian(quadratic)
+    expected = oracle(START, noise, steps, horizon)
+
+    @jax.jit
+    def update(grad, state, x, value):
+        return tx.update(grad, state, x, value=value, curvature=curvature)
+
+    x = jnp.asarray(START)
+    state = tx.init(x)
+    for t, row in enumerate(expected):
+        before = state
+        value, grad = noisy(np.asarray(x), t, noise)
+        updates, state = update(grad, state, x, value)
+        x = x - updates
+        np.testing.assert_allclose(x, row["x"], rtol=1e-5, atol=1e-6)
+        assert (state.rejected > before.rejected) == row["rejected"]
+        np.testing.assert_allclose(state.signal, row["share"], rtol=1e-4)
+        if not row["rejected"]:
+            np.testing.assert_allclose(state.damping, row["damping"], rtol=1e-4)
+    # The case is about something.
+    much = case.startswith("much noise")
+    assert (state.rejected > 0) == (state.bounded > 0) == much
+    # Without a horizon noise never rules.
+    assert (state.signal < 0.4) == much
+    assert (state.rate > 0) == (horizon is not None)
+    assert state.nonfinite == 0
+
+
+# --- The multiplier, and steps without new curvature --------------------------------
+
+
+def test_the_multiplier_scales_the_step_and_its_prediction(x64):
+    schedule = optax.linear_schedule(0.5, 0.1, 4)
+    tx = scale_by_quadratic_model(fixed, residuals=0, multiplier=schedule, **PURE)
+    points, states = run(tx, quadratic, START, 3)
+    whole = conjugate_gradient(1)[0] - START
+    np.testing.assert_allclose(points[0], START + 0.5 * whole, rtol=1e-10)
+    values = [quadratic(x) for x in (START, *points)]
+    for t in range(3):
+        decrease = values[t] - values[t + 1]
+        np.testing.assert_allclose(states[t].predicted_decrease, decrease, rtol=1e-8)
+
+
+def test_steps_between_new_curvature_keep_the_old_one(x64):
+    """On a quadratic, whose cosines between the directions hardly change."""
+    tx = scale_by_quadratic_model(fixed, history=1, residuals=0, every=3, **PURE)
+    points, states = run(tx, quadratic, START, 5)
+    # Until the memory is full, and then in each third step, products are new.
+    expected = conjugate_gradient(2)
+    np.testing.assert_allclose(points[:2], expected, rtol=1e-10)
+    # The third step, by hand.
+    g = MATRIX @ points[0] - OFFSET
+    old = np.stack([INVERSE * g, START - points[0]])
+    g = MATRIX @ points[1] - OFFSET
+    new = np.stack([INVERSE * g, points[0] - points[1]])
+    ratio = np.linalg.norm(new, axis=1) / np.linalg.norm(old, axis=1)
+    products = old @ MATRIX @ old.T * np.outer(ratio, ratio)
+    c = np.linalg.solve(products, new @ g)
+    np.testing.assert_allclose(states[2].coefficients, c, rtol=1e-8)
+    np.testing.assert_allclose(points[2], points[1] - c @ new, rtol=1e-8)
+    # The fourth has new products.
+    g = MATRIX @ points[2] - OFFSET
+    new = np.stack([INVERSE * g, points[1] - points[2]])
+    c = np.linalg.solve(new @ MATRIX @ new.T, new @ g)
+    np.testing.assert_allclose(states[3].coefficients, c, rtol=1e-8)
+
+
+# --- Steps that go wrong ------------------------------------------------------------
+
+
+def test_a_first_step_into_the_void_is_survived():
+    """The model knows nothing of the wall behind which the loss is not finite."""
+
+    def value_fn(x):
+        return jnp.sum(jnp.log(jnp.cosh(x))) + 0 * jnp.sum(jnp.sqrt(16 - x**2))
+
+    x = jnp.array([2.0, 1.5], jnp.float32)
+    points, states = run(scale_by_quadratic_model(), value_fn, x, 30)
+    assert not np.isfinite(value_fn(points[0]))
+    assert states[1].rejected == 1
+    np.testing.assert_allclose(points[1], x + (points[0] - x) / 4, rtol=1e-5)
+    np.testing.assert_allclose(points[-1], np.zeros(2), atol=1e-3)
+    assert states[-1].nonfinite == 0
+
+
+def test_a_rejected_step_is_taken_back():
+    """By hand: the loss that follows the first step is far above the prediction."""
+    tx = scale_by_quadratic_model(history=2, residuals=0, **PURE)
+    curvature = nlcg_optax.hessian(lambda x: 0.5 * jnp.sum(x**2 * jnp.array([1.0, 4])))
+    x, g = jnp.array([1.0, 1.0]), jnp.array([1.0, 4.0])
+    state = tx.init(x)
+
+    @jax.jit
+    def update(g, state, x, value):
+        return tx.update(g, state, x, value=value, curvature=curvature)
+
+    first, state = update(g, state, x, 3.0)
+    alpha = 17 / 65
+    np.testing.assert_allclose(first, alpha * g, rtol=1e-6)
+    # Slope and curvature along the step, and what they promise.
+    np.testing.assert_allclose(state.predicted_decrease, 0.5 * alpha * 17, rtol=1e-5)
+    back, state = update(2 * g, state, x - first, jnp.nan)
+    np.testing.assert_allclose(back, -0.75 * first, rtol=1e-6)
+    assert state.rejected == 1 and state.count == 2 and state.stored == 1
+    np.testing.assert_allclose(state.extra_damping, 0.4, rtol=1e-6)
+    assert state.prev_value == 3.0
+    cut = 0.25 * alpha * 17 - 0.5 * 0.25**2 * alpha * 17
+    np.testing.assert_allclose(state.predicted_decrease, cut, rtol=1e-5)
+    newest = jax.tree.map(lambda m: m[0], state.prev_updates)
+    np.testing.assert_allclose(newest, 0.25 * first, rtol=1e-6)
+    # It goes on from there, with the shortened step in its memory.
+    _, state = update(g, state, x - 0.25 * first, 2.5)
+    assert state.rejected == 1 and state.stored == 2
+    np.testing.assert_allclose(state.damping, 0.1, rtol=1e-6)  # a quarter of it
+    np.testing.assert_allclose(state.actual_decrease, 0.5, rtol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_the_steps_fault():
+    tx = scale_by_quadratic_model()
+    x = jnp.array([1.0, -2.0])
+    curvature = nlcg_optax.hessian(lambda x: jnp.sum(x**2))
+    given = {"value": 5.0, "curvature": curvature}
+    first, state = tx.update(2 * x, tx.init(x), x, **given)
+    back, state = tx.update(jnp.nan * x, state, x - first, **given)
+    np.testing.assert_allclose(back, -0.75 * first, rtol=1e-6)
+    assert state.rejected == 1 and state.nonfinite == 0
+
+
+def test_a_step_is_at_most_three_times_the_last_ones():
+    """The curvature falls by a factor of 100 from one step to the next."""
+    tx = scale_by_quadratic_model(residuals=0, **{**PURE, "max_growth": 3.0})
+    x = jnp.ones(2)
+    state, steps = tx.init(x), []
+    for k in range(4):
+        curvature = nlcg_optax.hessian(lambda x, k=k: 0.5 * 100.0**-k * jnp.sum(x**2))
+        step, state = tx.update(x, state, x, value=1.0 - k, curvature=curvature)
+        steps.append(np.linalg.norm(step))
+        np.testing.assert_allclose(
+            state.predicted_decrease,
+            np.sqrt(2) * steps[-1] - 0.5 * 100.0**-k * steps[-1] ** 2,
+            rtol=1e-5,
+        )
+    np.testing.assert_allclose(steps, np.sqrt(2) * 3.0 ** np.arange(4), rtol=1e-5)
+    assert state.bounded == 3
+
+
+@pytest.mark.parametrize("what", ["value", "gradient", "curvature"])
+def test_what_is_not_finite_leaves_everything_as_it_was(what):
+    tx = scale_by_quadratic_model(optax.scale_by_rms())
+    factor = jnp.nan if what == "curvature" else 1.0
+    x = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
+
+    def value_fn(x):
+        return jnp.sum(x["w"] ** 2) + 3 * x["b"] ** 2
+
+    g = jax.grad(value_fn)(x)
+    state = tx.init(x)
+    if what == "curvature":  # what else is not finite after a step is the step's fault
+        curvature = nlcg_optax.hessian(value_fn)
+        updates, state = tx.update(g, state, x, value=4.0, curvature=curvature)
+        x = jax.tree.map(jnp.subtract, x, updates)
+    bad = jax.tree.map(lambda v: v * jnp.nan, g) if what == "gradient" else g
+    updates, new_state = tx.update(
+        bad,
+        state,
+        x,
+        value=jnp.inf if what == "value" else value_fn(x),
+        curvature=nlcg_optax.hessian(lambda x: factor * value_fn(x)),
+    )
+    for leaf in jax.tree.leaves(updates):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+    assert new_state.nonfinite == 1
+    expected = jax.tree.leaves(state._replace(nonfinite=new_state.nonfinite))
+    for leaf, other in zip(jax.tree.leaves(new_state), expected, strict=True):
+        np.testing.assert_array_equal(leaf, other)
+
+
+def test_at_the_minimum_it_stays():
+    tx = scale_by_quadratic_model(optax.scale_by_rms())
+    x = jnp.zeros(3)
+    points, states = run(tx, lambda x: 1 + jnp.sum(x**2), x, 3)
+    np.testing.assert_array_equal(points[-1], x)
+    assert states[-1].rejected == states[-1].nonfinite == 0
+
+
+# --- What the caller sees -----------------------------------------------------------
+
+
+def test_diagnostics(x64):
+    tx = optax.chain(scale_by_quadratic_model(fixed, history=1, damping=0.3))
+    points, states = run(tx, quadratic, START, 3)
+    report = nlcg_optax.diagnostics(states[-1])
+    assert report["coefficients"].shape == (4,)
+    np.testing.assert_allclose(report["damping"], 0.3 + 1 / 16, rtol=1e-6)
+    np.testing.assert_allclose(report["signal"], 1)  # there is no noise
+    values = [quadratic(x) for x in (START, *points)]
+    np.testing.assert_allclose(report["predicted_decrease"], values[2] - values[3])
+    np.testing.assert_allclose(report["actual_decrease"], values[1] - values[2])
+    for counter in ("bounded_steps", "rejected_steps", "nonfinite_products"):
+        assert report[counter] == 0
+    d, e = points[2] - points[1], points[1] - points[0]
+    cosine = d @ MATRIX @ e / np.sqrt((d @ MATRIX @ d) * (e @ MATRIX @ e))
+    np.testing.assert_allclose(report["conjugacy"], cosine, atol=1e-10)
+
+
+def check(error, *needles):
+    for needle in needles:
+        assert needle in str(error.value)
+
+
+def test_arguments_that_are_none():
+    for options, needles in (
+        ({"history": -1}, ["history=-1", "at least 0"]),
+        ({"history": 1.5}, ["history=1.5", "an integer"]),
+        ({"residuals": -1}, ["residuals=-1", "at least 0"]),
+        ({"every": 0}, ["every=0", "at least 1"]),
+        ({"damping": -0.1}, ["damping=-0.1", "at least 0"]),
+        ({"first_damping": "1"}, ["first_damping='1'", "a number"]),
+        ({"max_growth": 0}, ["max_growth=0", "greater than 0"]),
+        ({"multiplier": "1"}, ["multiplier='1'", "a number"]),
+        ({"preconditioner": "rms"}, ["preconditioner='rms'", "GradientTransformation"]),
+        ({"preconditioner": []}, ["preconditioner=[]", "a sequence"]),
+        ({"preconditioner": [optax.identity, None]}, ["GradientTransformation"]),
+    ):
+        with pytest.raises(ValueError) as error:
+            scale_by_quadratic_model(**options)
+        check(error, *needles)
+
+
+CALL = "curvature=nlcg_optax.gauss_newton("
+
+
+@pytest.mark.parametrize(
+    ("given", "needles"),
+    [
+        ({}, ["value=None", CALL]),
+        ({"value": 1.0}, ["curvature=None", CALL]),
+        ({"value": 1.0, "curvature": quadratic}, ["curvature=function", CALL]),
+        ({"value": 1.0, "curvature": MATRIX}, ["curvature=ndarray", CALL]),
+        ({"value": np.ones(2), "curvature": None}, ["(2,)", "a real scalar"]),
+        ({"value": 1j, "curvature": None}, ["complex", "a real scalar"]),
+    ],
+)
+def test_what_update_needs(given, needles):
+    tx = scale_by_quadratic_model()
+    x = jnp.ones(N)
+    with pytest.raises(ValueError) as error:
+        tx.update(x, tx.init(x), x, **given)
+    check(error, *needles)
+
+
+def test_update_needs_the_parameters_and_gradients_like_them():
+    tx = scale_by_quadratic_model()
+    x = jnp.ones(3)
+    curvature = nlcg_optax.hessian(jnp.sum)
+    with pytest.raises(ValueError) as error:
+        tx.update(x, tx.init(x), value=1.0, curvature=curvature)
+    check(error, "params=None", "update(grads, state, params")
+    with pytest.raises(ValueError) as error:
+        tx.update({"x": x}, tx.init(x), x, value=1.0, curvature=curvature)
+    check(error, "gradients do not match", "expected")
+
+
+# --- Several devices ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(run_on_devices):
+    worker = pathlib.Path(__file__).parents[1] / "workers" / "quadratic_model.py"
+    done = run_on_devices(worker, 8, "--xla_backend_optimization_level=0")
+    return json.loads(done.stdout)
+
+
+def test_on_several_devices_the_numbers_are_those_of_one(found):
+    differences = found["numbers"]
+    assert len(differences) == 13
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] < 1e-8, worst
+
+
+def test_a_lost_mean_is_noticed(found):
+    for needle in ("each device's own", "'data'", "axis_name="):
+        assert needle in found["lost_mean"]
+
+
+@pytest.mark.parametrize("door", ["jit", "shard_map"])
+def test_no_second_all_reduce_of_a_gradient(found, door):
+    """Products are a matrix of three directions; a residual direction is a tree."""
+    plain, products, residual = (
+        found["communication"][f"{door}, {residuals}"] for residuals in (None, 0, 1)
+    )
+    size = 8 * 16 + 16 + 16 * 5
+    assert plain == [["all-reduce", size + 1]]
+    assert products == [["all-reduce", 9], *plain]
+    assert residual == [
+        ["all-reduce", 4],
+        ["all-reduce", 9],
+        ["all-reduce", size],
+        *plain,
+    ]
