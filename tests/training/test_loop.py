@@ -163,13 +163,28 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
     )
 
 
-def test_evaluation_does_not_disturb_training(uninterrupted, tmp_path):
-    """Running averages among it: other evaluations, and the same bits."""
+@pytest.mark.parametrize(
+    ("overrides", "recomputed"),
+    [
+        (("eval_every_epochs=0.4",), 12),  # after every step
+        (("eval_every_epochs=5", "precise_batch_norm_batches=0"), 0),
+    ],
+)
+def test_evaluation_does_not_disturb_training(
+    overrides, recomputed, uninterrupted, tmp_path, monkeypatch
+):
+    """However often, and by whatever statistics: the same bits."""
     _, expected = uninterrupted
-    overrides = ("eval_every_epochs=5", "precise_batch_norm_batches=0")
+    pool_statistics, calls = steps.pool_statistics, []
+
+    def counted(statistics):
+        calls.append(len(statistics))
+        return pool_statistics(statistics)
+
+    monkeypatch.setattr(steps, "pool_statistics", counted)
     found = loop.train_and_evaluate(tiny_config(*overrides), tmp_path)
+    assert calls == [3] * recomputed
     assert_same_bits(found.state, expected.state)
-    assert found.metrics["test"]["loss"] != expected.metrics["test"]["loss"]
 
 
 @pytest.mark.parametrize(
