@@ -171,6 +171,7 @@ def test_defaults_that_are_not_the_papers():
         if name not in papers or p.default != papers[name].default
     }
     assert different == {
+        "learning_rate": None,
         "preconditioner": "orthogonalization",
         "beta_bounds": (0.0, 0.9),
         "nesterov": None,

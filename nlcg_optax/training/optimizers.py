@@ -184,8 +184,8 @@ def create_optimizer(
       schedule: the learning rate by step.
       decay_mask: tree of booleans, or a function from parameters to it: the leaves that
         weight decay (and the trust ratio of "lars") applies to.
-      total_steps: steps of the whole run, if they are known: the quadratic model has to
-        know them once noise rules.
+      total_steps: steps of the whole run where batches differ from step to step: the
+        quadratic model then goes over to plain NLCG once noise rules.
 
     Raises:
       ConfigError: for an unknown optimizer, or options that it refuses.
