@@ -26,7 +26,7 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
       steps_per_epoch: steps (or a fraction of one) that an epoch takes.
 
     Returns:
-      The schedule: 1 throughout where the quadratic model chooses the step.
+      A function of the step, 1 throughout where the quadratic model chooses the step.
 
     Raises:
       ConfigError: for an unknown schedule.
