@@ -36,7 +36,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# A dot is a test that has passed.
 test: lint
+	@echo "The tests take some minutes on two cores, and several times that beside other work."
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(ARGS)
 
 test-all: lint

@@ -4,8 +4,15 @@ nlcg-train --config=digits_resnet8 --workdir=runs/digits
 
 Needs: nothing but a CPU and two minutes; the images come with scikit-learn.
 
-Result (jax 0.10.2, one CPU core): test accuracy 0.9889, 0.9972, 0.9972 (seeds 0 to 2),
-mean 0.9944.
+Result (jax 0.10.2, one CPU core): test accuracy 0.9861, 0.9972, 0.9944 (seeds 0 to 2),
+mean 0.9926.
+
+The rate has the best validation accuracy of seven, if narrowly: means of three seeds on
+288 held-out images (a stratified fifth), 60 full-batch steps on the others.
+
+    rate      0.005   0.01    0.02    0.04    0.08    0.16    0.32
+    accuracy  0.9838  0.9873  0.9861  0.9850  0.9850  0.9850  0.9826
+    loss      0.056   0.047   0.057   0.049   0.058   0.046   0.078
 """
 
 from nlcg_optax.training.config import base_config

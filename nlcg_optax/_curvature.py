@@ -37,7 +37,7 @@ class Curvature:
     symmetric, of shape [k, k]. To `jax.jit` it is a constant.
 
     Attributes:
-      push: maps the parameters and stacked directions to their :class:`Images`.
+      push: maps the parameters and stacked directions to their ``Images``.
       inner: maps the parameters and the images of two stacks of directions to the
         matrix of inner products between them.
       pull: maps the parameters and the image of one direction (still stacked) to the

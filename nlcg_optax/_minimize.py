@@ -33,8 +33,15 @@ _MESSAGES = (
     "stopped: along steepest descent most points tried gave a value or a gradient that "
     "is not finite, and none a lower value",
     "stopped: the callback asked for it",
+    "stopped: the objective seems to have no lower bound; its value falls ever "
+    "further, and its gradient does not shrink",
 )
-_RUNNING, _GTOL, _FTOL, _MAX_ITER, _STUCK, _BAD_START, _NONFINITE, _CALLBACK = range(8)
+_RUNNING, _GTOL, _FTOL, _MAX_ITER, _STUCK, _BAD_START, _NONFINITE = range(7)
+_CALLBACK, _UNBOUNDED = 7, 8
+
+# Where the gradient is no smaller than ever before, a fall so many times the first
+# value, along a way so many times the starting point's size, has no end.
+_FALL = 1e10
 
 # What stands in the place of an argument of scipy.optimize.minimize.
 _INSTEAD = {
@@ -177,6 +184,7 @@ class _State(NamedTuple):
     fresh: jax.Array
     idle: jax.Array
     lowest: tuple[jax.Array, jax.Array]
+    steepest: jax.Array
     status: jax.Array
 
 
@@ -494,6 +502,7 @@ def _solve(objective, options, params, gtol):
     value = first_value = value.astype(dtype)
     grad_norm = norm(grad)
     tolerance = gtol * jnp.maximum(1, grad_norm)
+    size = jnp.maximum(1, _tree.max_abs(params, dtype=dtype))
     zero = jnp.zeros([], jnp.int32)
 
     def search_direction(value, grad, direction_state, params):
@@ -578,12 +587,20 @@ def _solve(objective, options, params, gtol):
         scale = jnp.maximum(jnp.maximum(jnp.abs(state.value), jnp.abs(new_value)), 1)
         level = (options.ftol > 0) & ~failed & (decrease <= options.ftol * scale)
         hopeless = 2 * nonfinite > evaluations
+        fall = first_value / _FALL - value / _FALL  # this way nothing overflows
+        steepest = jnp.maximum(grad_norm, state.steepest)
+        unbounded = (grad_norm >= steepest) & (
+            fall > jnp.maximum(jnp.abs(first_value), grad_norm * size)
+        )
+        # No step goes further down than the numbers do.
+        unbounded |= stuck & (value < -(float(jnp.finfo(dtype).max) ** 0.85))
         used_up = iterations >= options.max_iter
         status = jnp.asarray(_RUNNING, jnp.int32)
         for condition, reason in (  # the last that holds is given
             (used_up, _MAX_ITER),
             (stuck, _STUCK),
             (stuck & hopeless, _NONFINITE),
+            (unbounded, _UNBOUNDED),
             (level, _FTOL),
             (small & (decided | stuck | used_up), _GTOL),
         ):
@@ -603,6 +620,7 @@ def _solve(objective, options, params, gtol):
             fresh=restart | (state.fresh & ~improved),
             idle=jnp.where(restart, 0, idle),
             lowest=(jnp.fmin(value, lowest_value), jnp.fmin(grad_norm, lowest_norm)),
+            steepest=steepest,
             status=status,
         )
         stop = _report(options, state.status == _RUNNING, new_state)
@@ -640,6 +658,7 @@ def _solve(objective, options, params, gtol):
             fresh=jnp.ones([], bool),
             idle=zero,
             lowest=(value, grad_norm),
+            steepest=grad_norm,
             status=status.astype(jnp.int32),
         ),
     )

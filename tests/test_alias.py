@@ -171,6 +171,7 @@ def test_defaults_that_are_not_the_papers():
         if name not in papers or p.default != papers[name].default
     }
     assert different == {
+        "learning_rate": None,
         "preconditioner": "orthogonalization",
         "beta_bounds": (0.0, 0.9),
         "nesterov": None,
@@ -276,3 +277,55 @@ def test_the_scale_of_the_loss_does_not_matter_without_epsilon(rule):
         scale=2.0**-30,
     )
     np.testing.assert_allclose(scaled, plain, rtol=1e-9)
+
+
+# --- Without a learning rate --------------------------------------------------------
+
+
+def test_the_quadratic_model_is_the_piece():
+    params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.3, -0.7])}
+
+    def loss_fn(params):
+        return jnp.sum(jnp.cosh(params["w"])) + 3 * jnp.sum(params["b"] ** 2)
+
+    curvature = nlcg_optax.hessian(loss_fn)
+    piece = nlcg_optax.scale_by_quadratic_model(
+        nlcg_optax.scale_by_orthogonalization(), multiplier=0.5
+    )
+    tx = nlcg_optax.nlcg(0.5, step_rule="quadratic_model")
+    ours, theirs = tx.init(params), piece.init(params)
+    for _ in range(2):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        given = {"value": loss, "curvature": curvature}
+        updates, ours = tx.update(grads, ours, params, **given)
+        expected, theirs = piece.update(grads, theirs, params, **given)
+        for name, update in updates.items():
+            np.testing.assert_array_equal(update, -expected[name])
+        params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize(
+    ("options", "needles"),
+    [
+        ({"step_rule": "step"}, ["learning_rate=None", "quadratic_model"]),
+        ({"step_rule": None}, ["learning_rate=None", "quadratic_model"]),
+        (
+            {"step_rule": "quadratic_model", "beta_rule": "dai_yuan"},
+            ["beta_rule='dai_yuan'", "chooses β by itself"],
+        ),
+        (
+            {"step_rule": "quadratic_model", "nesterov": True},
+            ["nesterov=True", "chooses β by itself"],
+        ),
+        ({"step_rule": "quadratic"}, ["'quadratic'", "'quadratic_model'", "'step'"]),
+        (
+            {"step_rule": "quadratic_model", "preconditioner": ["rms"]},
+            ["'rms'", "'orthogonalization'"],
+        ),
+    ],
+)
+def test_what_a_learning_rate_and_the_quadratic_model_exclude(options, needles):
+    with pytest.raises(ValueError) as error:
+        nlcg_optax.nlcg(**options)
+    for needle in needles:
+        assert needle in str(error.value)

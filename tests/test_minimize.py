@@ -131,8 +131,9 @@ def test_trees_of_real_and_complex_leaves_and_aux():
         assert result.grad_evaluations == result.value_evaluations - 1
 
 
-def test_vmap_lets_each_problem_stop_by_itself():
-    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]], jnp.float32)
+def test_vmap_lets_each_problem_stop_by_itself(x64):
+    # In float32 the last digits depend on what XLA fuses.
+    starts = jnp.array([[-1.2, 1.0], [1.0, 1.0], [0.5, 3.0]])
     solve = functools.partial(minimize, rosenbrock)
     together = jax.jit(jax.vmap(solve))(starts)
     alone = [solve(start) for start in starts]
@@ -420,6 +421,46 @@ def test_callback_and_progress(capsys):
     assert int(seen[-1].value_evaluations) == result.value_evaluations
     np.testing.assert_allclose(seen[-1].params, result.params)
     assert capsys.readouterr().out.count("iteration") == 5
+
+
+@pytest.mark.parametrize("preconditioner", ["lbfgs", None])
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e4])
+@pytest.mark.parametrize(
+    "fun",
+    [
+        lambda x: -jnp.sum(x),
+        lambda x: -jnp.sum(x**2),
+        lambda x: jnp.sum(-(x**3)),
+        lambda x: x[0] * (x[1] - 3),
+        lambda x: -jnp.sum(jnp.exp(x)),
+    ],
+    ids=["linear", "concave", "cubic", "saddle", "exponential"],
+)
+def test_an_objective_without_a_lower_bound(fun, scale, preconditioner):
+    def scaled(x):
+        return scale * fun(x)
+
+    start = jnp.array([1.0, 0.5], jnp.float32)
+    result = minimize(scaled, start, preconditioner=preconditioner)
+    assert "no lower bound" in result.message and not result.success
+    assert jnp.isfinite(result.value) and result.value_evaluations < 300
+
+
+@pytest.mark.parametrize("preconditioner", ["lbfgs", None])
+def test_a_far_minimum_is_one(preconditioner, x64):
+    def far(x):  # -5e15, 1e8 away
+        return 0.5 * jnp.sum((x - 1e8) ** 2) - 5e15
+
+    result = minimize(far, jnp.zeros(2), preconditioner=preconditioner)
+    assert result.success
+    np.testing.assert_allclose(result.params, 1e8, rtol=1e-7)
+
+    def low(x):  # from beside a maximum down to -2.5e9
+        return jnp.sum(x**4 - 1e5 * x**2)
+
+    result = minimize(low, jnp.full(2, 1e-12), preconditioner=preconditioner)
+    assert result.success
+    np.testing.assert_allclose(result.params**2, 5e4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["returns True", "raises StopIteration"])

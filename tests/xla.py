@@ -21,11 +21,13 @@ _FLAGS = {
 }
 _KNOWN = (0, 9) <= jax.__version_info__ < (0, 11)
 
-_GIVEN = os.environ.get("XLA_FLAGS", "")  # comes later, and so has the last word
+#: What the user has set, which has the last word. Programs that tests start read it in
+#: a variable of its own, as theirs has our flags already.
+GIVEN = os.environ.setdefault("XLA_FLAGS_GIVEN", os.environ.get("XLA_FLAGS", ""))
 
 
 def flags(devices=1):
     """The value of XLA_FLAGS, for so many CPU devices."""
     ours = [f"--{name}={value}" for name, value in _FLAGS.items() if _KNOWN]
     count = f"--xla_force_host_platform_device_count={devices}"
-    return " ".join([*ours, _GIVEN, count])
+    return " ".join([*ours, GIVEN, count])

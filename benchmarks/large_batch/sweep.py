@@ -217,8 +217,13 @@ class Trainer:
         apply_overrides(config, self.workload.optimizers[optimizer][0])
         config.batch_size = batch_size
 
+        examples = len(self.labels)
+        total_steps = round(config.num_epochs * examples / min(batch_size, examples))
+
         def create_optimizer(rate: Any) -> Any:
-            return optimizers.create_optimizer(config, lambda _: rate, models.l2_mask)
+            return optimizers.create_optimizer(
+                config, lambda _: rate, models.l2_mask, total_steps
+            )
 
         def train_step(state, indices, images, labels, rate, seed):
             step = steps.make_train_step(

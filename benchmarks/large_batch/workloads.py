@@ -35,15 +35,15 @@ OPTIMIZERS: Optimizers = {
     "lars": (["optimizer.name=lars", "optimizer.lars.trust_coefficient=0.02"], 0.4),
     "lamb": (["optimizer.name=lamb"], 0.02),
     "muon": (["optimizer.name=muon"], 0.02),
-    "muon, β = 0.8": (["optimizer.name=muon", "optimizer.muon.beta=0.8"], 0.04),
-    "nlcg, quadratic model": (
+    "muon β=0.8": (["optimizer.name=muon", "optimizer.muon.beta=0.8"], 0.04),
+    "nlcg by curvature": (
         ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"],
         1.0,
     ),
 }
 
 # The curvature chooses the step: there is nothing to tune, and no rate or schedule.
-UNTUNED = {"nlcg, quadratic model"}
+UNTUNED = {"nlcg by curvature"}
 
 # Recorded rows may state an optimizer in words of before; a test holds the two equal.
 EARLIER = {

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+# Noise rules once the share of signal is below this.
+_RULED_BY_NOISE = 0.4
 # Before noise may rule the signal was measured so often, and after it there is time for
 # so many steps: five times the memory of β = 0.9.
 _MEASUREMENTS, _STEPS_LEFT = 8, 50
@@ -87,7 +89,7 @@ class Course(NamedTuple):
 
 
 def set_course(
-    may_start: jax.Array,
+    signal: jax.Array,
     rate: jax.Array,
     since: jax.typing.ArrayLike,
     log_length: jax.Array,
@@ -95,12 +97,12 @@ def set_course(
     g_z: jax.Array,
     prev_g_z: jax.Array,
     count: jax.typing.ArrayLike,
-    horizon: jax.typing.ArrayLike | None,
+    horizon: jax.typing.ArrayLike,
 ) -> Course:
     """Decides whether NLCG's own direction rules, and how the step is made of it.
 
     Args:
-      may_start: whether there is too little signal.
+      signal: the average share of signal.
       rate: of a course that rules already; otherwise 0.
       since: the count when it took over.
       log_length: average logarithm of the best length along z.
@@ -108,19 +110,17 @@ def set_course(
       g_z: gᵀz.
       prev_g_z: gᵀz of the last step.
       count: steps before this one.
-      horizon: steps in all, or None.
+      horizon: steps in all; 0 for a direction that never takes over.
     """
     ruled = rate > 0
-    starts = ~ruled & may_start & (jnp.asarray(measurements) >= _MEASUREMENTS)
-    if horizon is not None:
-        starts &= jnp.asarray(count) + _STEPS_LEFT <= horizon
+    starts = ~ruled & (signal < _RULED_BY_NOISE)
+    starts &= jnp.asarray(measurements) >= _MEASUREMENTS
+    starts &= jnp.asarray(count) + _STEPS_LEFT <= horizon
     rate = jnp.where(starts, _RATE * jnp.exp(log_length), rate)
     since = jnp.where(starts, count, since)
-    size = rate
-    if horizon is not None:
-        done = (count - since) / jnp.maximum(horizon - since, 1)
-        done = jnp.clip(done.astype(rate.dtype), 0, 1)
-        size = 0.5 * rate * (1 + jnp.cos(jnp.pi * done))
+    done = (count - since) / jnp.maximum(horizon - since, 1)
+    done = jnp.clip(done.astype(rate.dtype), 0, 1)
+    size = 0.5 * rate * (1 + jnp.cos(jnp.pi * done))
     known = prev_g_z > 0
     beta = jnp.clip(g_z / jnp.where(known, prev_g_z, 1), 0, _MAX_BETA)
     beta = jnp.where(starts | ~known, _MAX_BETA, beta)

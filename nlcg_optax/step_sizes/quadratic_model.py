@@ -107,7 +107,6 @@ def scale_by_quadratic_model(
     noise_damping: float = 0.1,
     first_damping: float = 1.0,
     max_growth: float = 3.0,
-    min_signal: float = 0.4,
     horizon: int | None = None,
     multiplier: optax.ScalarOrSchedule = 1.0,
     state_dtype: Any | None = None,
@@ -145,8 +144,8 @@ def scale_by_quadratic_model(
     back, which is counted, and λ is raised.
 
     The slope along a step, as the next gradient has it, tells how much of it was
-    signal. λ grows with the ratio of noise to signal, and once less than
-    ``min_signal`` of the slope is signal, NLCG's own direction takes over for good: β
+    signal. λ grows with the ratio of noise to signal. With a ``horizon``, once less
+    than 0.4 of the slope is signal, NLCG's own direction takes over for good: β
     by Fletcher & Reeves, 0.9 at most, a look ahead, and as the rate half of the
     (geometric) average of the best lengths along z, which falls to zero at the horizon
     by a cosine. From then on there are no products. For a step that is best for one
@@ -173,8 +172,9 @@ def scale_by_quadratic_model(
         far the model holds. It fades by a factor of 4 with each step.
       max_growth: how much longer a step may be than the longest of the last ones
         remembered; ``math.inf`` for any length. Shortened steps are counted.
-      min_signal: the average share of signal below which noise rules; 0 for never.
-      horizon: the steps of the whole run, if they are known.
+      horizon: the steps of the whole run, for losses of sampled batches, where noise
+        may come to rule. None where each loss is that of the same data: the early steps
+        of a hard problem without noise can look like noise.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
       state_dtype: dtype of the past steps (kept complex for complex leaves); None for
         each parameter's own.
@@ -235,14 +235,13 @@ def scale_by_quadratic_model(
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
     _check.number("noise_damping", noise_damping, minimum=0)
-    _check.number("min_signal", min_signal, minimum=0)
     if horizon is not None:
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
     inner = _preconditioners(preconditioner)
     # At least the last step, to take it back, and NLCG's direction if need be.
-    may_coast = not isinstance(min_signal, int | float) or min_signal > 0
+    may_coast = horizon is not None
     kinds, slots = len(inner), max(history, 2 if may_coast else 1)
 
     def init_fn(params: optax.Params) -> Any:
@@ -436,7 +435,7 @@ def scale_by_quadratic_model(
         length = _noise.average(state.log_length, length, state.stored)
         log_length = jnp.where(coasted, state.log_length, length)
         course = _noise.set_course(
-            (signal < _tree.real_scalar(min_signal, dtype)) & ~rejected,
+            jnp.where(rejected, 1, signal),
             state.rate,
             state.rate_since,
             log_length,
@@ -444,7 +443,7 @@ def scale_by_quadratic_model(
             slopes[0],
             state.prev_g_z,
             state.count,
-            horizon,
+            0 if horizon is None else horizon,
         )
         coasts = course.active
         coasting = jnp.zeros_like(plan.coefficients).at[0].set(course.gradient)

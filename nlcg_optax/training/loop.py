@@ -100,7 +100,11 @@ def train_and_evaluate(
     dataset = dataset or load_dataset(config)
     steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
     schedule = optimizers.create_schedule(config, steps_per_epoch)
-    tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
+    # Noise comes to rule where each step has other images.
+    sampled = config.batch_size < len(dataset.train)
+    tx = optimizers.create_optimizer(
+        config, schedule, models.l2_mask, total_steps if sampled else None
+    )
     model = create_model(config, dataset.num_classes)
     distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
     check_shared(workdir)

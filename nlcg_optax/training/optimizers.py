@@ -26,7 +26,7 @@ def create_schedule(config: ConfigDict, steps_per_epoch: float) -> optax.Schedul
       steps_per_epoch: steps (or a fraction of one) that an epoch takes.
 
     Returns:
-      The schedule: 1 throughout where the quadratic model chooses the step.
+      A function of the step, 1 throughout where the quadratic model chooses the step.
 
     Raises:
       ConfigError: for an unknown schedule.
@@ -73,7 +73,9 @@ def uses_quadratic_model(config: ConfigDict) -> bool:
     return optimizer.name == "nlcg" and optimizer.nlcg.step_rule == "quadratic_model"
 
 
-def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
+def _nlcg(
+    config: ConfigDict, learning_rate: optax.Schedule, total_steps: int | None = None
+) -> Any:
     """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
     options = config[config.name].to_dict()
     fraction = options.pop("curvature_fraction", 1.0)
@@ -99,9 +101,10 @@ def _nlcg(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
         )
     step_rule = options.pop("step_rule")
     if step_rule == "quadratic_model" and config.name == "nlcg":
-        if name == "diagonal_bfgs":
-            preconditioners[name] = nlcg_optax.scale_by_diagonal_bfgs()
-        model = nlcg_optax.scale_by_quadratic_model(preconditioners[name], every=every)
+        preconditioners["diagonal_bfgs"] = nlcg_optax.scale_by_diagonal_bfgs()
+        model = nlcg_optax.scale_by_quadratic_model(
+            preconditioners[name], every=every, horizon=total_steps
+        )
         return optax.chain(model, optax.scale(-1.0))
     make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]
     return make(
@@ -134,7 +137,7 @@ def _muon(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
 
 
 # Optimizers that leave weight decay to be applied after them.
-OPTIMIZERS: dict[str, Callable[[ConfigDict, optax.Schedule], Any]] = {
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "nlcg": _nlcg,
     "nlcg_paper": _nlcg,
     "sgd": lambda config, rate: optax.sgd(rate),
@@ -165,7 +168,10 @@ DECAYING_OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 
 def create_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, decay_mask: Any
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    decay_mask: Any,
+    total_steps: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config, with its layerwise scaling and weight decay.
 
@@ -178,6 +184,8 @@ def create_optimizer(
       schedule: the learning rate by step.
       decay_mask: tree of booleans, or a function from parameters to it: the leaves that
         weight decay (and the trust ratio of "lars") applies to.
+      total_steps: steps of the whole run where batches differ from step to step: the
+        quadratic model then goes over to plain NLCG once noise rules.
 
     Raises:
       ConfigError: for an unknown optimizer, or options that it refuses.
@@ -185,7 +193,8 @@ def create_optimizer(
     optimizer, decay = config.optimizer, config.weight_decay
     name = optimizer.name
     pieces = []
-    if uses_quadratic_model(config):
+    quadratic = uses_quadratic_model(config)
+    if quadratic:
         # The model is of the loss and of the step as they are.
         for field, value in (
             ("optimizer.layerwise_coefficient", optimizer.layerwise_coefficient),
@@ -204,7 +213,8 @@ def create_optimizer(
                 DECAYING_OPTIMIZERS[name](optimizer, schedule, decay, decay_mask)
             )
         elif name in OPTIMIZERS:
-            pieces.append(OPTIMIZERS[name](optimizer, schedule))
+            horizon = {"total_steps": total_steps} if quadratic else {}
+            pieces.append(OPTIMIZERS[name](optimizer, schedule, **horizon))
             if decay:
                 decayed = optax.inject_hyperparams(
                     optax.add_decayed_weights, static_args="mask"

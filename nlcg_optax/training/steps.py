@@ -193,12 +193,15 @@ def make_train_step(
     # One image of so many is among those that tell the curvature.
     stride = max(round(1 / config.optimizer.nlcg.curvature_fraction), 1)
 
+    def split_rows(x: jax.Array) -> jax.Array:
+        """Splits the rows over the devices, if they can be."""
+        if len(x) % mesh.size:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES)))
+
     def run_model(params, batch_stats, key, batch, places, some_empty):
         """Logits and new BatchNorm statistics; some rows may have no example."""
-        images = batch["image"]
-        if len(images) % mesh.size == 0:
-            rows = NamedSharding(mesh, P(AXES))
-            images = jax.lax.with_sharding_constraint(images, rows)
+        images = split_rows(batch["image"])
         if augment:
             images = data.augment(
                 key,
@@ -220,7 +223,7 @@ def make_train_step(
 
     def loss_fn(params, batch_stats, key, batch, places):
         """Cross-entropy and accuracy; a microbatch's share in the whole batch's."""
-        labels = batch["label"]
+        labels = split_rows(batch["label"])
         # The model sees a mask only where there are rows without an example.
         some_empty = len(labels) > (batch_size if side_by_side else examples)
         logits, statistics = run_model(

@@ -163,13 +163,28 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
     )
 
 
-def test_evaluation_does_not_disturb_training(uninterrupted, tmp_path):
-    """Running averages among it: other evaluations, and the same bits."""
+@pytest.mark.parametrize(
+    ("overrides", "recomputed"),
+    [
+        (("eval_every_epochs=0.4",), 12),  # after every step
+        (("eval_every_epochs=5", "precise_batch_norm_batches=0"), 0),
+    ],
+)
+def test_evaluation_does_not_disturb_training(
+    overrides, recomputed, uninterrupted, tmp_path, monkeypatch
+):
+    """However often, and by whatever statistics: the same bits."""
     _, expected = uninterrupted
-    overrides = ("eval_every_epochs=5", "precise_batch_norm_batches=0")
+    pool_statistics, calls = steps.pool_statistics, []
+
+    def counted(statistics):
+        calls.append(len(statistics))
+        return pool_statistics(statistics)
+
+    monkeypatch.setattr(steps, "pool_statistics", counted)
     found = loop.train_and_evaluate(tiny_config(*overrides), tmp_path)
+    assert calls == [3] * recomputed
     assert_same_bits(found.state, expected.state)
-    assert found.metrics["test"]["loss"] != expected.metrics["test"]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -184,9 +199,11 @@ def test_evaluation_does_not_disturb_training(uninterrupted, tmp_path):
     ],
 )
 def test_evaluation_normalizes_as_the_training_images_are(overrides, images):
-    config = tiny_config(*overrides)
+    # Standardized images would have the statistics that BatchNorm starts with; by
+    # ImageNet's grey digits are shifted, into three channels.
+    config = tiny_config(*overrides, "dataset.normalization=imagenet")
     dataset, model = loop.load_dataset(config), loop.create_model(config, 10)
-    described = (config, dataset.image_shape, create_mesh(config))
+    described = (config, (8, 8, 3), create_mesh(config))
     state = steps.create_state(model, optax.sgd(0.1), *described)
     if state.average is not None:
         state = state.replace(average=jax.tree.map(lambda x: 0.9 * x, state.params))
@@ -356,3 +373,25 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     step = saved.latest_step()
     saved.close()
     assert f"stopped after step {step:,} " in out
+
+
+def test_the_quadratic_model_needs_no_learning_rate(tmp_path):
+    printed = io.StringIO()
+    config = tiny_config(
+        "optimizer.nlcg.step_rule=quadratic_model",
+        "optimizer.nlcg.preconditioner=orthogonalization",
+        # The batch is small, and a part of it would not see all of its curvature.
+        "optimizer.nlcg.curvature_fraction=1.0",
+        "dataset.crop_padding=0",
+        "dataset.flip=False",
+    )
+    with contextlib.redirect_stdout(printed):
+        loop.train_and_evaluate(config, tmp_path)
+    assert "steps chosen by the curvature of 100% of the batch" in printed.getvalue()
+    rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
+    train = [row for row in rows if row["split"] == "train"]
+    wanted = {"coefficient_gradient", "coefficient_past_1", "damping", "signal"}
+    assert all(wanted <= row.keys() for row in train)
+    assert {row["learning_rate"] for row in train} == {1.0}
+    assert train[-1]["loss"] < 0.1 * train[0]["loss"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

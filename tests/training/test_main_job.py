@@ -1,11 +1,11 @@
 """The main job as a newcomer runs it: the default config, from the command line."""
 
-import itertools
 import os
 import pathlib
 import subprocess
 import sys
 
+import xla
 from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import metrics
@@ -20,7 +20,11 @@ def test_the_default_config_reaches_97_percent_in_60_full_batch_steps(tmp_path):
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "XLA_FLAGS": xla.GIVEN,  # it runs for longer than it compiles
+        },
         capture_output=True,
         text=True,
         timeout=HANGING_SECONDS,
@@ -31,9 +35,9 @@ def test_the_default_config_reaches_97_percent_in_60_full_batch_steps(tmp_path):
     assert len(train) <= 60
     tests = [row for row in rows if row["split"] == "test"]
     assert tests[-1]["accuracy"] >= 0.97
-    # By running averages it rises to 3 at step 20.
-    losses = [row["loss"] for row in tests]
-    assert len(losses) == 6 and all(b < 1.2 * a for a, b in itertools.pairwise(losses))
+    # By BatchNorm's running averages it would rise to 3 at the second of six.
+    first, *later = [row["loss"] for row in tests]
+    assert len(later) == 5 and max(later) < first
     assert train[-1]["loss"] < 0.2 * train[0]["loss"]
     assert (tmp_path / "curves.png").exists()
     printed = done.stdout

@@ -7,7 +7,7 @@ import pytest
 import nlcg_optax
 from nlcg_optax.training import config as config_lib
 from nlcg_optax.training import optimizers
-from nlcg_optax.training.config import ConfigError
+from nlcg_optax.training.config import ConfigError, apply_overrides, base_config
 
 ALL = sorted([*optimizers.OPTIMIZERS, *optimizers.DECAYING_OPTIMIZERS])
 
@@ -188,3 +188,32 @@ def test_mistakes_name_the_field_and_what_is_accepted(fields, message):
     with pytest.raises(ConfigError, match=message):
         schedule = optimizers.create_schedule(config, 1.0)
         optimizers.create_optimizer(config, schedule, True)
+
+
+QUADRATIC = "optimizer.nlcg.step_rule=quadratic_model"
+
+
+@pytest.mark.parametrize(
+    ("override", "needles"),
+    [
+        ("optimizer.nlcg.curvature_fraction=0.0", ["curvature_fraction=0.0", "part"]),
+        ("optimizer.nlcg.curvature_fraction=1.5", ["curvature_fraction=1.5", "part"]),
+        ("optimizer.nlcg.curvature_every=0", ["every=0", "at least 1"]),
+        ("weight_decay=0.1", ["weight_decay=0.1", "quadratic_model", "l2_penalty"]),
+        ("optimizer.layerwise_coefficient=0.1", ["layerwise_coefficient=0.1"]),
+    ],
+)
+def test_what_does_not_go_with_the_quadratic_model(override, needles):
+    config = base_config()
+    apply_overrides(config, [QUADRATIC, override])
+    with pytest.raises(ConfigError) as error:
+        optimizers.create_optimizer(config, optax.constant_schedule(0.1), True, 10)
+    for needle in needles:
+        assert needle in str(error.value)
+
+
+def test_with_the_quadratic_model_no_learning_rate_counts():
+    config = base_config()
+    apply_overrides(config, [QUADRATIC, "schedule.name=cosine"])
+    schedule = optimizers.create_schedule(config, 10.0)
+    assert [schedule(t) for t in (0, 5, 9)] == [1.0] * 3

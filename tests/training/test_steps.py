@@ -5,6 +5,7 @@ import numpy as np
 import optax
 import pytest
 
+import nlcg_optax
 from nlcg_optax.training import models, optimizers, steps
 from nlcg_optax.training.config import ConfigError, base_config
 from nlcg_optax.training.mesh import create_mesh
@@ -212,3 +213,82 @@ def test_precise_statistics_are_those_of_the_activations(average_decay):
 def test_unknown_normalization_lists_the_known_ones():
     with pytest.raises(ConfigError, match="normalization='mean'.*'per_image'"):
         setup(**{"dataset.normalization": "mean"})
+
+
+# --- The quadratic model ------------------------------------------------------------
+
+
+def quadratic_setup(**fields):
+    return setup(
+        **{"optimizer.nlcg.step_rule": "quadratic_model", "l2_penalty": 0.01, **fields}
+    )
+
+
+@pytest.mark.parametrize(("fraction", "stride"), [(1.0, 1), (0.5, 2), (0.1, 6)])
+def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride):
+    config, model, state, step = quadratic_setup(
+        **{"optimizer.nlcg.curvature_fraction": fraction}
+    )
+    data = batch()
+    images = steps.normalizer(config)(data["image"][0])
+    labels = data["label"][0]
+
+    def run_model(params, images):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    def cross_entropy(logits, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def loss_fn(params):
+        penalty = config.l2_penalty * steps.l2_loss(params)
+        return cross_entropy(run_model(params, images)[0], labels) + penalty
+
+    def penalized_outputs(params):
+        return run_model(params, images[::stride])[0], params
+
+    def penalized_loss(outputs):
+        logits, params = outputs
+        penalty = config.l2_penalty * steps.l2_loss(params)
+        return cross_entropy(logits, labels[::stride]) + penalty
+
+    tx = nlcg_optax.scale_by_quadratic_model(nlcg_optax.scale_by_orthogonalization())
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    updates, _ = tx.update(
+        grads,
+        tx.init(state.params),
+        state.params,
+        value=loss,
+        curvature=nlcg_optax.gauss_newton(penalized_outputs, penalized_loss),
+    )
+    new_state, metrics = step(state, data)
+    for new, old, u in zip(
+        *map(jax.tree.leaves, (new_state.params, state.params, updates)), strict=True
+    ):
+        np.testing.assert_allclose(new, old - u, rtol=1e-3, atol=2e-4)
+    assert metrics["taken_back"] == 0
+    names = {f"coefficient_{n}" for n in ("gradient", "past_1", "past_3", "residual")}
+    assert names < set(metrics) and metrics["coefficient_gradient"] > 0
+
+
+def test_the_quadratic_model_takes_microbatches():
+    fields = {"microbatches": 2, "optimizer.nlcg.curvature_fraction": 1.0}
+    *_, state, step = quadratic_setup(**fields)
+    data = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[2:]), batch())
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, data)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_quadratic_model_takes_back_a_step_to_where_there_is_no_loss():
+    *_, state, step = quadratic_setup()
+    first, _ = step(state, batch())
+    # As if that step had led far away.
+    far = first.replace(params=jax.tree.map(lambda x: x * jnp.inf, first.params))
+    back, metrics = step(far, batch())
+    assert not np.isfinite(metrics["loss"]) and metrics["taken_back"] == 1
+    assert back.step == 2
+    arrays = [x for x in jax.tree.leaves((back.batch_stats, back.opt_state)) if x.ndim]
+    assert all(np.all(np.isfinite(x)) for x in arrays)
