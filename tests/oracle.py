@@ -215,20 +215,20 @@ def dense_bfgs(hessian, s, y):
     return hessian - np.outer(h_s, h_s) / (s @ h_s) + np.outer(y, y) / (y @ s)
 
 
-# Polar Express for five steps, computed anew, and what goes on from there.
-QUINTICS = (*polar_express(5, 0.002), *[(15 / 8, -10 / 8, 3 / 8)] * 5)
 MUON = ((3.4445, -4.7750, 2.0315),) * 10
+# For five steps, computed anew with the safety factor, and what goes on from there.
+POLAR_EXPRESS = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (*polar_express(5, 0.002), *[(15 / 8, -10 / 8, 3 / 8)] * 5)
+)
 
 
-def orthogonalize(g, iterations=5, quintics=None):
+def orthogonalize(g, iterations=5, quintics=MUON, norm=2):
     """The iteration on the singular values, one by one."""
     matrix = np.reshape(g, (-1, np.shape(g)[-1]))
     u, sigma, vh = np.linalg.svd(matrix, full_matrices=False)
-    sigma = sigma / np.sum(sigma**8) ** (1 / 8)
-    for step in range(iterations):
-        a, b, c = (quintics or QUINTICS)[step]
-        if quintics is None and step < iterations - 1:
-            a, b, c = a / 1.01, b / 1.01**3, c / 1.01**5
+    sigma = sigma / np.sum(sigma**norm) ** (1 / norm)
+    for a, b, c in quintics[:iterations]:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     polar = (u * sigma) @ vh
     return np.reshape(0.2 * np.sqrt(max(matrix.shape)) * polar, np.shape(g))

@@ -55,10 +55,26 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 import nlcg_optax  # noqa: E402
 from nlcg_optax.preconditioners import _newton_schulz  # noqa: E402
 
+
+
+def muon_matrices(params):
+    """The last axis by all others, convolutions too, as `nlcg` has it."""
+
+    def matrix(w):
+        axes = tuple(range(w.ndim))
+        if w.ndim < 2:
+            return None
+        return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1])
+
+    return jax.tree.map(matrix, params)
+
+
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-4),
     "nlcg": lambda: nlcg_optax.nlcg(1e-4),
-    "muon": lambda: optax.contrib.muon(1e-4),
+    "muon": lambda: optax.contrib.muon(
+        1e-4, muon_weight_dimension_numbers=muon_matrices
+    ),
 }
 
 

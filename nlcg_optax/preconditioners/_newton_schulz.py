@@ -49,10 +49,23 @@ class Method(NamedTuple):
     Attributes:
       coefficients: of each step.
       precision: of the products.
+      norm: by which the matrix is divided first, an upper bound of its largest singular
+        value: Frobenius's (`"frobenius"`), which Muon's coefficients were made for; or
+        the Schatten norm of order 8 (`"schatten"`), which is closer, and costs nothing
+        since the square of the Gram matrix tells it.
     """
 
     coefficients: Coefficients
     precision: str = "highest"
+    norm: str = "schatten"
+
+    @classmethod
+    def of(
+        cls, coefficients: str | Coefficients, iterations: int, precision: str
+    ) -> "Method":
+        """That of a name, or of the coefficients of each step."""
+        norm = "frobenius" if coefficients == "muon" else "schatten"
+        return cls(coefficients_of(coefficients, iterations), precision, norm)
 
 
 def segments(method: Method) -> list[Coefficients]:
@@ -72,7 +85,7 @@ def polar_factor(
     x: jax.Array,
     iterations: int = 5,
     scale: float = 1.0,
-    coefficients: str | Coefficients = "polar_express",
+    coefficients: str | Coefficients = "muon",
     precision: str = "highest",
 ) -> jax.Array:
     """The orthogonal polar factor (XXᴴ)^(-1/2) X, approximately, times a scale.
@@ -90,7 +103,7 @@ def polar_factor(
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     stacked = x if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])
-    method = Method(coefficients_of(coefficients, iterations), precision)
+    method = Method.of(coefficients, iterations, precision)
     (y,) = polar_factors([stacked], method)
     y = scale * y.reshape(x.shape)
     return y if wide else y.mT
@@ -129,23 +142,27 @@ def polar_factors(
     for number, steps in enumerate(parts):
         grams = [_hermitian(x, x.conj().mT, precision) for x in xs]
         gram = total(add(jnp.add, grams))
-        start = number == 0
+        norm = method.norm if number == 0 else None
         if gram.ndim == 2:
-            factor, root = newton_schulz(gram, steps, precision, normalize=start)
+            factor, root = newton_schulz(gram, steps, precision, norm)
         else:
             size = max(1, CHUNK // max(1, math.prod(gram.shape[1:])))
             chunks = [
-                newton_schulz(gram[i : i + size], steps, precision, normalize=start)
+                newton_schulz(gram[i : i + size], steps, precision, norm)
                 for i in range(0, gram.shape[0], size)
             ]
             factor, root = chunks[0]
             if len(chunks) > 1:
                 factor, root = (jnp.concatenate(x) for x in zip(*chunks, strict=True))
-        xs = [
+        if precision in HALF:
             # Scaled after the product: half precision has no room for it before.
-            _multiply(pick(factor, i), x, precision) / pick(root, i)
-            for i, x in enumerate(xs)
-        ]
+            xs = [
+                _multiply(pick(factor, i), x, precision) / pick(root, i)
+                for i, x in enumerate(xs)
+            ]
+        else:
+            factor = factor / root  # the smaller of the two
+            xs = [_multiply(pick(factor, i), x, precision) for i, x in enumerate(xs)]
     return list(xs)
 
 
@@ -153,8 +170,7 @@ def newton_schulz(
     gram: jax.Array,
     coefficients: Coefficients,
     precision: str = "highest",
-    *,
-    normalize: bool = True,
+    norm: str | None = "schatten",
 ) -> tuple[jax.Array, jax.Array]:
     """The matrix by which the iteration multiplies X, given its Gram matrix.
 
@@ -166,23 +182,26 @@ def newton_schulz(
       gram: matrices XXᴴ, of shape [..., m, m].
       coefficients: of each step.
       precision: of the products.
-      normalize: whether the iteration is to start from X by its Schatten norm of order
-        8, which the square of the Gram matrix tells: an upper bound of the largest
-        singular value, closer than the Frobenius norm, for nothing.
+      norm: by which X is to be divided before the first step, as in `Method`; None for
+        a matrix that needs none.
 
     Returns:
       The matrix, and what to divide the product by, of shape [..., 1, 1].
     """
     root = jnp.ones((*gram.shape[:-2], 1, 1), gram.dtype)
-    if normalize:
+    if norm == "frobenius":
+        trace = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None].real
+        trace = jnp.where(trace == 0, 1, trace).astype(gram.dtype)
+        gram, root = gram / trace, jnp.sqrt(trace)
+    if norm == "schatten":
         # First by its own norm, so that the square stays in the range of the numbers.
-        norm = _norm(gram)
-        gram, root = gram / norm, jnp.sqrt(norm)
+        size = _norm(gram)
+        gram, root = gram / size, jnp.sqrt(size)
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     factor = None
     for i, (a, b, c) in enumerate(coefficients):
         square = _hermitian(gram, gram, precision)
-        if i == 0 and normalize:
+        if i == 0 and norm == "schatten":
             bound = jnp.sqrt(_norm(square))
             gram, square = gram / bound, square / bound**2
             root = root * jnp.sqrt(bound)

@@ -50,7 +50,7 @@ def scale_by_orthogonalization(
     epsilon: float = 1e-8,
     *,
     iterations: int = 5,
-    coefficients: str | Sequence[tuple[float, float, float]] = "polar_express",
+    coefficients: str | Sequence[tuple[float, float, float]] = "muon",
     precision: str = "highest",
     batch_axes: int = 0,
     matrices: ready_matrices.Matrices | None = None,
@@ -82,13 +82,13 @@ def scale_by_orthogonalization(
 
     The polar factor is approximated by five steps of a Newton–Schulz iteration,
     :math:`X \leftarrow P X` with :math:`P = a + b A + c A^2` and :math:`A = X X^\top`,
-    from X = G over its Schatten norm of order 8, which is an upper bound of the largest
-    singular value. As :math:`A \leftarrow P A P`, all but the first and the last
-    product are those of matrices as small as the smaller side of G, and symmetric. The
-    coefficients of each step are those of Polar Express (Amsel et al.,
-    arXiv:2505.16932) for singular values of at least 1/500 of the bound, which end
-    between 0.96 and 1.03; smaller ones end below. Muon's, the same in each step, let
-    all end between 0.68 and 1.21.
+    from X = G over its Frobenius norm. As :math:`A \leftarrow P A P`, all but the first
+    and the last product are those of matrices as small as the smaller side of G, and
+    symmetric. With Muon's coefficients, the same in each step, singular values end
+    between 0.68 and 1.21. Those of Polar Express (Amsel et al., arXiv:2505.16932), other
+    ones in each step, let all that are at least 1/500 of the largest end between 0.96
+    and 1.03. It trained no better in our trials, and since small singular values are
+    magnified more, so is rounding (``benchmarks/orthogonalization``).
 
     On several devices each matrix is worked on by one of them, wherever that takes less
     time than that each of them does all: matrices of one shape travel together, once
@@ -99,8 +99,9 @@ def scale_by_orthogonalization(
       decay: γ, in [0, 1).
       epsilon: ε, at least 0.
       iterations: steps of the Newton–Schulz iteration.
-      coefficients: ``"polar_express"``, ``"muon"``, or (a, b, c) for each step. The
-        last are used again where steps are left.
+      coefficients: ``"muon"``, ``"polar_express"`` (which starts from a closer bound,
+        the Schatten norm of order 8), or (a, b, c) for each step, from that bound too.
+        The last are used again where steps are left.
       precision: of the products of float32 matrices (and of those of 16 bits):
         ``"highest"``, or half precision with sums in float32, ``"float16"`` or
         ``"bfloat16"``, for matrix units that are faster so. The Gram matrix is then
@@ -137,7 +138,7 @@ def scale_by_orthogonalization(
     >>> grads = {"w": jnp.array([[3.0, 0.0, 0.0], [0.0, -0.1, 0.0]]), "b": jnp.ones(3)}
     >>> updates, _ = tx.update(grads, tx.init(grads))
     >>> print(jnp.diagonal(updates["w"]).round(2), updates["b"].round(4))
-    [ 0.34 -0.34] [1. 1. 1.]
+    [ 0.24 -0.39] [1. 1. 1.]
     """
     _check.number("decay", decay, minimum=0)
     if not isinstance(decay, jax.Array) and decay >= 1:
@@ -155,9 +156,7 @@ def scale_by_orthogonalization(
 
     _check_coefficients(coefficients)
     _check.one_of("precision", precision, ("highest", *_newton_schulz.HALF))
-    method = _newton_schulz.Method(
-        _newton_schulz.coefficients_of(coefficients, iterations), precision
-    )
+    method = _newton_schulz.Method.of(coefficients, iterations, precision)
 
     if matrices is not None and batch_axes != 0:
         raise ValueError(

@@ -66,7 +66,7 @@ def test_as_few_slots_as_can_be():
 
 
 def test_the_choice_follows_the_count():
-    method = Method(coefficients_of("polar_express", 5))
+    method = Method(coefficients_of("muon", 5))
     small = [Stack(count=10, small=64, long=64)]
     assert choose(small, 8, method)[1] == ["each"]
     # The kernels of a transformer, and its embedding, of which there is one.
