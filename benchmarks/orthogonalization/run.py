@@ -11,6 +11,8 @@ devices divide, and reads operations, collectives and temporary memory off the p
 on the accelerator in each precision: milliseconds, operations a second, and the error
 to the exact polar factor of a matrix with singular values from 1 to 0.01.
 
+    python benchmarks/orthogonalization/run.py --report        # results/tables.md
+
 Every case is a line of `results/<part>.jsonl`, in place of what was there of it.
 """
 
@@ -30,6 +32,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--devices", type=int, help="compile for so many")
 parser.add_argument("--times", action="store_true")
 parser.add_argument("--device", action="store_true")
+parser.add_argument("--report", action="store_true", help="tables of all rows")
 parser.add_argument("--trees", nargs="*", default=["resnet50", "gpt_124m"])
 parser.add_argument("--optimizers", nargs="*", default=["adamw", "nlcg", "muon"])
 parser.add_argument("--replicated", action="store_true", help="parameters not split")
@@ -156,7 +159,7 @@ def read_program(tree, name, devices):
         "optimizer": name,
         "devices": devices,
         "split": not args.replicated,
-        "gflop": program.flops / 1e9,
+        "gflop": program.product_flops / 1e9,
         "collectives": program.counts(),
         "result_mb": program.total().bytes / 1e6,
         "temporary_mb": program.temporary_bytes / 1e6,
@@ -222,7 +225,7 @@ def on_device(tree):
             "tree": tree,
             "precision": precision,
             "milliseconds": 1e3 * median,
-            "tflop_a_second": (program.flops or 0) / median / 1e12,
+            "tflop_a_second": program.product_flops / median / 1e12,
             "error": float(np.linalg.norm(factor - u @ vh) / size**0.5),
         }
 
@@ -246,7 +249,57 @@ def write(part, rows):
         print(json.dumps(row), flush=True)
 
 
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def read(part):
+    path = HERE / "results" / f"{part}.jsonl"
+    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+def report():
+    """Writes the tables of all rows that are there."""
+    head = ["tree", "devices", "parameters", "optimizer", "GFLOP", "collectives"]
+    head += ["MB of their results", "MB of temporaries"]
+    programs = [
+        [
+            row["tree"],
+            row["devices"],
+            "split" if row["split"] else "replicated",
+            f"`{row['optimizer']}`",
+            f"{row['gflop']:,.1f}",
+            ", ".join(f"{n} {kind}" for kind, n in sorted(row["collectives"].items())),
+            f"{row['result_mb']:,.0f}",
+            f"{row['temporary_mb']:,.0f}",
+        ]
+        for row in sorted(
+            read("programs"), key=lambda r: (r["tree"], r["devices"], -r["split"])
+        )
+        if row["layers"] is None
+    ]
+    times = [
+        [
+            row["device_kind"],
+            row["tree"],
+            row["layers"] or "all",
+            f"`{row['optimizer']}`",
+            f"{row['milliseconds']:,.0f}",
+            f"{row['compile_seconds']:.1f}",
+        ]
+        for row in read("times")
+    ]
+    named = ["device", "tree", "layers", "optimizer", "ms a step", "s to compile"]
+    text = "# Of each device, by the compiled program\n\n" + table(head, programs)
+    text += "\n# Times, medians\n\n" + table(named, times)
+    (HERE / "results" / "tables.md").write_text(text)
+    print(text)
+
+
 def main():
+    if args.report:
+        return report()
     for tree in args.trees:
         if args.devices:
             rows = (read_program(tree, name, args.devices) for name in args.optimizers)

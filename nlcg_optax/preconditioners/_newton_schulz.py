@@ -1,5 +1,6 @@
 """The Newton–Schulz iteration for polar factors, as pure functions of arrays."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,7 +25,8 @@ POLAR_EXPRESS = (
 )
 # By so much all steps but the last allow for values that rounding leaves above 1.
 SAFETY = 1.01
-# Elements of the Gram matrices that are iterated on at a time, to bound the memory.
+# Beyond so many elements of Gram matrices one row of slots is iterated on at a time, to
+# bound the memory, and the program.
 CHUNK = 2**24
 # Smaller products of symmetric result are made whole.
 HERMITIAN_BLOCK = 256
@@ -143,17 +145,13 @@ def polar_factors(
         grams = [_hermitian(x, x.conj().mT, precision) for x in xs]
         gram = total(add(jnp.add, grams))
         norm = method.norm if number == 0 else None
-        if gram.ndim == 2:
-            factor, root = newton_schulz(gram, steps, precision, norm)
+        iterate = functools.partial(
+            newton_schulz, coefficients=steps, precision=precision, norm=norm
+        )
+        if gram.ndim == 2 or gram.shape[0] == 1 or gram.size <= CHUNK:
+            factor, root = iterate(gram)
         else:
-            size = max(1, CHUNK // max(1, math.prod(gram.shape[1:])))
-            chunks = [
-                newton_schulz(gram[i : i + size], steps, precision, norm)
-                for i in range(0, gram.shape[0], size)
-            ]
-            factor, root = chunks[0]
-            if len(chunks) > 1:
-                factor, root = (jnp.concatenate(x) for x in zip(*chunks, strict=True))
+            factor, root = jax.lax.map(iterate, gram)
         if precision in HALF:
             # Scaled after the product: half precision has no room for it before.
             xs = [

@@ -12,8 +12,13 @@ WORKER = pathlib.Path(__file__).parents[1] / "workers" / "placement.py"
 
 
 @pytest.fixture(scope="module")
-def found(run_on_devices):
+def printed(run_on_devices):
     return json.loads(run_on_devices(WORKER, 8).stdout)
+
+
+@pytest.fixture(scope="module")
+def found(printed):
+    return printed["cases"]
 
 
 def test_the_numbers_are_those_of_one_device(found):
@@ -54,6 +59,12 @@ def test_replicated_parameters_cost_one_gather_of_a_stack(found):
 def test_matrices_without_work_are_not_sent_to_one_device(found):
     # Small ones are gathered as stacks where they are sharded, and stay there.
     assert found["shard_map, counted"]["collectives"].get("all-to-all", 0) == 0
+
+
+def test_parameters_that_lie_elsewhere_are_refused(printed):
+    words = printed["refused"]
+    assert "'['layer']['w']' of shape (4, 6)" in words
+    assert "5" in words and "(2 devices) does not have" in words
 
 
 def test_as_few_slots_as_can_be():

@@ -181,5 +181,16 @@ def everything():
     return found
 
 
+def refused():
+    """What is said of a parameter on a device that the mesh does not have."""
+    mesh = make_mesh((2,), ("fsdp",))
+    tx = nlcg_optax.scale_by_orthogonalization(mesh=mesh)
+    elsewhere = jax.device_put(np.ones((4, 6)), jax.devices()[5])
+    try:
+        tx.init({"layer": {"w": elsewhere}})
+    except ValueError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
-    print(json.dumps(everything(), indent=1))
+    print(json.dumps({"cases": everything(), "refused": refused()}, indent=1))
