@@ -37,7 +37,7 @@ def main():
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
 
-    tx = nlcg_optax.nlcg(learning_rate=0.04)
+    tx = nlcg_optax.nlcg_paper(learning_rate=0.3)
 
     def init():
         params = digits_mlp.init()

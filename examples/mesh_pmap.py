@@ -22,7 +22,7 @@ def main():
     """Trains with parameters and state replicated, the batch split."""
     devices = jax.device_count()
     # No axis_name: every device has the whole trees, and the same ones.
-    tx = nlcg_optax.nlcg(learning_rate=0.04)
+    tx = nlcg_optax.nlcg_paper(learning_rate=0.3)
 
     def init(device):
         del device

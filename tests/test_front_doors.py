@@ -146,7 +146,7 @@ def printed(run_on_devices):
 def one_device(printed):
     (losses,) = printed("mesh_jit", 1).values()
     assert losses[-1][0] == 40
-    assert losses[-1][1] < 0.01 < losses[0][1]
+    assert losses[-1][1] < 0.2 < losses[0][1]
     return losses
 
 

@@ -59,7 +59,6 @@ import nlcg_optax  # noqa: E402
 from nlcg_optax.preconditioners import _newton_schulz  # noqa: E402
 
 
-
 def muon_matrices(params):
     """The last axis by all others, convolutions too, as `nlcg` has it."""
 
@@ -256,7 +255,8 @@ def table(header, rows):
 
 def read(part):
     path = HERE / "results" / f"{part}.jsonl"
-    return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def report():

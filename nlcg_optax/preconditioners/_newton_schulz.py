@@ -1,7 +1,6 @@
 """The Newton–Schulz iteration for polar factors, as pure functions of arrays."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -85,10 +85,10 @@ def scale_by_orthogonalization(
     from X = G over its Frobenius norm. As :math:`A \leftarrow P A P`, all but the first
     and the last product are those of matrices as small as the smaller side of G, and
     symmetric. With Muon's coefficients, the same in each step, singular values end
-    between 0.68 and 1.21. Those of Polar Express (Amsel et al., arXiv:2505.16932), other
-    ones in each step, let all that are at least 1/500 of the largest end between 0.96
-    and 1.03. It trained no better in our trials, and since small singular values are
-    magnified more, so is rounding (``benchmarks/orthogonalization``).
+    between 0.68 and 1.21. Those of Polar Express (Amsel et al., arXiv:2505.16932)
+    differ from step to step, and let all that are at least 1/500 of the largest end
+    between 0.96 and 1.03. They trained no better in our trials, and magnify rounding
+    more, as they do small singular values (``benchmarks/orthogonalization``).
 
     On several devices each matrix is worked on by one of them, wherever that takes less
     time than that each of them does all: matrices of one shape travel together, once
@@ -111,8 +111,10 @@ def scale_by_orthogonalization(
       matrices: a function of a leaf's path (keys, as in `jax.tree_util`) and the leaf
         that returns a :class:`~nlcg_optax.Matrix`, which names the axes of rows, of
         columns and those that count matrices, and the number of parts side by side; or
-        None for a leaf that is no matrix. :mod:`nlcg_optax.matrices` has those for Flax
-        and Equinox, and :func:`nlcg_optax.describe` prints what went where. By default
+        None for a leaf that is no matrix: it is divided by the root of its second
+        moment, and where it has two axes or more (an embedding) multiplied by 0.2, so
+        that one learning rate suits it and the matrices beside it.
+        :mod:`nlcg_optax.matrices` has such functions for Flax and Equinox, and :func:`nlcg_optax.describe` prints what went where. By default
         (None) it is as said above.
       mesh: the mesh over whose devices the work is shared out under `jit`; None for
         the one that is set (`jax.set_mesh`), if any. Arrays with explicit axes bring
@@ -212,6 +214,8 @@ def scale_by_orthogonalization(
             root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
             # A gradient that was never other than zero stays zero, whatever ε is.
             safe = jnp.where(root == 0, 1, root)
+            if matrices is not None and g.ndim > 1:  # an embedding, beside matrices
+                safe = safe / _tree.real_scalar(0.2, safe.dtype)
             return (x / safe.astype(x.dtype)).astype(g.dtype)
 
         # A matrix's place is no leaf of its own, so the trees are walked side by side.

@@ -22,6 +22,15 @@ def once(g, matrix):
     return tx.update(g, tx.init(g))[0]
 
 
+def test_what_is_no_matrix_has_the_scale_of_matrices():
+    # Once seen, a gradient over the root of its second moment is its sign.
+    g = {"embedding": jnp.full((5, 3), -2.0), "bias": jnp.full(3, 7.0)}
+    tx = nlcg_optax.scale_by_orthogonalization(matrices=lambda path, leaf: None)
+    update, _ = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(update["embedding"], -0.2, rtol=1e-6)
+    np.testing.assert_allclose(update["bias"], 1, rtol=1e-6)
+
+
 def test_the_axes_may_stand_in_any_order():
     g = normal(5, 3, 2, 4)  # output, input, height, width
     got = once(g, Matrix((1, 2, 3), (0,)))
@@ -39,11 +48,6 @@ def test_batches_and_parts_are_matrices_of_their_own():
         for half in (slice(0, 3), slice(3, 6)):
             expected = oracle.orthogonalize(g[:, i, half])
             np.testing.assert_allclose(got[:, i, half], expected, atol=1e-12)
-
-
-def test_none_is_no_matrix():
-    g = normal(3, 4)
-    np.testing.assert_allclose(once(g, None), np.sign(g), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from nlcg_optax.preconditioners._newton_schulz import (
     polar_factor,
 )
 
-
 NORMS = {"muon": 2, "polar_express": 8}
 
 

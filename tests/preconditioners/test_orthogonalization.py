@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from orthogonalization.coefficients import polar_express
 from jax.sharding import PartitionSpec as P
+from orthogonalization.coefficients import polar_express
 
 import nlcg_optax
 from nlcg_optax import scale_by_orthogonalization

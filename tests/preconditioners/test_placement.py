@@ -61,6 +61,10 @@ def test_matrices_without_work_are_not_sent_to_one_device(found):
     assert found["shard_map, counted"]["collectives"].get("all-to-all", 0) == 0
 
 
+def test_nlcg_needs_no_other_preconditioner_over_sharded_parameters(printed):
+    assert printed["nlcg"] < 1e-11
+
+
 def test_parameters_that_lie_elsewhere_are_refused(printed):
     words = printed["refused"]
     assert "'['layer']['w']' of shape (4, 6)" in words

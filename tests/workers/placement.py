@@ -181,6 +181,38 @@ def everything():
     return found
 
 
+def whole_optimizer():
+    """How far some steps of `nlcg` over sharded parameters are from one device's."""
+    mesh, layout = make_mesh((8,), ("fsdp",)), last("fsdp")
+    params = gradients(SHAPES)
+    specs = {name: layout(shape) for name, shape in SHAPES.items()}
+
+    def steps(tx, params, state):
+        for i in range(4):
+            grads = jax.tree.map(lambda x: x + jax.numpy.sin(3 * x), params)
+            updates, state = tx.update(grads, state, params, value=1.0 / (1 + i))
+            params = jax.tree.map(lambda x, u: x + u, params, updates)
+        return params, state
+
+    def spec(path, x):
+        name = getattr(path[-1], "key", None)
+        return specs[name] if x.shape == SHAPES.get(name) else P()
+
+    alone = nlcg_optax.nlcg(0.05)
+    expected = jax.jit(lambda x: steps(alone, x, alone.init(x)))(params)[0]
+    tx = nlcg_optax.nlcg(0.05, axis_name="fsdp")
+    state = tx.init(params)
+    where = jax.tree_util.tree_map_with_path(spec, state)
+    run = jax.shard_map(
+        lambda params, state: steps(tx, params, state),
+        mesh=mesh,
+        in_specs=(specs, where),
+        out_specs=(specs, where),
+    )
+    got = jax.jit(run)(params, state)[0]
+    return difference(got, jax.tree.map(np.asarray, expected))
+
+
 def refused():
     """What is said of a parameter on a device that the mesh does not have."""
     mesh = make_mesh((2,), ("fsdp",))
@@ -193,4 +225,5 @@ def refused():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"cases": everything(), "refused": refused()}, indent=1))
+    found = {"cases": everything(), "nlcg": whole_optimizer(), "refused": refused()}
+    print(json.dumps(found, indent=1))
