@@ -114,8 +114,9 @@ def scale_by_orthogonalization(
         None for a leaf that is no matrix: it is divided by the root of its second
         moment, and where it has two axes or more (an embedding) multiplied by 0.2, so
         that one learning rate suits it and the matrices beside it.
-        :mod:`nlcg_optax.matrices` has such functions for Flax and Equinox, and :func:`nlcg_optax.describe` prints what went where. By default
-        (None) it is as said above.
+        :mod:`nlcg_optax.matrices` has such functions for Flax and Equinox, and
+        :func:`nlcg_optax.describe` prints what went where. By default (None) it is as
+        said above.
       mesh: the mesh over whose devices the work is shared out under `jit`; None for
         the one that is set (`jax.set_mesh`), if any. Arrays with explicit axes bring
         their own.
