@@ -226,15 +226,15 @@ def scale_by_orthogonalization(
             for (_, g), v in zip(paths, _moments(state.second_moment), strict=True)
         ]
         results = [g for _, g in paths]
-        matrices = [
+        found = [
             (i, path, g, v)
             for i, ((path, g), v) in enumerate(zip(paths, moments, strict=True))
             if isinstance(v, NoSecondMoment) and jnp.size(g)
         ]
         orthogonalized = _orthogonalize(
-            [entry[1:] for entry in matrices], method, mesh, axis_name
+            [entry[1:] for entry in found], method, mesh, axis_name
         )
-        for (i, *_), z in zip(matrices, orthogonalized, strict=True):
+        for (i, *_), z in zip(found, orthogonalized, strict=True):
             results[i] = z
         for i, v in enumerate(moments):
             if not isinstance(v, NoSecondMoment):
