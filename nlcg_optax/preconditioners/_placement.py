@@ -51,8 +51,6 @@ class Stack:
       itemsize: bytes of an element.
       sharded: whether they lie split over the devices; None where nobody knows.
       splittable: whether the longer side can be split.
-      elements: of all matrices, without the zeros that lengthen some of them; None for
-        no such.
     """
 
     count: int
@@ -62,7 +60,6 @@ class Stack:
     itemsize: int = 4
     sharded: bool | None = None
     splittable: bool = True
-    elements: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -224,13 +221,10 @@ def _cost(
             if i == spread[0]:
                 total += placed.rows * stack.parts * iterating
             total += rows * stack.parts * outside
-            sent, messages = size, 1
-            if stack.sharded is None:
-                # Either may be so. Replicated matrices pay, in both, for what they are.
-                elements = stack.elements
-                sent = size if elements is None else elements * stack.itemsize
-                sent += 2 * size * rows / stack.count
-            elif stack.sharded:
+            # Replicated matrices are gathered with the slots that nothing is in. Where
+            # nobody knows they may be, and if not, they are sent for less.
+            sent, messages = size * rows * devices / stack.count, 1
+            if stack.sharded:
                 sent, messages = 2 * size * rows / stack.count, 2
                 if copies > 1:
                     sent, messages = sent + 2 * size * copies / devices, 3
@@ -468,7 +462,6 @@ def merge(one: Group, other: Group, devices: int) -> Group | None:
     if not one.sharded:  # as the compiler may have split it
         chunks = devices if all(n % devices == 0 for n in lengths) else 1
     stacks = one.stack, other.stack
-    elements = [s.elements or s.count * s.small * s.long for s in stacks]
     return dataclasses.replace(
         one,
         matrices=one.matrices + other.matrices,
@@ -478,7 +471,6 @@ def merge(one: Group, other: Group, devices: int) -> Group | None:
             one.stack,
             count=sum(s.count for s in stacks),
             long=max(s.long for s in stacks),
-            elements=sum(elements),
         ),
         chunks=chunks,
     )
