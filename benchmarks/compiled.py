@@ -4,14 +4,15 @@
     program.counts()                    # {"all-gather": 6, "all-reduce": 2}
     program.by_kind()["all-reduce"]     # Total(count=2, elements=18, bytes=72, ...)
     program.total().bytes               # of all collectives
-    program.flops, program.temporary_bytes
+    program.flops, program.product_flops, program.temporary_bytes
 
 For the benchmarks and the tests. All figures are of one device and one run.
 
 The program is taken as XLA prints it. A collective inside a loop or a branch stands
 there once, and counts once; so do the `-start` and `-done` of an asynchronous one.
 `by_kind(executed=True)` multiplies by the trips of the loops around it instead. FLOPs
-and bytes accessed are XLA's own estimates, which take the body of a loop once, too.
+and bytes accessed are XLA's own estimates, which take the body of a loop once, too;
+`product_flops` are those of the products of matrices alone, as often as they are run.
 """
 
 import collections
@@ -98,8 +99,9 @@ class Total(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """A line of a program: the shape of its result, its opcode, and the whole line."""
+    """A line of a program: its name, the shape of its result, its opcode, all of it."""
 
+    name: str
     shape: str
     opcode: str
     line: str
@@ -112,6 +114,8 @@ class Program:
     Attributes:
       collectives: in the order of the text.
       kernels: instructions of the entry computation that do something.
+      product_flops: 2 m n k of every product of matrices, times the trips of the loops
+        around it; NaN if one is in a loop of unknown length.
       flops: by XLA's estimate; None where only text was given, as are the next ones.
       bytes_accessed: by XLA's estimate, every kernel's operands read from memory.
       argument_bytes: what is given to the program.
@@ -122,6 +126,7 @@ class Program:
 
     collectives: tuple[Collective, ...]
     kernels: int
+    product_flops: float
     flops: float | None = None
     bytes_accessed: float | None = None
     argument_bytes: int | None = None
@@ -176,6 +181,7 @@ def read(program: Any, devices: int | None = None) -> Program:
             i.opcode not in NO_KERNEL and not i.opcode.endswith("-done")
             for i in computations[entry]
         ),
+        "product_flops": _product_flops(entry, computations),
     }
     if isinstance(program, str):
         return Program(**found)
@@ -228,10 +234,10 @@ def _computations(text: str) -> tuple[str, dict[str, list[Instruction]]]:
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             instructions = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif named := re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = ", line):
+        elif named := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
             shape, rest = _first_shape(line[named.end() :])
             if opcode := re.match(r" ([a-z][\w\-]*)\(", rest):
-                instructions.append(Instruction(shape, opcode[1], line))
+                instructions.append(Instruction(named[1], shape, opcode[1], line))
     if entry is None:
         raise ValueError(
             "this is not the text of a compiled program: it has no ENTRY computation. "
@@ -318,12 +324,27 @@ def _executions(
     return times
 
 
+def _product_flops(entry: str, computations: dict[str, list[Instruction]]) -> float:
+    """Operations of all products of matrices, in one run."""
+    executions, total = _executions(entry, computations), 0.0
+    for name, instructions in computations.items():
+        shapes = {i.name: i.shape for i in instructions}
+        for i in instructions:
+            if i.opcode == "dot":
+                operand = re.search(r" dot\((?:[^%)]*)%?([\w.\-]+)", i.line)
+                axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)
+                (left,), (result,) = _arrays(shapes[operand[1]]), _arrays(i.shape)
+                inner = [left.shape[int(n)] for n in axes[1].split(",") if n]
+                total += executions[name] * 2.0 * result.elements * math.prod(inner)
+    return total
+
+
 def _collectives(
     entry: str, computations: dict[str, list[Instruction]], devices: int
 ) -> Iterator[Collective]:
     executions = _executions(entry, computations)
     for name, instructions in computations.items():
-        for shape, opcode, line in instructions:
+        for _, shape, opcode, line in instructions:
             kind = opcode.removesuffix("-start")
             if kind in KINDS:
                 times = executions[name]

@@ -10,6 +10,8 @@ from nlcg_optax.directions.conjugate import (
     ConjugateDirectionState,
     scale_by_conjugate_direction,
 )
+from nlcg_optax.preconditioners import matrices
+from nlcg_optax.preconditioners._placement import Matrix
 from nlcg_optax.preconditioners.diagonal_bfgs import (
     DiagonalBfgsState,
     scale_by_diagonal_bfgs,
@@ -18,6 +20,7 @@ from nlcg_optax.preconditioners.limited_memory_bfgs import (
     LimitedMemoryBfgsState,
     scale_by_limited_memory_bfgs,
 )
+from nlcg_optax.preconditioners.matrices import describe
 from nlcg_optax.preconditioners.orthogonalization import (
     OrthogonalizationState,
     scale_by_orthogonalization,
@@ -48,13 +51,16 @@ __all__ = [
     "IterationInfo",
     "LimitedMemoryBfgsState",
     "LossFeedbackState",
+    "Matrix",
     "MinimizeResult",
     "OrthogonalizationState",
     "QuadraticModelState",
     "beta",
+    "describe",
     "diagnostics",
     "gauss_newton",
     "hessian",
+    "matrices",
     "minimize",
     "nlcg",
     "nlcg_paper",

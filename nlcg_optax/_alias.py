@@ -79,8 +79,8 @@ def nlcg(
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
         trees are sharded; None where they are whole, as they are under `jit`. In a
         `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded. Orthogonalization needs
-        whole matrices: over an axis it refuses sharded ones.
+        be replicated; elsewhere *every* leaf counts as sharded. Orthogonalization puts
+        shards together by the whole shapes that `init` sees, outside the `shard_map`.
 
     Returns:
       An optimizer. Its `update` needs `params` for the diagonal of BFGS, and the

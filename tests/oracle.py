@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import numpy as np
+from orthogonalization.coefficients import polar_express
 
 # relative rise, shrink of the base step, part of the previous direction taken back
 TABLE = (
@@ -214,13 +215,21 @@ def dense_bfgs(hessian, s, y):
     return hessian - np.outer(h_s, h_s) / (s @ h_s) + np.outer(y, y) / (y @ s)
 
 
-def orthogonalize(g, iterations=5):
-    """Muon's iteration on the singular values, one by one."""
+MUON = ((3.4445, -4.7750, 2.0315),) * 10
+# For five steps, computed anew with the safety factor, and what goes on from there.
+POLAR_EXPRESS = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (*polar_express(5, 0.002), *[(15 / 8, -10 / 8, 3 / 8)] * 5)
+)
+
+
+def orthogonalize(g, iterations=5, quintics=MUON, norm=2):
+    """The iteration on the singular values, one by one."""
     matrix = np.reshape(g, (-1, np.shape(g)[-1]))
     u, sigma, vh = np.linalg.svd(matrix, full_matrices=False)
-    sigma = sigma / np.linalg.norm(sigma)
-    for _ in range(iterations):
-        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    sigma = sigma / np.sum(sigma**norm) ** (1 / norm)
+    for a, b, c in quintics[:iterations]:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
     polar = (u * sigma) @ vh
     return np.reshape(0.2 * np.sqrt(max(matrix.shape)) * polar, np.shape(g))
 

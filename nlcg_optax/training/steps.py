@@ -325,9 +325,11 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, (accuracy, batch_stats)), grads = whole_batch(state, batch)
         given = {"curvature": curvature(state, batch)} if quadratic else {}
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, value=loss, **given
-        )
+        # The devices over which orthogonalization may share out its work.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            updates, opt_state = tx.update(
+                grads, state.opt_state, state.params, value=loss, **given
+            )
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if config.average_decay:

@@ -178,7 +178,12 @@ def test_a_program_of_one_device():
     assert program.memory_bytes == 8 * 64**2 + outputs + program.temporary_bytes
     assert 1 <= program.kernels <= 4
     assert compiled.read(executable.as_text()) == compiled.Program(
-        collectives=(), kernels=program.kernels
+        collectives=(), kernels=program.kernels, product_flops=2.0 * 64**3
     )
+    # Seven products of stacks in a loop, and one outside.
+    looped = jax.jit(lambda x: jax.lax.map(lambda a: a @ a.mT, x).sum(0) @ x[0, 0])
+    x = jax.ShapeDtypeStruct((7, 3, 8, 64), jnp.float32)
+    found = compiled.read(looped.lower(x).compile()).product_flops
+    assert found == 7 * 3 * 2 * 8 * 8 * 64 + 3 * 2 * 8 * 8 * 64
     with pytest.raises(ValueError, match="no ENTRY computation"):
         compiled.read(lowered.as_text())

@@ -9,6 +9,7 @@ import optax
 import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
+from orthogonalization.coefficients import polar_express
 
 import nlcg_optax
 from nlcg_optax import scale_by_orthogonalization
@@ -63,13 +64,50 @@ def test_the_number_of_iterations(iterations):
     np.testing.assert_allclose(once(g, iterations=iterations), expected, atol=1e-12)
 
 
+def test_the_coefficients():
+    g = normal((4, 3))
+    # Polar Express has no safety factor in its last step.
+    last = polar_express(5, 0.002)[-1]
+    steps = [*oracle.POLAR_EXPRESS[:4], last]
+    expected = oracle.orthogonalize(g, quintics=steps, norm=8)
+    got = once(g, coefficients="polar_express")
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+    given = [(1.5, -0.5, 0.0), (1.875, -1.25, 0.375)]
+    steps = [*given, given[1], given[1]]
+    expected = oracle.orthogonalize(g, 4, quintics=steps, norm=8)
+    got = once(g, coefficients=given, iterations=4)
+    np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(96, 96), (300, 40)], ids=str)
+def test_half_precision_stays_near(shape, precision):
+    # Small singular values are where rounding would make an iteration blow up.
+    u, sigma, vh = np.linalg.svd(normal(shape, dtype=np.float32), full_matrices=False)
+    sigma = sigma[0] * np.geomspace(1, 1e-4, len(sigma), dtype=np.float32)
+    g = (u * sigma) @ vh
+    error = once(g, precision=precision) - once(g)
+    assert np.sqrt(np.mean(error**2)) < 0.3 * 0.2 * np.sqrt(len(sigma) / min(shape))
+    assert np.linalg.norm(error, 2) < 1.5 * 0.2 * math.sqrt(max(shape))
+    largest = u[:, :20].T @ error @ vh[:20].T / (0.2 * math.sqrt(max(shape)))
+    assert np.abs(largest).max() < 0.1
+    if precision == "float16":
+        double = np.asarray(g, np.float64)  # which has its own products
+        np.testing.assert_allclose(
+            once(double, precision=precision), once(double), atol=1e-9
+        )
+
+
 def test_singular_values_end_near_one():
     g = jnp.asarray(normal((60, 40)) * np.logspace(0, -1.5, 40))
-    sigma = np.linalg.svd(once(g) / (0.2 * math.sqrt(60)), compute_uv=False)
-    assert 0.68 < sigma.min() < sigma.max() < 1.21
-    # So the root mean square is near 0.2, whatever the shape.
-    tall = once(jnp.asarray(normal((300, 20))))
-    assert 0.68 < math.sqrt(jnp.mean(tall**2)) / 0.2 < 1.21
+    near = {"muon": (0.68, 1.21), "polar_express": (0.97, 1.03)}
+    for name, (least, most) in near.items():
+        z = once(g, coefficients=name)
+        sigma = np.linalg.svd(z / (0.2 * math.sqrt(60)), compute_uv=False)
+        assert least < sigma.min() < sigma.max() < most
+        # So the root mean square is near 0.2, whatever the shape.
+        tall = once(jnp.asarray(normal((300, 20))), coefficients=name)
+        assert least < math.sqrt(jnp.mean(tall**2)) / 0.2 < most
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -120,6 +158,8 @@ def test_the_metric_is_the_nuclear_norm():
     g = normal((6, 4))
     nuclear = np.linalg.svd(g, compute_uv=False).sum() * 0.2 * math.sqrt(6)
     assert 0.68 < np.vdot(g, once(g)) / nuclear < 1.21
+    z = once(g, coefficients="polar_express")
+    assert np.vdot(g, z) / nuclear == pytest.approx(1, abs=0.03)
 
 
 def test_gradients_of_another_tree():
@@ -140,6 +180,12 @@ def test_gradients_of_another_tree():
         ({"epsilon": -1.0}, "at least 0"),
         ({"iterations": 0}, "at least 1"),
         ({"iterations": 2.5}, "an integer"),
+        ({"coefficients": "best"}, "'muon', 'polar_express'"),
+        ({"coefficients": []}, "sequence of"),
+        ({"coefficients": [(1.5, -0.5)]}, "sequence of"),
+        ({"coefficients": [("a", 0.0, 1.0)]}, "sequence of"),
+        ({"precision": "float8"}, "'bfloat16', 'float16', 'highest'"),
+        ({"mesh": "data"}, "jax.sharding.Mesh"),
         ({"batch_axes": -1}, "at least 0"),
     ],
     ids=str,

@@ -226,8 +226,12 @@ def quadratic_setup(**fields):
 
 @pytest.mark.parametrize(("fraction", "stride"), [(1.0, 1), (0.5, 2), (0.1, 6)])
 def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride):
+    # Without a preconditioner, so that rounding stays what it is.
     config, model, state, step = quadratic_setup(
-        **{"optimizer.nlcg.curvature_fraction": fraction}
+        **{
+            "optimizer.nlcg.curvature_fraction": fraction,
+            "optimizer.nlcg.preconditioner": "none",
+        }
     )
     data = batch()
     images = steps.normalizer(config)(data["image"][0])
@@ -252,7 +256,7 @@ def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride)
         penalty = config.l2_penalty * steps.l2_loss(params)
         return cross_entropy(logits, labels[::stride]) + penalty
 
-    tx = nlcg_optax.scale_by_quadratic_model(nlcg_optax.scale_by_orthogonalization())
+    tx = nlcg_optax.scale_by_quadratic_model(optax.identity())
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     updates, _ = tx.update(
         grads,
@@ -265,7 +269,7 @@ def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride)
     for new, old, u in zip(
         *map(jax.tree.leaves, (new_state.params, state.params, updates)), strict=True
     ):
-        np.testing.assert_allclose(new, old - u, rtol=1e-3, atol=2e-4)
+        np.testing.assert_allclose(new, old - u, rtol=1e-5, atol=1e-6)
     assert metrics["taken_back"] == 0
     names = {f"coefficient_{n}" for n in ("gradient", "past_1", "past_3", "residual")}
     assert names < set(metrics) and metrics["coefficient_gradient"] > 0

@@ -1,0 +1,64 @@
+"""Does it train as well? cifar10_jpeg, batch 5,000, by coefficients and precision.
+
+    taskset -c 1 python benchmarks/orthogonalization/training.py --data_dir=DIR
+
+With the protocol of `benchmarks/large_batch` and the rate and the schedule that its
+sweep chose for `nlcg` with Muon's coefficients; its rows of the test phase are the
+baseline. A run is a line of `results/training.jsonl`; what is there is not run again.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import sys
+from unittest import mock
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "large_batch"))
+
+import sweep  # noqa: E402
+from workloads import WORKLOADS  # noqa: E402
+
+import nlcg_optax  # noqa: E402
+
+RESULTS = HERE / "results" / "training.jsonl"
+VARIANTS = {
+    "Polar Express": {},
+    "Polar Express, float16": {"precision": "float16"},
+    "Polar Express, 7 steps": {"iterations": 7},
+    "Muon's": {"coefficients": "muon"},
+}
+RATE, SCHEDULE = 0.04, "cosine, warm-up 10%"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", required=True, help="cifar10_jpeg, extracted")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--rates", nargs="*", type=float, default=[RATE])
+    args = parser.parse_args()
+    rows = []
+    if RESULTS.exists():
+        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    done = {(row["variant"], row["learning_rate"], row["seed"]) for row in rows}
+    workload = WORKLOADS["cifar10_jpeg"](args.data_dir)
+    make = nlcg_optax.scale_by_orthogonalization
+    for variant in args.variants:
+        varied = functools.partial(make, **VARIANTS[variant])
+        with mock.patch.object(nlcg_optax, "scale_by_orthogonalization", varied):
+            trainer = sweep.Trainer(workload)
+            for rate in args.rates:
+                for seed in sweep.TEST_SEEDS:
+                    if (variant, rate, seed) in done:
+                        continue
+                    cell = sweep.Cell("test", rate, SCHEDULE, seed)
+                    row = {"variant": variant, **trainer.run("nlcg", 5000, cell)}
+                    row |= sweep.environment()
+                    with RESULTS.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(variant, rate, seed, row["accuracy"], row["loss"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

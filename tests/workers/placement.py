@@ -1,0 +1,229 @@
+"""Run by `test_placement.py` in a process with eight devices; not a test by itself.
+
+Prints, as JSON, how far orthogonalization on eight devices is from that on one, how the
+work was placed, and what the compiled programs send and compute.
+"""
+
+import json
+import math
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+import compiled  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import AxisType, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+import nlcg_optax  # noqa: E402
+from nlcg_optax.preconditioners import _placement  # noqa: E402
+
+RNG = np.random.default_rng(0)
+# Ten matrices of one shape, on eight devices; a few of its transpose; convolutions; a
+# single one that is long; and a bias.
+SHAPES = {
+    **{f"a{i}": (8, 24) for i in range(10)},
+    **{f"b{i}": (24, 8) for i in range(3)},
+    "conv0": (3, 3, 8, 16),
+    "conv1": (3, 3, 8, 16),
+    "embedding": (128, 8),
+    "bias": (8,),
+}
+LAYERS = {"layers": (16, 8, 24), "more": (3, 8, 16), "bias": (3, 8)}
+SINGLE = {"w": (16, 24)}
+NONE = {"bias": (8,), "scale": ()}
+
+
+def gradients(shapes):
+    return {name: RNG.normal(size=shape) for name, shape in shapes.items()}
+
+
+def make_mesh(sizes, names, kind=AxisType.Auto):
+    devices = jax.devices()[: math.prod(sizes)]
+    return jax.make_mesh(sizes, names, (kind,) * len(sizes), devices=devices)
+
+
+def first(axis):
+    """Sharded along the first axis, that of inputs in a convolution's kernel."""
+    return lambda shape: P(*[None] * (len(shape) - 2), axis) if shape[1:] else P()
+
+
+def last(axis):
+    """Sharded along the last axis."""
+    return lambda shape: P(*[None] * (len(shape) - 1), axis) if shape else P()
+
+
+def both(one, other):
+    """Sharded along two axes."""
+    return lambda s: P(*[None] * (len(s) - 2), one, other) if s[1:] else P()
+
+
+def replicated(shape):
+    del shape
+    return P()
+
+
+def difference(got, expected):
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x) - y), initial=0)) for x, y in pairs)
+
+
+def specs_of(state, specs):
+    """Of the state: moments are where their leaves are."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: P() if len(path) == 1 else specs[path[-1].key], state
+    )
+
+
+def compare(shapes, layout, mesh, door, check_vma=True, through=None, **options):
+    """How far a step on the devices is from one on one device; and the collectives."""
+    options = {"iterations": 2, **options}
+    grads = gradients(shapes)
+    specs = {name: layout(shape) for name, shape in shapes.items()}
+    plain = nlcg_optax.scale_by_orthogonalization(**options)
+    state = plain.init(grads)
+    expected = jax.tree.map(np.asarray, plain.update(grads, state))
+    where = specs_of(state, specs)
+    placed = {
+        k: jax.device_put(g, NamedSharding(mesh, specs[k])) for k, g in grads.items()
+    }
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (specs, where))
+    if door == "shard_map":
+        tx = nlcg_optax.scale_by_orthogonalization(axis_name=through, **options)
+        run = jax.jit(
+            jax.shard_map(
+                tx.update,
+                mesh=mesh,
+                in_specs=(specs, where),
+                out_specs=(specs, where),
+                check_vma=check_vma,
+            )
+        )
+        arguments = (placed, tx.init(placed))
+        compiled_run = run.lower(*arguments).compile()
+    else:
+        given = {"argument": {"mesh": mesh}}.get(door, {})
+        tx = nlcg_optax.scale_by_orthogonalization(**given, **options)
+        out = None if door == "explicit" else shardings
+        run = jax.jit(tx.update, out_shardings=out)
+        init = tx.init if out is None else jax.jit(tx.init, out_shardings=out[1])
+        arguments = (placed, init(placed))
+        if door == "set":
+            with jax.set_mesh(mesh):
+                compiled_run = run.lower(*arguments).compile()
+        else:
+            compiled_run = run.lower(*arguments).compile()
+    got = compiled_run(*arguments)
+    for x, sharding in zip(
+        jax.tree.leaves(got), jax.tree.leaves(shardings), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
+    program = compiled.read(compiled_run)
+    return {"difference": difference(got, expected), "collectives": program.counts()}
+
+
+def everything():
+    one, two = make_mesh((8,), ("fsdp",)), make_mesh((2, 4), ("data", "fsdp"))
+    found = {}
+
+    def add(name, *args, **options):
+        found[name] = compare(*args, **options)
+
+    for door in ("set", "shard_map"):
+        name = f"{door}, counted"
+        add(name, SHAPES, last("fsdp"), one, door, through="fsdp")
+    # Matrices as small as these are not worth a message, unless messages cost nothing.
+    _placement.OPERATIONS_PER_BYTE = _placement.OPERATIONS_PER_COLLECTIVE = 0
+    axes = ("data", "fsdp")
+    layouts = {
+        "first": (one, first("fsdp")),
+        "last": (one, last("fsdp")),
+        "replicated": (one, replicated),
+        "one of two": (two, last("fsdp")),
+        "both on one": (two, first(axes)),
+        "one each": (two, both(*axes)),
+    }
+    for name, (mesh, layout) in layouts.items():
+        through = mesh.axis_names
+        for door in ("set", "argument", "explicit", "shard_map"):
+            if door == "argument" and name != "last":
+                continue
+            if door == "explicit":
+                sizes = tuple(mesh.shape.values())
+                mesh = make_mesh(sizes, mesh.axis_names, AxisType.Explicit)
+            add(f"{door}, {name}", SHAPES, layout, mesh, door, through=through)
+    add("unchecked", SHAPES, last("fsdp"), one, "shard_map", False, through="fsdp")
+    three = make_mesh((3,), ("fsdp",))
+    add("three devices", SHAPES, replicated, three, "set")
+    for door in ("set", "shard_map"):
+        for name, layout in {
+            "layers": lambda s: P("fsdp"),
+            "inside": lambda s: P(None, "fsdp") if len(s) > 2 else P(),
+            "replicated": replicated,
+        }.items():
+            shapes = dict(LAYERS)
+            if name == "layers":
+                del shapes["more"]  # three layers do not lie on eight devices
+                del shapes["bias"]
+            add(
+                f"{door}, layers, {name}",
+                shapes,
+                layout,
+                one,
+                door,
+                through="fsdp",
+                batch_axes=1,
+            )
+        add(f"{door}, single", SINGLE, last("fsdp"), one, door, through="fsdp")
+        add(f"{door}, none", NONE, replicated, one, door, through="fsdp")
+    return found
+
+
+def whole_optimizer():
+    """How far some steps of `nlcg` over sharded parameters are from one device's."""
+    mesh, layout = make_mesh((8,), ("fsdp",)), last("fsdp")
+    params = gradients(SHAPES)
+    specs = {name: layout(shape) for name, shape in SHAPES.items()}
+
+    def steps(tx, params, state):
+        for i in range(4):
+            grads = jax.tree.map(lambda x: x + jax.numpy.sin(3 * x), params)
+            updates, state = tx.update(grads, state, params, value=1.0 / (1 + i))
+            params = jax.tree.map(lambda x, u: x + u, params, updates)
+        return params, state
+
+    def spec(path, x):
+        name = getattr(path[-1], "key", None)
+        return specs[name] if x.shape == SHAPES.get(name) else P()
+
+    alone = nlcg_optax.nlcg(0.05)
+    expected = jax.jit(lambda x: steps(alone, x, alone.init(x)))(params)[0]
+    tx = nlcg_optax.nlcg(0.05, axis_name="fsdp")
+    state = tx.init(params)
+    where = jax.tree_util.tree_map_with_path(spec, state)
+    run = jax.shard_map(
+        lambda params, state: steps(tx, params, state),
+        mesh=mesh,
+        in_specs=(specs, where),
+        out_specs=(specs, where),
+    )
+    got = jax.jit(run)(params, state)[0]
+    return difference(got, jax.tree.map(np.asarray, expected))
+
+
+def refused():
+    """What is said of a parameter on a device that the mesh does not have."""
+    mesh = make_mesh((2,), ("fsdp",))
+    tx = nlcg_optax.scale_by_orthogonalization(mesh=mesh)
+    elsewhere = jax.device_put(np.ones((4, 6)), jax.devices()[5])
+    try:
+        tx.init({"layer": {"w": elsewhere}})
+    except ValueError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    found = {"cases": everything(), "nlcg": whole_optimizer(), "refused": refused()}
+    print(json.dumps(found, indent=1))
