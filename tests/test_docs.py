@@ -67,7 +67,9 @@ def entries(page):
 
 def test_every_public_name_is_in_the_reference_once():
     beta = [f"beta.{name}" for name in nlcg_optax.beta.__all__]
-    assert entries(DOCS / "api" / "index.md") == sorted([*nlcg_optax.__all__, *beta])
+    kinds = [f"matrices.{name}" for name in ("last_axis", "flax", "equinox")]
+    names = [*nlcg_optax.__all__, *beta, *kinds]
+    assert entries(DOCS / "api" / "index.md") == sorted(names)
 
 
 def test_every_module_of_training_is_in_the_reference_once():

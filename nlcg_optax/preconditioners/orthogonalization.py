@@ -1,9 +1,10 @@
 """Preconditioning by orthogonalization, matrix by matrix."""
 
-import dataclasses
+import functools
 import itertools
+import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,12 @@ from nlcg_optax.preconditioners import matrices as ready_matrices
 from nlcg_optax.preconditioners._placement import Matrix
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class NoSecondMoment:
+class NoSecondMoment(tuple):
     """In a tree of second moments, the place of a matrix, which has none.
+
+    To whatever flattens or stores a state this is a named tuple without fields. What it
+    says is said by its class, of which there is one for each matrix and shape, so that
+    it is part of the tree's structure and nothing of the kind has to be stored.
 
     Attributes:
       matrix: which axes of the leaf are its rows, its columns, and count matrices.
@@ -28,8 +31,23 @@ class NoSecondMoment:
         where `init` saw a shard, or may have.
     """
 
-    matrix: Matrix
-    shape: tuple[int, ...] | None
+    __slots__ = ()
+    _fields = ()
+    matrix: ClassVar[Matrix]
+    shape: ClassVar[tuple[int, ...] | None]
+
+    def __reduce__(self) -> Any:
+        return no_second_moment, (self.matrix, self.shape)
+
+    def __repr__(self) -> str:
+        return f"NoSecondMoment(matrix={self.matrix}, shape={self.shape})"
+
+
+@functools.cache
+def no_second_moment(matrix: Matrix, shape: tuple[int, ...] | None) -> NoSecondMoment:
+    """The place of a matrix; the same object for the same matrix and shape."""
+    said = {"__slots__": (), "matrix": matrix, "shape": shape}
+    return type("NoSecondMoment", (NoSecondMoment,), said)()
 
 
 class OrthogonalizationState(NamedTuple):
@@ -159,7 +177,9 @@ def scale_by_orthogonalization(
 
     _check_coefficients(coefficients)
     _check.one_of("precision", precision, ("highest", *_newton_schulz.HALF))
-    method = _newton_schulz.Method.of(coefficients, iterations, precision)
+    method = _newton_schulz.Method.of(
+        coefficients, operator.index(iterations), precision
+    )
 
     if matrices is not None and batch_axes != 0:
         raise ValueError(
@@ -185,7 +205,7 @@ def scale_by_orthogonalization(
                 return jnp.zeros_like(x, dtype=_tree.scalar_dtype(x))
             _check_devices(path, x, mesh)
             whole = _known_whole(x, mapped)
-            return NoSecondMoment(matrix, tuple(jnp.shape(x)) if whole else None)
+            return no_second_moment(matrix, tuple(jnp.shape(x)) if whole else None)
 
         return OrthogonalizationState(
             count=jnp.zeros([], jnp.int32),
