@@ -1,0 +1,127 @@
+"""Another run, drawn beside this one: where a reader sees what the optimizer does.
+
+It is the folder of a run, or a file that :func:`record` made of one. A file in
+``configs/`` goes by its name without the suffix, as configs do.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from nlcg_optax.training import metrics
+from nlcg_optax.training.config import (
+    ConfigDict,
+    ConfigError,
+    builtin_configs,
+    flatten,
+    to_json,
+)
+
+# Fields that may differ between two runs that are compared: what is compared, and what
+# does not change the curves.
+_FREE = ("checkpoint_every_epochs", "compare_with", "keep_checkpoints", "seed")
+_FREE += ("dataset.data_dir", "dataset.in_memory", "eval_batch_size")
+_FREE += ("eval_every_epochs", "log_every_steps", "weight_decay")
+_FREE_GROUPS = ("optimizer.", "mesh.")
+
+
+class OtherRun(NamedTuple):
+    """A run to compare with.
+
+    Attributes:
+      label: its optimizer and learning rate, in words.
+      config: its fields, by their names with dots.
+      rows: of its ``metrics.jsonl``.
+    """
+
+    label: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+def load_run(name: str) -> OtherRun:
+    """Reads the run that the field ``compare_with`` names.
+
+    Raises:
+      ConfigError: if there is none, or it cannot be read.
+    """
+    folder, *_ = [config.path.parent for config in builtin_configs()]
+    path = folder / f"{name}.jsonl"
+    if not path.is_file():
+        path = pathlib.Path(name)
+    try:
+        if path.is_dir():
+            head = {"config": json.loads((path / "config.json").read_text())}
+            rows = metrics.read_metrics(path / "metrics.jsonl")
+        else:
+            head, *rows = metrics.read_metrics(path)
+        config = flatten(head["config"])
+        label = f"{config['optimizer.name']} at {config['optimizer.learning_rate']:g}"
+        rows[0]["loss"], rows[0]["step"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        known = ", ".join(repr(path.stem) for path in sorted(folder.glob("*.jsonl")))
+        raise ConfigError(
+            f"compare_with={name!r} cannot be read ({type(error).__name__}: {error}): "
+            f"expected the folder of a run, or one of {known}."
+        ) from error
+    return OtherRun(label, config, rows)
+
+
+def differing_fields(config: ConfigDict, other: OtherRun) -> list[str]:
+    """The fields, but those of the optimizer, in which two runs differ."""
+    ours = flatten(to_json(config))
+    return [
+        name
+        for name in sorted(ours.keys() | other.config.keys())
+        if name not in _FREE
+        and not name.startswith(_FREE_GROUPS)
+        and ours.get(name) != other.config.get(name)
+    ]
+
+
+def in_words(rows: Sequence[dict[str, Any]], other: OtherRun) -> str:
+    """How two runs of the same length compare.
+
+    Args:
+      rows: of this run.
+      other: the run it is compared with.
+
+    Example:
+      >>> losses = [(1, 2.0), (2, 0.9), (3, 0.5)]
+      >>> ours = [{"step": s, "split": "train", "loss": v} for s, v in losses]
+      >>> theirs = [{**row, "loss": 2 * row["loss"]} for row in ours]
+      >>> in_words(ours, OtherRun("momentum at 0.1", {}, theirs))
+      'momentum at 0.1 ended at loss 1.0000; this run was there after 2 of 3 steps'
+    """
+    last = [row for row in other.rows if row["split"] == "train"][-1]
+    accuracies = [
+        f", {row['split']} accuracy {row['accuracy']:.4f}"
+        for row in other.rows
+        if row["step"] == last["step"] and row["split"] != "train"
+    ]
+    trained = [row for row in rows if row["split"] == "train"]
+    steps = [row["step"] for row in trained if row["loss"] <= last["loss"]]
+    there = f"was there after {steps[0]:,} of" if steps else "was not there in"
+    return (
+        f"{other.label} ended at loss {last['loss']:.4f}{''.join(accuracies)}; "
+        f"this run {there} {trained[-1]['step']:,} steps"
+    )
+
+
+def record(workdir: str | pathlib.Path, path: str | pathlib.Path, command: str) -> None:
+    """Makes one small file of a run: its config, and loss and accuracy.
+
+    Args:
+      workdir: folder of the run.
+      path: the file to write.
+      command: that made the run; it is written there.
+    """
+    workdir = pathlib.Path(workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    lines: list[dict[str, Any]] = [{"command": command, "config": config}]
+    for row in metrics.read_metrics(workdir / "metrics.jsonl"):
+        short = {name: round(row[name], 5) for name in ("loss", "accuracy")}
+        lines.append({"step": row["step"], "split": row["split"], **short})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    pathlib.Path(path).write_text(text)
