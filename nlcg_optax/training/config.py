@@ -404,11 +404,13 @@ def _parse(text: str, kind: type) -> Any:
         return known[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except SyntaxError as error:
-        raise ValueError(text) from error
+        if kind is float and isinstance(value, int):
+            value = float(value)
+    except (SyntaxError, MemoryError, RecursionError, OverflowError) as error:
+        raise ValueError(text) from error  # a number of 400 digits, say
     if kind is tuple and not isinstance(value, tuple | list):
         value = (value,)
-    return float(value) if kind is float and isinstance(value, int) else value
+    return value
 
 
 def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

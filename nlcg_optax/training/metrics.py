@@ -173,7 +173,7 @@ def plot_curves(
             },
         ),
         (
-            "share of the last direction, and angle to the gradient",
+            "share of the last direction (β), and angle to the gradient",
             {
                 "β": series("train", "beta"),
                 "cosine of direction and -gradient": series("train", "cosine"),
