@@ -81,31 +81,42 @@ def differing_fields(config: ConfigDict, other: OtherRun) -> list[str]:
 
 
 def in_words(rows: Sequence[dict[str, Any]], other: OtherRun) -> str:
-    """How two runs of the same length compare.
+    """How two runs of the same length compare, by their evaluations.
+
+    (The training loss has the penalty in it, which other learning rates weigh
+    otherwise.)
 
     Args:
       rows: of this run.
       other: the run it is compared with.
 
     Example:
-      >>> losses = [(1, 2.0), (2, 0.9), (3, 0.5)]
-      >>> ours = [{"step": s, "split": "train", "loss": v} for s, v in losses]
+      >>> losses = [(10, 2.0), (20, 0.9), (30, 0.5)]
+      >>> ours = [
+      ...     {"step": step, "split": "test", "loss": loss, "accuracy": 0.5}
+      ...     for step, loss in losses
+      ... ]
       >>> theirs = [{**row, "loss": 2 * row["loss"]} for row in ours]
-      >>> in_words(ours, OtherRun("momentum at 0.1", {}, theirs))
-      'momentum at 0.1 ended at loss 1.0000; this run was there after 2 of 3 steps'
+      >>> text = in_words(ours, OtherRun("momentum at 0.1", {}, theirs))
+      >>> for part in text.split("; "):
+      ...     print(part)
+      momentum at 0.1 ended at test loss 1.0000, accuracy 0.5000
+      this run had that loss after 20 of 30 steps, and ended at 0.5000
     """
-    last = [row for row in other.rows if row["split"] == "train"][-1]
-    accuracies = [
-        f", {row['split']} accuracy {row['accuracy']:.4f}"
-        for row in other.rows
-        if row["step"] == last["step"] and row["split"] != "train"
-    ]
-    trained = [row for row in rows if row["split"] == "train"]
-    steps = [row["step"] for row in trained if row["loss"] <= last["loss"]]
-    there = f"was there after {steps[0]:,} of" if steps else "was not there in"
+    theirs = [row for row in other.rows if row["split"] != "train"] or other.rows
+    last = theirs[-1]
+    ours = [row for row in rows if row["split"] == last["split"]]
+    if not ours:
+        return f"not with {other.label}, which was evaluated on {last['split']}"
+    steps = [row["step"] for row in ours if row["loss"] <= last["loss"]]
+    had = (
+        f"had that loss after {steps[0]:,} of {ours[-1]['step']:,} steps, and"
+        if steps
+        else "never had that loss, and"
+    )
     return (
-        f"{other.label} ended at loss {last['loss']:.4f}{''.join(accuracies)}; "
-        f"this run {there} {trained[-1]['step']:,} steps"
+        f"{other.label} ended at {last['split']} loss {last['loss']:.4f}, accuracy "
+        f"{last['accuracy']:.4f}; this run {had} ended at {ours[-1]['loss']:.4f}"
     )
 
 

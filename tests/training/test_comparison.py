@@ -45,9 +45,15 @@ def test_fields_beside_the_optimizer_are_compared():
 
 
 def test_a_comparison_that_is_lost_is_told_too():
-    other = comparison.OtherRun("adamw at 0.01", {}, rows([2.0, 0.1]))
-    text = comparison.in_words(rows([3.0, 0.2]), other)
-    assert text.endswith("at loss 0.1000; this run was not there in 2 steps")
+    theirs = rows([9.0, 8.0]) + rows([2.0, 0.1], "test")
+    other = comparison.OtherRun("adamw at 0.01", {}, theirs)
+    text = comparison.in_words(rows([1.0, 0.0]) + rows([3.0, 0.2], "test"), other)
+    assert text == (
+        "adamw at 0.01 ended at test loss 0.1000, accuracy 0.5000; this run never had "
+        "that loss, and ended at 0.2000"
+    )
+    text = comparison.in_words(rows([1.0, 0.0]), other)
+    assert text == "not with adamw at 0.01, which was evaluated on test"
 
 
 def test_a_record_is_the_run_in_short(tmp_path):

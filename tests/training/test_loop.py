@@ -273,13 +273,13 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     losses = [
         row["loss"]
         for row in metrics.read_metrics(theirs / "metrics.jsonl")
-        if row["split"] == "train"
+        if row["split"] == "test"
     ]
     ours, _ = uninterrupted
     shutil.copytree(ours, tmp_path / "ours")
     loop.train_and_evaluate(tiny_config(f"compare_with={theirs}"), tmp_path / "ours")
     printed = capsys.readouterr().out
-    assert f"momentum at 0.05 ended at loss {losses[-1]:.4f}, test accuracy" in printed
+    assert f"momentum at 0.05 ended at test loss {losses[-1]:.4f}, accuracy" in printed
     curves = [(w / "curves.png").read_bytes() for w in (ours, tmp_path / "ours")]
     assert curves[0] != curves[1]
     # Not with a run of another length.
