@@ -62,14 +62,22 @@ class Watch(threading.Thread):
 
     def _count(self) -> dict[str, float]:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
         return {
-            "step": last_step(lines),
+            "step": last_step(tail(self._path)),
             "memory": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
             "files": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),
             "compiled": self._compiled,
         }
+
+
+def tail(path: pathlib.Path) -> list[str]:
+    """The last lines of a file, of which the first may be cut off."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:  # the whole of it would be memory that grows
+        file.seek(max(0, path.stat().st_size - 4096))
+        return file.read().decode(errors="ignore").splitlines()
 
 
 def last_step(lines: list[str]) -> int:
