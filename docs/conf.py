@@ -3,10 +3,12 @@
 import base64
 import inspect
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import struct
 
 import latex2mathml.converter
 from docutils import nodes
@@ -156,11 +158,17 @@ def _card(notebook: pathlib.Path) -> str:
 
 
 def _picture(notebook: pathlib.Path) -> bytes:
-    """The last picture that a notebook drew."""
+    """Of the pictures that a notebook drew, the one most like a card: twice as wide."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    pictures = [output.get("data", {}).get("image/png") for output in outputs]
-    return base64.b64decode("".join([p for p in pictures if p][-1]))
+    encoded = [output.get("data", {}).get("image/png") for output in outputs]
+    pictures = [base64.b64decode("".join(picture)) for picture in encoded if picture]
+
+    def distance(png: bytes) -> float:
+        width, height = struct.unpack(">II", png[16:24])  # of its header
+        return abs(math.log(width / height / 2))
+
+    return min(pictures, key=distance)
 
 
 def _contents(title: str, text: str, entries: list[str], hidden: bool = False) -> str:

@@ -59,7 +59,7 @@ def load_run(name: str) -> OtherRun:
         config = flatten(head["config"])
         label = f"{config['optimizer.name']} at {config['optimizer.learning_rate']:g}"
         rows[0]["loss"], rows[0]["step"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         known = ", ".join(repr(path.stem) for path in sorted(folder.glob("*.jsonl")))
         raise ConfigError(
             f"compare_with={name!r} cannot be read ({type(error).__name__}: {error}): "
