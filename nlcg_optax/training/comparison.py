@@ -58,7 +58,8 @@ def load_run(name: str) -> OtherRun:
             head, *rows = metrics.read_metrics(path)
         config = flatten(head["config"])
         label = f"{config['optimizer.name']} at {config['optimizer.learning_rate']:g}"
-        rows[0]["loss"], rows[0]["step"]
+        if not {"step", "split", "loss", "accuracy"} <= rows[0].keys():
+            raise ValueError("it holds no metrics")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         known = ", ".join(repr(path.stem) for path in sorted(folder.glob("*.jsonl")))
         raise ConfigError(
