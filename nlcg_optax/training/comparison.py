@@ -82,42 +82,44 @@ def differing_fields(config: ConfigDict, other: OtherRun) -> list[str]:
 
 
 def in_words(rows: Sequence[dict[str, Any]], other: OtherRun) -> str:
-    """How two runs of the same length compare, by their evaluations.
+    """How two runs of the same length compare: early, and at their ends.
 
-    (The training loss has the penalty in it, which other learning rates weigh
-    otherwise.)
+    By their evaluations, since the training loss has the penalty in it.
 
     Args:
       rows: of this run.
       other: the run it is compared with.
 
     Example:
-      >>> losses = [(10, 2.0), (20, 0.9), (30, 0.5)]
+      >>> numbers = [(10, 0.8, 0.5), (20, 0.9, 0.25)]
       >>> ours = [
-      ...     {"step": step, "split": "test", "loss": loss, "accuracy": 0.5}
-      ...     for step, loss in losses
+      ...     {"step": step, "split": "test", "accuracy": accuracy, "loss": loss}
+      ...     for step, accuracy, loss in numbers
       ... ]
-      >>> theirs = [{**row, "loss": 2 * row["loss"]} for row in ours]
+      >>> theirs = [{**row, "accuracy": 0.75, "loss": 1.0} for row in ours]
       >>> text = in_words(ours, OtherRun("momentum at 0.1", {}, theirs))
       >>> for part in text.split("; "):
-      ...     print(part)
-      momentum at 0.1 ended at test loss 1.0000, accuracy 0.5000
-      this run had that loss after 20 of 30 steps, and ended at 0.5000
+      ...     print(part.replace(" at the end", ""))
+      test accuracy of momentum at 0.1: 0.7500 after 10 steps and 0.7500 (loss 1.0000)
+      of this run: 0.8000 and 0.9000 (loss 0.2500)
     """
-    theirs = [row for row in other.rows if row["split"] != "train"] or other.rows
-    last = theirs[-1]
-    ours = [row for row in rows if row["split"] == last["split"]]
-    if not ours:
-        return f"not with {other.label}, which was evaluated on {last['split']}"
-    steps = [row["step"] for row in ours if row["loss"] <= last["loss"]]
-    had = (
-        f"had that loss after {steps[0]:,} of {ours[-1]['step']:,} steps, and"
-        if steps
-        else "never had that loss, and"
+    (split, *_) = [row["split"] for row in rows if row["split"] != "train"] or ["train"]
+    ours, theirs = (
+        {row["step"]: row for row in part if row["split"] == split}
+        for part in (rows, other.rows)
     )
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return f"not with {other.label}, which was evaluated at other steps"
+    early, end = common[0], common[-1]
+
+    def at_end(run: dict[int, dict[str, Any]]) -> str:
+        return f"{run[end]['accuracy']:.4f} (loss {run[end]['loss']:.4f})"
+
     return (
-        f"{other.label} ended at {last['split']} loss {last['loss']:.4f}, accuracy "
-        f"{last['accuracy']:.4f}; this run {had} ended at {ours[-1]['loss']:.4f}"
+        f"{split} accuracy of {other.label}: {theirs[early]['accuracy']:.4f} after "
+        f"{early:,} steps and {at_end(theirs)} at the end; of this run: "
+        f"{ours[early]['accuracy']:.4f} and {at_end(ours)}"
     )
 
 

@@ -47,13 +47,14 @@ def test_fields_beside_the_optimizer_are_compared():
 def test_a_comparison_that_is_lost_is_told_too():
     theirs = rows([9.0, 8.0]) + rows([2.0, 0.1], "test")
     other = comparison.OtherRun("adamw at 0.01", {}, theirs)
-    text = comparison.in_words(rows([1.0, 0.0]) + rows([3.0, 0.2], "test"), other)
-    assert text == (
-        "adamw at 0.01 ended at test loss 0.1000, accuracy 0.5000; this run never had "
-        "that loss, and ended at 0.2000"
+    worse = [{**row, "accuracy": 0.25} for row in rows([3.0, 0.2], "test")]
+    assert comparison.in_words(rows([1.0, 0.0]) + worse, other) == (
+        "test accuracy of adamw at 0.01: 0.5000 after 1 steps and 0.5000 (loss 0.1000) "
+        "at the end; of this run: 0.2500 and 0.2500 (loss 0.2000)"
     )
-    text = comparison.in_words(rows([1.0, 0.0]), other)
-    assert text == "not with adamw at 0.01, which was evaluated on test"
+    elsewhere = [{**row, "step": 10 + row["step"]} for row in worse]
+    text = comparison.in_words(elsewhere, other)
+    assert text == "not with adamw at 0.01, which was evaluated at other steps"
 
 
 def test_a_record_is_the_run_in_short(tmp_path):

@@ -270,8 +270,8 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     theirs = tmp_path / "theirs"
     config = tiny_config("optimizer.name=momentum", "optimizer.learning_rate=0.05")
     loop.train_and_evaluate(config, theirs, "quiet")
-    losses = [
-        row["loss"]
+    accuracies = [
+        row["accuracy"]
         for row in metrics.read_metrics(theirs / "metrics.jsonl")
         if row["split"] == "test"
     ]
@@ -279,7 +279,8 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     shutil.copytree(ours, tmp_path / "ours")
     loop.train_and_evaluate(tiny_config(f"compare_with={theirs}"), tmp_path / "ours")
     printed = capsys.readouterr().out
-    assert f"momentum at 0.05 ended at test loss {losses[-1]:.4f}, accuracy" in printed
+    told = f"test accuracy of momentum at 0.05: {accuracies[0]:.4f} after 6 steps and "
+    assert f"{told}{accuracies[-1]:.4f} (loss " in printed
     curves = [(w / "curves.png").read_bytes() for w in (ours, tmp_path / "ours")]
     assert curves[0] != curves[1]
     # Not with a run of another length.
