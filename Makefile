@@ -6,7 +6,10 @@ WORKDIR ?= runs/digits
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# What is installed into the environment: what the demo needs, and what the tests need.
+TRAIN_INSTALLED := $(VENV)/.installed-train
+TEST_INSTALLED := $(VENV)/.installed-test
 
 .PHONY: help demo test test-all lint docs linkcheck dist clean
 
@@ -20,18 +23,28 @@ help:
 	@echo "make dist      build wheel and sdist, install each alone and try it (TRAIN=1: with [train])"
 	@echo "make clean     remove the environment and caches (never runs/)"
 
-$(INSTALLED): pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "nlcg-optax needs Python 3.11 or newer, and $(PYTHON) is" \
 	    "$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+
+$(TRAIN_INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "Installing what training needs into $(VENV) (jax, flax and others, 1.2 GB):"
+	@echo "about a minute where the packages come fast. This is done once."
+	$(PIP) --editable '.[train]'
 	@touch $@
 
-demo: $(INSTALLED)
+$(TEST_INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "Installing what the tests need into $(VENV) (also Sphinx, pyright and"
+	@echo "Jupyter, 1.6 GB in all): some minutes. This is done once."
+	$(PIP) --editable '.[test]'
+	@touch $(TRAIN_INSTALLED) $@
+
+demo: $(TRAIN_INSTALLED)
 	$(BIN)/nlcg-train --config=digits_resnet8 --workdir=$(WORKDIR) $(ARGS)
 
-lint: $(INSTALLED)
+lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -45,16 +58,17 @@ test-all: lint
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m "" $(ARGS)
 
 # Warnings are errors; links within the documentation are checked.
-docs: $(INSTALLED)
+docs: $(TEST_INSTALLED)
 	$(BIN)/python -m sphinx -b html -n -W --keep-going docs docs/_build/html
 
-linkcheck: $(INSTALLED)
+linkcheck: $(TEST_INSTALLED)
 	$(BIN)/python -m sphinx -b linkcheck docs docs/_build/linkcheck
 
 # Each archive is installed into an environment of its own, and tried out of sight of
 # the checkout. The old egg-info goes first: it would name files for the sdist.
-dist: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dist]'
+dist: $(TEST_INSTALLED)
+	@echo "Installing what builds the archives into $(VENV): seconds."
+	$(PIP) --editable '.[dist]'
 	rm -rf dist *.egg-info
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
@@ -63,7 +77,8 @@ dist: $(INSTALLED)
 	for archive in dist/*.whl dist/*.tar.gz; do \
 	  echo "$$archive$(if $(TRAIN),[train]) in a fresh environment:"; \
 	  $(BIN)/python -m venv --clear "$$fresh/venv"; \
-	  "$$fresh/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+	  echo "Installing it and what it needs: $(if $(TRAIN),minutes,half a minute)."; \
+	  "$$fresh/venv/bin/python" -m pip install --disable-pip-version-check \
 	    "$$archive$(if $(TRAIN),[train])"; \
 	  cp tests/smoke.py "$$fresh"; \
 	  (cd "$$fresh"; venv/bin/python -I -W error smoke.py $(if $(TRAIN),--train)); \

@@ -13,6 +13,15 @@ The rate has the best validation accuracy of seven, if narrowly: means of three 
     rate      0.005   0.01    0.02    0.04    0.08    0.16    0.32
     accuracy  0.9838  0.9873  0.9861  0.9850  0.9850  0.9850  0.9826
     loss      0.056   0.047   0.057   0.049   0.058   0.046   0.078
+
+The curves are drawn beside those of SGD with momentum 0.9, whose file
+digits_resnet8_momentum.jsonl begins with the command that made it (and
+nlcg_optax.training.comparison.record made the file of its folder). Its rate, too, has
+the best accuracy on those 288 images, here of seed 0 alone. On the 360 test images
+it has 0.8222 after ten steps and 0.9833 at the end, where NLCG has 0.9694 and 0.9861:
+
+    rate      0.05    0.1     0.2     0.4     0.8     1.6     3.2
+    accuracy  0.9547  0.9686  0.9791  0.9861  0.9895  0.9930  0.9652
 """
 
 from nlcg_optax.training.config import base_config
@@ -32,4 +41,5 @@ def get_config():
     config.schedule.warmup_epochs = 5.0
     config.eval_every_epochs = 10.0
     config.checkpoint_every_epochs = 10.0
+    config.compare_with = "digits_resnet8_momentum"
     return config

@@ -1,10 +1,17 @@
 """Configuration of Sphinx: `make docs`."""
 
+import base64
 import inspect
+import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import struct
+
+import latex2mathml.converter
+from docutils import nodes
 
 import nlcg_optax
 
@@ -13,20 +20,28 @@ ROOT = DOCS.parent
 
 project = "nlcg-optax"
 author = "the nlcg-optax authors"
+copyright = author
 version = release = nlcg_optax.__version__
 
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
+templates_path = ["_templates"]
 
 html_theme = "furo"
 html_title = f"nlcg-optax {version}"
+html_favicon = "_static/favicon.svg"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+# No page needs anything from elsewhere: formulas are MathML, made below.
+html_math_renderer = "mathml"
+myst_update_mathjax = False
+nb_ipywidgets_js = {}
 
 # Names in single backquotes, in docstrings.
 default_role = "code"
@@ -101,10 +116,13 @@ def bring_in() -> None:
         key=lambda path: (not path.name.startswith("nlcg"), path.name),  # first steps
     )
     pages = {f"notebooks/{p.name}": p.read_text(encoding="utf-8") for p in notebooks}
+    cards = "\n".join(_card(path) for path in notebooks)
     pages["notebooks/index.md"] = _contents(
         "Notebooks",
-        "They are in `examples/notebooks`, and shown here as they ran.",
+        "They are in `examples/notebooks`, and shown here as they ran.\n\n"
+        f"```{{container}} cards\n{cards}\n```",
         [path.stem for path in notebooks],
+        hidden=True,
     )
 
     names = ("CHANGELOG.md", "CONTRIBUTING.md")
@@ -121,11 +139,42 @@ def bring_in() -> None:
         (DOCS / folder).mkdir()
     for name, text in pages.items():
         (DOCS / name).write_text(text, encoding="utf-8")
+    for path in notebooks:
+        (DOCS / "notebooks" / f"{path.stem}.png").write_bytes(_picture(path))
 
 
-def _contents(title: str, text: str, entries: list[str]) -> str:
+def _card(notebook: pathlib.Path) -> str:
+    """An entry of a list: a notebook's picture, its title, and what it shows."""
+    first = json.loads(notebook.read_text(encoding="utf-8"))["cells"][0]["source"]
+    title = first[0].removeprefix("# ").strip()
+    listed = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    # The sentence that the folder's own list has.
+    (sentence,) = re.findall(rf"^- `{notebook.name}`: ((?:.|\n  )*)$", listed, re.M)
+    sentence = " ".join(sentence.split())
+    return (
+        f"- [![]({notebook.stem}.png)]({notebook.name})\n\n"
+        f"  **[{title}]({notebook.name})**\n\n  {sentence[0].upper()}{sentence[1:]}\n"
+    )
+
+
+def _picture(notebook: pathlib.Path) -> bytes:
+    """Of the pictures that a notebook drew, the one most like a card: twice as wide."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    encoded = [output.get("data", {}).get("image/png") for output in outputs]
+    pictures = [base64.b64decode("".join(picture)) for picture in encoded if picture]
+
+    def distance(png: bytes) -> float:
+        width, height = struct.unpack(">II", png[16:24])  # of its header
+        return abs(math.log(width / height / 2))
+
+    return min(pictures, key=distance)
+
+
+def _contents(title: str, text: str, entries: list[str], hidden: bool = False) -> str:
     """A page that leads to others."""
-    tree = "\n".join(["```{toctree}", *entries, "```", ""])
+    option = [":hidden:", ""] if hidden else []
+    tree = "\n".join(["```{toctree}", *option, *entries, "```", ""])
     return f"# {title}\n\n{text}\n\n{tree}"
 
 
@@ -160,8 +209,26 @@ def relink(text: str, source: pathlib.Path, page: pathlib.Path) -> str:
     return re.sub(r"(\[[^\]]*\]\()([^)\s:#]*)(#[^)\s]*)?(\))", new_link, text)
 
 
+def inline_formula(self, node) -> None:
+    """Writes a formula as MathML, which browsers show by themselves."""
+    formula = latex2mathml.converter.convert(node.astext())
+    self.body.append(f'<span class="math">{formula}</span>')
+    raise nodes.SkipNode
+
+
+def formula_of_its_own(self, node) -> None:
+    """Writes a formula on a line of its own."""
+    formula = latex2mathml.converter.convert(node.astext(), display="block")
+    self.body.append(self.starttag(node, "div", CLASS="math"))
+    self.body.append(f"{formula}</div>\n")
+    raise nodes.SkipNode
+
+
 def setup(app) -> None:
     """Registers what this configuration adds to Sphinx."""
+    app.add_html_math_renderer(
+        "mathml", (inline_formula, None), (formula_of_its_own, None)
+    )
 
     def read(app, docname, content):
         page = source = DOCS / app.env.doc2path(docname, base=False)

@@ -1,8 +1,9 @@
 """The ready optimizers: chains of a preconditioner, a direction and a step size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import optax
 
 from nlcg_optax import _check, _tree
@@ -25,6 +26,8 @@ def nlcg(
     preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
     step_rule: str | optax.GradientTransformation | None = "step",
     nesterov: bool | None = None,
+    weight_decay: float | None = None,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     epsilon: float = 1e-8,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
@@ -37,7 +40,7 @@ def nlcg(
 
     .. math::
         d_t = -z_t + \beta_t d_{t-1}, \qquad z_t = M_t^{-1} g_t, \qquad
-        x_{t+1} = x_t + \alpha_t b_t (-z_t + \beta_t d_t) .
+        x_{t+1} = x_t + \alpha_t b_t (-z_t + \beta_t d_t) - \alpha_t \lambda x_t .
 
     The method is that of arXiv:1812.02886. Three defaults are not, because with them it
     trains as well on small batches and better on large ones
@@ -73,6 +76,12 @@ def nlcg(
       beta_bounds: β is clipped to this closed interval.
       nesterov: whether the step goes along :math:`-z_t + \beta_t d_t`; None: yes,
         unless a line search follows, which needs the direction itself.
+      weight_decay: λ, decoupled as in :func:`optax.adamw`: the learning rate multiplies
+        it and the base step b does not, and the directions do not see it. None or 0 for
+        none. The quadratic model has none, and a transformation as step rule neither.
+      weight_decay_mask: the leaves that decay: a tree of booleans, a prefix of the
+        parameters' tree, or a function from parameters to it; None for all. (With
+        `optax.inject_hyperparams` a function has to be named in ``static_args``.)
       epsilon: ε of the direction and of the preconditioner.
       state_dtype: dtype of the history (directions and gradients; B and the copy of the
         parameters keep their own); None for each parameter's own.
@@ -83,9 +92,9 @@ def nlcg(
         shards together by the whole shapes that `init` sees, outside the `shard_map`.
 
     Returns:
-      An optimizer. Its `update` needs `params` for the diagonal of BFGS, and the
-      keyword argument ``value``, the loss averaged over the global batch, for the step
-      rules; ``curvature`` too for the quadratic model.
+      An optimizer. Its `update` needs `params` for the diagonal of BFGS and for weight
+      decay, and the keyword argument ``value``, the loss averaged over the global
+      batch, for the step rules; ``curvature`` too for the quadratic model.
 
     Raises:
       ValueError: for an unknown name or an argument out of range.
@@ -130,6 +139,7 @@ def nlcg(
             ("step", "online", "quadratic_model"),
             ", a gradient transformation, or None",
         )
+    decay = _decay(weight_decay, weight_decay_mask, step_rule)
     if step_rule == "quadratic_model":
         for name, value, default in (
             ("beta_rule", beta_rule, _BETA_RULE),
@@ -162,7 +172,7 @@ def nlcg(
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
-    return _chain(direction, step_rule, learning_rate)
+    return _chain(direction, step_rule, learning_rate, decay=decay)
 
 
 def nlcg_paper(
@@ -180,7 +190,8 @@ def nlcg_paper(
     r"""The configuration of arXiv:1812.02886, exactly.
 
     :func:`~nlcg_optax.nlcg`, which explains the arguments, with the paper's
-    preconditioner and clip of β. The tests replay recorded trajectories of the
+    preconditioner and clip of β, and without weight decay: the paper has its penalty in
+    the loss. The tests replay recorded trajectories of the
     published code with it.
 
     Raises:
@@ -232,14 +243,65 @@ def _preconditioner(
     return scale_by_diagonal_bfgs(epsilon, state_dtype=state_dtype, axis_name=axis_name)
 
 
+def _decay(
+    weight_decay: Any, mask: Any, step_rule: Any
+) -> optax.GradientTransformation | None:
+    """What adds λ·w to a leaf w that decays; None for nothing."""
+    # Not so for the array that `optax.inject_hyperparams` makes of a number.
+    if weight_decay is None or (
+        isinstance(weight_decay, int | float) and weight_decay == 0
+    ):
+        if weight_decay is None and mask is not None:
+            raise ValueError(
+                "weight_decay_mask without weight_decay does nothing: give both, "
+                "`nlcg(..., weight_decay=0.1, weight_decay_mask=...)`."
+            )
+        return None
+    if callable(weight_decay):
+        raise ValueError(
+            f"weight_decay={weight_decay!r} is not valid: expected a number. The "
+            "schedule of the learning rate multiplies it; `optax.inject_hyperparams` "
+            "gives it one of its own."
+        )
+    _check.number("weight_decay", weight_decay, minimum=0)
+    if step_rule == "quadratic_model":
+        raise ValueError(
+            f"weight_decay={weight_decay} is not valid with "
+            "step_rule='quadratic_model', which judges its steps by the loss, and has "
+            "no learning rate to multiply it. Put a penalty into the loss, "
+            "`value` and gradient, and into `nlcg_optax.gauss_newton(..., l2=...)`."
+        )
+    if isinstance(step_rule, optax.GradientTransformation):
+        raise ValueError(
+            f"weight_decay={weight_decay} is not valid with a gradient transformation "
+            "as step_rule, which may be a line search along the direction alone. Chain "
+            "`optax.add_decayed_weights` before or after, as that one needs it."
+        )
+
+    def add(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        # `optax.add_decayed_weights` would change the dtype where parameters are wider.
+        _tree.check_params(updates, params, "weight decay")
+
+        def one(u: jax.Array, w: jax.Array) -> jax.Array:
+            x = _tree.lift(u)
+            w = _tree.lift(w).astype(x.dtype)
+            return (x + _tree.scalar_like(weight_decay, x) * w).astype(u.dtype)
+
+        return jax.tree.map(one, updates, params)
+
+    decay = optax.stateless(add)
+    return decay if mask is None else optax.masked(decay, mask)
+
+
 def _chain(
     direction: optax.GradientTransformationExtraArgs,
     step_rule: str | optax.GradientTransformation | None,
     learning_rate: optax.ScalarOrSchedule | None,
     period: int = 5,
     threshold: float = 1.0,
+    decay: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chains a direction, a step rule and the learning rate."""
+    """Chains a direction, a step rule, weight decay and the learning rate."""
     if learning_rate is None:
         raise ValueError(
             "learning_rate=None is not valid: expected a number or a schedule. "
@@ -250,8 +312,9 @@ def _chain(
     scale = optax.scale_by_learning_rate(learning_rate)
     if isinstance(step_rule, optax.GradientTransformation):
         return optax.chain(direction, scale, step_rule)
+    last = (scale,) if decay is None else (decay, scale)
     if step_rule is None:
-        return optax.chain(direction, scale)
+        return optax.chain(direction, *last)
     _check.one_of(
         "step_rule",
         step_rule,
@@ -261,7 +324,7 @@ def _chain(
     feedback = scale_by_loss_feedback(
         step_rule, period, threshold, keep_prev_update=False
     )
-    chain = optax.chain(direction, feedback, scale)
+    chain = optax.chain(direction, feedback, *last)
 
     def update_fn(
         updates: optax.Updates,

@@ -17,6 +17,18 @@ collect_ignore = ["workers"]
 REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 
+# The files whose single tests take longest. They come first, so that no worker is left
+# with one of them when the others have nothing to do.
+LONGEST = (
+    *("test_mesh", "test_main_job", "test_front_doors", "test_notebooks"),
+    *("test_quadratic_model", "test_hager_zhang", "test_docs"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """Silent promotions between dtypes are bugs in an optimizer.

@@ -109,6 +109,20 @@ CHAINS = {
             optax.scale(-0.3),
         ),
     ),
+    "decay": (
+        lambda: nlcg(0.03, weight_decay=0.5),
+        lambda: optax.chain(
+            scale_by_conjugate_direction(
+                "fletcher_reeves",
+                scale_by_orthogonalization(),
+                beta_bounds=(0, 0.9),
+                nesterov=True,
+            ),
+            scale_by_loss_feedback("step", 5, 1.0),
+            optax.add_decayed_weights(0.5),
+            optax.scale(-0.03),
+        ),
+    ),
     "nothing": (
         lambda: nlcg_paper(0.1, preconditioner=None, step_rule=None),
         lambda: optax.chain(scale_by_conjugate_direction(), optax.scale(-0.1)),
@@ -175,6 +189,8 @@ def test_defaults_that_are_not_the_papers():
         "preconditioner": "orthogonalization",
         "beta_bounds": (0.0, 0.9),
         "nesterov": None,
+        "weight_decay": None,
+        "weight_decay_mask": None,
     }
     # What only the paper's has are the settings of its step rule.
     assert set(papers) - set(ours) == {"period", "threshold"}
@@ -198,6 +214,143 @@ def test_matrices_among_the_leaves_agree_with_oracle():
         for k in g:
             ahead = z[k] + beta * d[k]
             np.testing.assert_allclose(updates[k], -0.1 * ahead, rtol=1e-9)
+
+
+# --- Weight decay -------------------------------------------------------------------
+
+MASK = {"w": True, "b": False}
+
+
+def descend(weight_decay, steps=12, **options):
+    """Parameters, and the gradients that they had, of nlcg with decay from within.
+
+    The loss jumps, so that the base step shrinks.
+    """
+    rng = np.random.default_rng(1)
+    params = {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=4)}
+    tx = nlcg(
+        optax.linear_schedule(0.1, 0.01, 9),
+        step_rule="online",
+        weight_decay=weight_decay,
+        **options,
+    )
+    state = tx.init(params)
+    rows = []
+    for t in range(steps):
+        grads = {k: rng.normal(size=x.shape) for k, x in params.items()}
+        updates, state = tx.update(grads, state, params, value=1.0 + t**2)
+        rows.append((params, grads, updates))
+        params = optax.apply_updates(params, updates)
+    assert nlcg_optax.diagnostics(state)["base_step"] < 0.1
+    return rows
+
+
+@pytest.mark.parametrize("mask", [None, MASK, lambda tree: MASK])
+def test_weight_decay_is_beside_the_directions_and_not_in_them(mask):
+    plain = descend(None)
+    decayed = descend(0.5, weight_decay_mask=mask)
+    for t, (without, within) in enumerate(zip(plain, decayed, strict=True)):
+        params, grads, updates = within
+        for k in params:
+            np.testing.assert_array_equal(grads[k], without[1][k])
+            # The rate multiplies it, the base step and β do not.
+            masked = mask is not None and k == "b"
+            rate = 0.1 - 0.01 * min(t, 9)
+            decay = 0 if masked else rate * 0.5 * np.asarray(params[k])
+            np.testing.assert_allclose(
+                updates[k], without[2][k] - decay, rtol=1e-6, atol=1e-8
+            )
+
+
+def test_weight_decay_agrees_with_oracle():
+    # AdamW's decay around the literal trajectory, with gradients that follow it.
+    matrix, b = quadratic(seed=3)
+    tx = nlcg(
+        0.03,
+        preconditioner=None,
+        beta_bounds=(0, 1),
+        nesterov=False,
+        step_rule=None,
+        weight_decay=0.7,
+    )
+    x = np.ones(6)
+    state, ours = tx.init(jnp.asarray(x)), jnp.asarray(x)
+    prev_g = d = None
+    for _ in range(10):
+        g = matrix @ x - b
+        beta = 0 if d is None else np.clip(g @ g / (prev_g @ prev_g + 1e-8), 0, 1)
+        d = -g + (beta * d if d is not None else 0)
+        x, prev_g = x + 0.03 * d - 0.03 * 0.7 * x, g
+        updates, state = tx.update(matrix @ ours - b, state, ours)
+        ours = ours + updates
+        np.testing.assert_allclose(ours, x, rtol=1e-9)
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.0])
+def test_no_decay_is_no_piece_of_the_chain(weight_decay):
+    params = {"w": jnp.ones((2, 2))}
+    without = nlcg(0.1).init(params)
+    assert jax.tree.structure(nlcg(0.1, weight_decay=weight_decay).init(params)) == (
+        jax.tree.structure(without)
+    )
+
+
+def test_weight_decay_is_an_injected_hyperparameter():
+    make = optax.inject_hyperparams(nlcg, static_args=("weight_decay_mask",))
+    tx = make(0.1, weight_decay=0.5, weight_decay_mask=lambda tree: MASK)
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    state = tx.init(params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    step = jax.jit(tx.update)
+    for decay in (0.5, 0.25):
+        state.hyperparams["weight_decay"] = jnp.asarray(decay)
+        updates, state = step(zero, state, params, value=1.0)
+        np.testing.assert_allclose(updates["w"], -0.1 * decay)
+        np.testing.assert_array_equal(updates["b"], 0)
+    # And where there is none, injecting the others needs no parameters.
+    tx = optax.inject_hyperparams(nlcg)(0.1)
+    tx.update(zero, tx.init(params), value=1.0)
+
+
+@pytest.mark.parametrize("wide", [jnp.float32, jnp.complex64])
+def test_weight_decay_keeps_the_dtype_of_the_gradient(wide):
+    narrow = jnp.bfloat16 if wide == jnp.float32 else jnp.complex64
+    params = {"w": jnp.full((2, 2), 1 + 2**-7, wide)}
+    grads = {"w": jnp.zeros((2, 2), narrow)}
+    tx = nlcg(0.5, weight_decay=0.5, step_rule=None)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["w"].dtype == narrow
+    np.testing.assert_allclose(np.asarray(updates["w"], complex), -0.251953125)
+
+
+@pytest.mark.parametrize(
+    ("options", "needles"),
+    [
+        ({"weight_decay": -0.1}, ["weight_decay=-0.1", "at least 0"]),
+        ({"weight_decay": "0.1"}, ["weight_decay='0.1'", "a number"]),
+        ({"weight_decay": lambda t: 0.1}, ["schedule", "inject_hyperparams"]),
+        ({"weight_decay_mask": MASK}, ["without weight_decay", "give both"]),
+        (
+            {"weight_decay": 0.1, "step_rule": "quadratic_model"},
+            ["weight_decay=0.1", "quadratic_model", "gauss_newton(..., l2=...)"],
+        ),
+        (
+            {"weight_decay": 0.1, "step_rule": optax.identity()},
+            ["weight_decay=0.1", "line search", "add_decayed_weights"],
+        ),
+    ],
+)
+def test_weight_decay_that_cannot_be(options, needles):
+    with pytest.raises(ValueError) as error:
+        nlcg(0.1, **options)
+    for needle in needles:
+        assert needle in str(error.value)
+
+
+def test_weight_decay_needs_the_parameters():
+    tx = nlcg(0.1, weight_decay=0.1)
+    with pytest.raises(ValueError, match="params=None: weight decay needs"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=1.0)
 
 
 @pytest.mark.parametrize("step_rule", [None, "step", "online", optax.identity()])

@@ -53,6 +53,7 @@ FACTORIES = {
         },
     ),
     "nlcg": (nlcg, {"learning_rate": 0.1}),
+    "nlcg-decay": (nlcg, {"learning_rate": 0.1, "weight_decay": 0.1}),
     "nlcg_paper": (nlcg_paper, {"learning_rate": 0.1}),
     "nlcg-hager_zhang": (
         nlcg_paper,
@@ -560,7 +561,7 @@ def test_any_tree(name, tree):
         state = new_state
 
 
-LEAF_BY_LEAF = ("lars", "nlcg", "orthogonalization")
+LEAF_BY_LEAF = ("lars", "nlcg", "nlcg-decay", "orthogonalization")
 
 
 @pytest.mark.parametrize("name", [n for n in FACTORIES if n not in LEAF_BY_LEAF])

@@ -103,5 +103,23 @@ def test_sphinx_builds_without_warnings(tmp_path):
         timeout=HANGING_SECONDS,
     )
     assert built.returncode == 0, built.stderr
-    text = (tmp_path / "html" / "algorithm.html").read_text()
+    html = tmp_path / "html"
+    text = (html / "algorithm.html").read_text()
     assert 'class="math' in text and "fletcher_reeves" in text
+    # Formulas are there without a script, and none is left as TeX.
+    assert "<math" in text and "<mfrac>" in text and "\\frac" not in text
+    # The site works offline: no page fetches anything from elsewhere.
+    fetched = r"<(?:script|img|iframe|source)[^>]* src=\"(?:https?:)?//[^\"]*\""
+    fetched += (
+        r"|<link[^>]* rel=\"(?:stylesheet|preload|icon)\"[^>]*=\"(?:https?:)?//[^>]*>"
+    )
+    pages = list(html.rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        found = re.findall(fetched, page.read_text())
+        assert not found, (page, found)
+    assert (html / "_static" / "favicon.svg").exists()
+    cards = (html / "notebooks" / "index.html").read_text()
+    for path in (ROOT / "examples" / "notebooks").glob("*.ipynb"):
+        assert f'href="{path.stem}.html"' in cards
+        assert f"_images/{path.stem}.png" in cards

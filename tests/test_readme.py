@@ -47,5 +47,5 @@ def test_what_the_table_says_to_write_can_be_written(ran):
             assert made.success
         else:
             assert {"coefficients", "damping", "signal"} <= set(made)
-    expected = {"GradientTransformationExtraArgs": 5, "MinimizeResult": 1, "dict": 1}
+    expected = {"GradientTransformationExtraArgs": 6, "MinimizeResult": 1, "dict": 1}
     assert {kind: kinds.count(kind) for kind in kinds} == expected

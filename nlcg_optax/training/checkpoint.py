@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,17 +16,26 @@ from nlcg_optax.training.config import (
     ConfigDict,
     ConfigError,
     base_config,
+    flatten,
     to_json,
 )
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
 
 # Fields that may differ between a run and its continuation; those of the mesh may too.
 _FREE_FIELDS = (
     "checkpoint_every_epochs",
+    "compare_with",
     "eval_batch_size",
     "eval_every_epochs",
     "keep_checkpoints",
     "log_every_steps",
 )
+
+_CENTURY = 4 * 10**9  # seconds
 
 
 class CheckpointError(RuntimeError):
@@ -46,9 +57,14 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         """Opens the folder, making it if need be."""
         self.path = workdir / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self.path.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+        # Orbax reads its deadline off the clock on the wall: were that set by more than
+        # 20 minutes during a write, the write would fail. Several processes need one.
+        never = ocp.AsyncOptions(timeout_secs=_CENTURY)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            async_options=never if jax.process_count() == 1 else None,
         )
+        self._manager = ocp.CheckpointManager(self.path.absolute(), options=options)
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, or None."""
@@ -145,6 +161,43 @@ def _shortened(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:500]}{'…' * (len(text) > 500)}"
 
 
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds a run's folder, so that no other run writes there at the same time.
+
+    The lock is the operating system's, and ends with the process, whatever ends it.
+    Where there is no such lock (on Windows, and on some file systems of a network)
+    nothing is held.
+
+    Raises:
+      ConfigError: if another run holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    with _choosing_another(workdir):
+        file = (workdir / ".lock").open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"Another run, {file.read() or 'just begun'}, is at work in "
+                f"--workdir={workdir}. Wait until it ends, stop it, or choose another "
+                "folder."
+            ) from None
+        except OSError:
+            pass  # no locks there
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
 def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Checks that a folder is new, or holds a run with the same config.
 
@@ -162,8 +215,8 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     if saved is None:
         return
     # A field that the run did not have yet had what is its default now.
-    old = _flatten(to_json(base_config())) | _flatten(saved)
-    new = _flatten(to_json(config))
+    old = flatten(to_json(base_config())) | flatten(saved)
+    new = flatten(to_json(config))
     changed = [
         f"{name}={new.get(name)!r} (was {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
@@ -178,18 +231,34 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
+def make_folder(workdir: pathlib.Path) -> None:
+    """Makes the folder of a run.
+
+    Raises:
+      ConfigError: if that cannot be done.
+    """
+    with _choosing_another(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+
+
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes the folder of a run and writes ``config.json`` there.
+    """Writes ``config.json`` into the folder of a run.
 
     Raises:
       ConfigError: if that cannot be done.
     """
     path = workdir / "config.json"
     partial = path.with_suffix(".json.tmp")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
+    with _choosing_another(workdir):
         partial.write_text(json.dumps(to_json(config), indent=2) + "\n")
         partial.replace(path)
+
+
+@contextlib.contextmanager
+def _choosing_another(workdir: pathlib.Path) -> Iterator[None]:
+    """Says in an error of a write that another folder would do."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(
             f"Cannot write to --workdir={workdir}: {error}. Choose another."
@@ -210,13 +279,3 @@ def check_shared(workdir: pathlib.Path, seconds: float = 20.0) -> None:
                 "processes need the same folder, on a file system that they share."
             )
         time.sleep(0.2)
-
-
-def _flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -135,6 +135,8 @@ def base_config() -> ConfigDict:
     config.eval_every_epochs = 1.0
     config.checkpoint_every_epochs = 1.0
     config.keep_checkpoints = 2
+    # A run of the same length to draw beside this one: its folder.
+    config.compare_with = config_dict.placeholder(str)
     return config.lock()
 
 
@@ -402,11 +404,29 @@ def _parse(text: str, kind: type) -> Any:
         return known[text.lower()]
     try:
         value = ast.literal_eval(text)
-    except SyntaxError as error:
-        raise ValueError(text) from error
+        if kind is float and isinstance(value, int):
+            value = float(value)
+    except (SyntaxError, MemoryError, RecursionError, OverflowError) as error:
+        raise ValueError(text) from error  # a number of 400 digits, say
     if kind is tuple and not isinstance(value, tuple | list):
         value = (value,)
-    return float(value) if kind is float and isinstance(value, int) else value
+    return value
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of groups within groups, by their names with dots.
+
+    Example:
+      >>> flatten({"seed": 0, "model": {"name": "resnet8"}})
+      {'seed': 0, 'model.name': 'resnet8'}
+    """
+    flat = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

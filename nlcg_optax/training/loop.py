@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from nlcg_optax.training import (
+    comparison,
     data,
     distributed,
     metrics,
@@ -27,6 +28,8 @@ from nlcg_optax.training.checkpoint import (
     Checkpoints,
     check_config,
     check_shared,
+    locked,
+    make_folder,
     save_config,
 )
 from nlcg_optax.training.config import ConfigDict, ConfigError
@@ -79,13 +82,23 @@ def train_and_evaluate(
 
     Raises:
       ConfigError: for a config that cannot be used, or that is not the one of the run
-        in the folder.
+        in the folder; if another run is at work there.
       nlcg_optax.training.data.DataError: if the data cannot be read.
       nlcg_optax.training.checkpoint.CheckpointError: if a checkpoint cannot be read or
         written.
       NonFiniteLossError: if the loss was not finite.
     """
-    workdir = pathlib.Path(workdir)
+    with contextlib.ExitStack() as held:
+        return _run(config, pathlib.Path(workdir), verbosity, held)
+
+
+def _run(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    verbosity: str,
+    held: contextlib.ExitStack,
+) -> Result:
+    """:func:`train_and_evaluate`; `held` keeps the folder until it has returned."""
     told: Any = metrics.Silence()
     if distributed.is_first():
         told = report.Report(verbosity)
@@ -94,6 +107,8 @@ def train_and_evaluate(
         distributed.check_same_config(config)
     mesh = create_mesh(config)
     _check_without_data(config, mesh)
+    other = comparison.load_run(config.compare_with) if config.compare_with else None
+    differing = comparison.differing_fields(config, other) if other else []
     check_config(config, workdir)
     # The first process may have to prepare the data for all.
     dataset = distributed.first_alone(lambda: load_dataset(config), "load the data")
@@ -106,7 +121,13 @@ def train_and_evaluate(
         config, schedule, models.l2_mask, total_steps if sampled else None
     )
     model = create_model(config, dataset.num_classes)
-    distributed.first_alone(lambda: save_config(config, workdir), "write to --workdir")
+
+    def begin() -> None:
+        make_folder(workdir)
+        held.enter_context(locked(workdir))
+        save_config(config, workdir)
+
+    distributed.first_alone(begin, "begin in --workdir")
     check_shared(workdir)
 
     checkpoints = Checkpoints(workdir, config.keep_checkpoints)
@@ -160,6 +181,7 @@ def train_and_evaluate(
                 metrics.read_metrics(metrics_path),
                 workdir / "curves.png",
                 f"{config.model.name}, {dataset.name}, {config.optimizer.name}",
+                (other.label, other.rows) if other and not differing else None,
             )
 
     def finish() -> None:
@@ -239,7 +261,13 @@ def train_and_evaluate(
         told.evaluation(step, None, results)
     if distributed.is_first():
         rows = metrics.read_metrics(metrics_path)
-        told.end(results, rows, workdir, checkpoints.path)
+        compared = None
+        if other and differing:
+            compared = f"not with {other.label}, which had another "
+            compared += ", ".join(differing)
+        elif other:
+            compared = comparison.in_words(rows, other)
+        told.end(results, rows, workdir, checkpoints.path, compared)
     return Result(step, None, results, state)
 
 

@@ -125,40 +125,55 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+def plot_curves(
+    rows: list[dict[str, Any]],
+    path: pathlib.Path,
+    title: str,
+    other: tuple[str, list[dict[str, Any]]] | None = None,
+) -> None:
     """Draws loss, accuracy, step size and β against the step, as a PNG.
 
     Where the quadratic model chose the steps, its coefficients and λ take the place of
     the learning rate and of β.
+
+    Args:
+      rows: of ``metrics.jsonl``.
+      path: the PNG.
+      title: of the figure.
+      other: name and rows of a run whose loss and accuracy are drawn too.
     """
     # Figure and not pyplot: no window system, no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    def series(split: str, name: str) -> tuple[list[int], list[float]]:
+    def series(split: str, name: str, rows: Any = rows) -> tuple[list[int], list[Any]]:
         points = [
             (r["step"], r[name]) for r in rows if r["split"] == split and name in r
         ]
         return [p[0] for p in points], [p[1] for p in points]
 
     splits = sorted({row["split"] for row in rows}, key=lambda s: (s != "train", s))
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    shown = {"train": "training"}
+    figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots(2, 2, sharex=True).flat
+    outcomes = tuple(
+        (words, {shown.get(s, s): series(s, name) for s in splits})
+        for words, name in (("loss", "loss"), ("accuracy", "accuracy"))
+    )
     panels = (
-        ("loss", {s: series(s, "loss") for s in splits}),
-        ("accuracy", {s: series(s, "accuracy") for s in splits}),
+        *outcomes,
         (
-            "learning rate × base step",
+            "learning rate, and what the base step makes of it",
             {
                 "learning rate": series("train", "learning_rate"),
-                "× base step": series("train", "step_size"),
+                "times the base step": series("train", "step_size"),
             },
         ),
         (
-            "β and cosine",
+            "share of the last direction (β), and angle to the gradient",
             {
                 "β": series("train", "beta"),
                 "cosine of direction and -gradient": series("train", "cosine"),
@@ -167,7 +182,7 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
     )
     if series("train", "damping")[0]:
         panels = (
-            *panels[:2],
+            *outcomes,
             (
                 "coefficients of the step",
                 {
@@ -177,7 +192,7 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
                 },
             ),
             (
-                "λ, signal and conjugacy",
+                "damping, signal and conjugacy",
                 {
                     "λ": series("train", "damping"),
                     "share of signal": series("train", "signal"),
@@ -189,14 +204,40 @@ def plot_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> N
         drawn = {label: xy for label, xy in curves.items() if xy[0]}
         for label, (x, y) in drawn.items():
             marker = "." if len(x) < 200 else ""
-            style = "--" if label == "learning rate" else "-"
+            width = 1.0
+            if label == "learning rate":  # wide, to be seen below the other
+                marker, width = "", 5.0
             axis.plot(
-                x, y, style, marker=marker, markersize=4, linewidth=1, label=label
+                *(x, y),
+                marker=marker,
+                markersize=4,
+                linewidth=width,
+                alpha=0.4 if width > 1 else 1,
+                label=label,
             )
-        axis.set_title(name, fontsize="medium")
+        if other and name in ("loss", "accuracy"):
+            label, other_rows = other
+            for style, split in zip(("--", ":", "-."), splits, strict=False):
+                x, y = series(split, name, other_rows)
+                axis.plot(
+                    *(x, y, style),
+                    color="0.35",
+                    linewidth=1,
+                    label=f"{label}, {shown.get(split, split)}",
+                )
+        # Between title and plot, where it covers no curve.
+        axis.set_title(name, fontsize="medium", pad=24)
         axis.grid(alpha=0.3)
         if drawn:
-            axis.legend(fontsize="small")
+            axis.legend(
+                loc="lower center",
+                bbox_to_anchor=(0.5, 1.0),
+                ncols=4,
+                fontsize="x-small",
+                frameon=False,
+                columnspacing=1.2,
+                handlelength=1.6,
+            )
         else:
             axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
     losses = [v for _, ys in panels[0][1].values() for v in ys if math.isfinite(v)]

@@ -384,6 +384,7 @@ class Report:
         rows: Sequence[Mapping[str, Any]],
         workdir: pathlib.Path,
         checkpoints: pathlib.Path,
+        compared: str | None = None,
     ) -> None:
         """Says how a complete run ended and where everything is.
 
@@ -392,6 +393,7 @@ class Report:
           rows: of ``metrics.jsonl``.
           workdir: folder of the run.
           checkpoints: folder of its checkpoints.
+          compared: how it compares with another run.
         """
         parts = []
         for split, last in results.items():
@@ -412,6 +414,7 @@ class Report:
         self.line(f"{done}: {'; '.join(parts)}; all in {workdir}", "quiet")
         self.table(
             [
+                *([("compared", compared)] if compared else []),
                 ("curves", str(workdir / "curves.png")),
                 ("metrics", str(workdir / "metrics.jsonl")),
                 ("checkpoints", f"{checkpoints}, the last of step {self._total:,}"),

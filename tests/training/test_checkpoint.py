@@ -1,7 +1,12 @@
 """Crashes, full disks and damaged checkpoints: no progress is lost, none is made up."""
 
+import errno
+import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 
 import jax
@@ -17,6 +22,7 @@ from nlcg_optax.training.checkpoint import (
     Checkpoints,
     check_config,
     check_shared,
+    locked,
 )
 from nlcg_optax.training.config import (
     ConfigError,
@@ -70,6 +76,23 @@ def test_a_damaged_checkpoint_is_an_error_that_tells_the_way_out(complete, tmp_p
     assert rows(workdir) == rows(complete)
 
 
+def test_a_checkpoint_cut_at_any_byte_is_whole_or_an_error(tmp_path):
+    """A hundred files of one, each cut somewhere: never is anything made up."""
+    # In another process: where it fails, Orbax leaves coroutines behind, which warn.
+    program = tiny.ROOT / "tests" / "workers" / "cut_checkpoints.py"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(program), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert min(outcomes.values()) > 10 and sum(outcomes.values()) == 100, outcomes
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(3, {"w": np.zeros((2, 3), np.float32)})
@@ -110,6 +133,66 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         loop.train_and_evaluate(config, tmp_path / "file" / "run")
     with pytest.raises(ConfigError, match="--workdir=.*file"):
         loop.train_and_evaluate(config, tmp_path / "file")
+
+
+def test_a_folder_that_becomes_unwritable(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    state = {"w": np.ones(3, np.float32)}
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    # A file in its place stands for a folder that takes no files: root may write all.
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="Cannot write a checkpoint to .*points"):
+        checkpoints.save(2, state)
+        checkpoints.wait()
+    (tmp_path / "checkpoints").unlink()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    fresh = Checkpoints(tmp_path, keep=2)
+    assert fresh.latest_step() == 1
+    jax.tree.map(np.testing.assert_array_equal, fresh.restore(state), state)
+    fresh.close()
+
+
+HOLD = """\
+import pathlib, sys, time
+from nlcg_optax.training.checkpoint import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(1e6)
+"""
+
+
+def test_the_lock_of_a_folder_dies_with_its_process(tmp_path):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, env=env
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=f"Another run, process {holder.pid} on"):
+            with locked(tmp_path):
+                pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    for _ in range(2):  # and it is given back
+        with locked(tmp_path):
+            with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
+                with locked(tmp_path):
+                    pass
+
+
+def test_where_the_file_system_knows_no_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path):
+        pass
+    monkeypatch.setattr("nlcg_optax.training.checkpoint.fcntl", None)  # Windows
+    with locked(tmp_path):
+        pass
 
 
 def test_a_folder_that_not_all_processes_see(tmp_path):

@@ -30,6 +30,11 @@ def test_every_package_is_in_the_wheel():
     }
     files = [*ROOT.glob("nlcg_optax/**/*.py"), *ROOT.glob("configs/*.py")]
     assert folders == {str(path.parent.relative_to(ROOT)) for path in files}
+    # And what is no Python.
+    patterns = setuptools["package-data"]["nlcg_optax.training.configs"]
+    for path in (ROOT / "configs").iterdir():
+        if path.is_file() and path.suffix != ".py":
+            assert any(path.match(pattern) for pattern in patterns), path
 
 
 def test_command_line_reports_mistakes_in_one_line(tmp_path, capsys):

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -163,6 +165,33 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
     )
 
 
+def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, monkeypatch):
+    """Set forward by years, then back: what a run does depends on its steps alone."""
+    whole, expected = uninterrupted
+    make_input, clock, offset = loop.make_input, time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock() + offset[0])
+
+    def jumping(*args):
+        next_batch, step_fn = make_input(*args)
+
+        def jump(step):
+            # While the checkpoint of the step before is being written.
+            offset[0] = {5: 1e8, 9: -1e8}.get(step, offset[0])
+            return next_batch(step)
+
+        return jump, step_fn
+
+    monkeypatch.setattr(loop, "make_input", jumping)
+    result = loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert offset == [-1e8]
+    assert_same_bits(result.state, expected.state)
+    saved = [sorted(p.name for p in w.glob("checkpoints/*")) for w in (tmp_path, whole)]
+    assert saved[0] == saved[1]
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
+        whole / "metrics.jsonl"
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "recomputed"),
     [
@@ -235,6 +264,30 @@ def test_a_complete_run_is_only_evaluated(uninterrupted, capsys):
     assert again.metrics == expected.metrics
     assert (workdir / "metrics.jsonl").read_text() == before
     assert "resumed from the checkpoint of step 12" in capsys.readouterr().out
+
+
+def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    config = tiny_config("optimizer.name=momentum", "optimizer.learning_rate=0.05")
+    loop.train_and_evaluate(config, theirs, "quiet")
+    accuracies = [
+        row["accuracy"]
+        for row in metrics.read_metrics(theirs / "metrics.jsonl")
+        if row["split"] == "test"
+    ]
+    ours, _ = uninterrupted
+    shutil.copytree(ours, tmp_path / "ours")
+    loop.train_and_evaluate(tiny_config(f"compare_with={theirs}"), tmp_path / "ours")
+    printed = capsys.readouterr().out
+    told = f"test accuracy of momentum at 0.05: {accuracies[0]:.4f} after 6 steps and "
+    assert f"{told}{accuracies[-1]:.4f} (loss " in printed
+    curves = [(w / "curves.png").read_bytes() for w in (ours, tmp_path / "ours")]
+    assert curves[0] != curves[1]
+    # Not with a run of another length.
+    config = tiny_config(f"compare_with={theirs}", "num_epochs=6", "l2_penalty=0.1")
+    loop.train_and_evaluate(config, tmp_path / "longer")
+    printed = capsys.readouterr().out
+    assert "not with momentum at 0.05, which had another l2_penalty, num_ep" in printed
 
 
 def test_another_config_in_the_same_folder_is_refused(uninterrupted):
@@ -364,6 +417,10 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     )
     path = tmp_path / "metrics.jsonl"
     wait_for(lambda: path.exists() and '"test"' in path.read_text(), process)
+    # A second run in its folder, meanwhile, is refused before it has written anything.
+    holder = f"Another run, process {process.pid} on .*, is at work in --workdir="
+    with pytest.raises(ConfigError, match=holder):
+        loop.train_and_evaluate(tiny_config("num_epochs=100000"), tmp_path)
     process.send_signal(number)
     out, _ = process.communicate(timeout=HANGING_SECONDS)
     assert process.returncode == code, out
@@ -373,6 +430,9 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     step = saved.latest_step()
     saved.close()
     assert f"stopped after step {step:,} " in out
+    rows = metrics.read_metrics(path)
+    trained = [row["step"] for row in rows if row["split"] == "train"]
+    assert trained == list(range(1, step + 1))
 
 
 def test_the_quadratic_model_needs_no_learning_rate(tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nlcg_optax.training.data.errors import DataError
+from nlcg_optax.training.data.errors import BrokenImage
 
 
 def read_image(file: Any, description: str, channels: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def read_image(file: Any, description: str, channels: int) -> np.ndarray:
                 image = image.convert("RGBA")
             decoded = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot decode the image {description}: {error}") from error
+        raise BrokenImage(description, error) from error
     return decoded[..., None] if channels == 1 else decoded
 
 

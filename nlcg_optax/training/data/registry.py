@@ -9,6 +9,7 @@ from nlcg_optax.training.data.sources import (
     Dataset,
     Split,
     decode,
+    first_shape,
     split_indices,
     take,
 )
@@ -55,8 +56,8 @@ def load(
       The data set.
 
     Raises:
-      DataError: a ValueError; an unknown name, a folder or an image that is missing or
-        broken, images of differing size, a download that failed.
+      DataError: a ValueError; an unknown name, a folder that is missing or empty, all
+        images that are broken, images of differing size, a download that failed.
 
     Example:
       >>> digits = load("digits")
@@ -86,7 +87,7 @@ def load(
             name, data_dir, "known: " + "; ".join(DATASETS)
         )
 
-    height, width, channels = train[0]["image"].shape
+    height, width, channels = first_shape(train)
     if image_size is not None:
         height = width = image_size
     shape = (height, width, channels)
@@ -101,7 +102,7 @@ def load(
 
     if keep and len(train) * math.prod(shape) < _MEMORY_LIMIT:
         # Before the split, as only decoding shows the labels of a TFDS data set.
-        train = decode(train, shape, image_size)
+        train, test = decode((train, test), shape, image_size)
     order_labels = getattr(train, "labels", None)
     validation = None
     if num_held_out:
@@ -114,8 +115,9 @@ def load(
         _, kept = split_indices(len(train), num_train, order_labels, split_seed)
         train = take(train, kept)
     if keep:
-        train, test = (decode(source, shape, image_size) for source in (train, test))
-        validation = validation and decode(validation, shape, image_size)
+        parts = [train, test] + ([validation] if validation else [])
+        train, test, *rest = decode(parts, shape, image_size)
+        validation = rest[0] if rest else None
     return Dataset(
         name=name,
         num_classes=len(class_names),

@@ -2,13 +2,17 @@
 
 import dataclasses
 import os
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
 import numpy as np
 
-from nlcg_optax.training.data.errors import DataError
+from nlcg_optax.training.data.errors import BrokenImage, DataError, broken_images
 from nlcg_optax.training.data.images import read_image, resize_and_crop
+
+# Images that are looked at for others where a stream comes upon a broken one.
+_MOST_CHECKED = 100_000
 
 
 class Source(Protocol):
@@ -179,35 +183,92 @@ def split_indices(
     return np.sort(first), np.sort(second)
 
 
-def decode(source: Any, shape: tuple[int, int, int], image_size: int | None) -> Arrays:
-    """Reads a whole source into memory, by all cores."""
+def first_shape(source: Source) -> tuple[int, int, int]:
+    """Height, width and channels of the first image that can be decoded.
+
+    Raises:
+      DataError: if none can.
+    """
+    broken = []
+    for i in range(len(source)):
+        try:
+            return source[i]["image"].shape
+        except BrokenImage as error:
+            broken.append(error)
+    raise broken_images(broken, f"{len(source):,} images")
+
+
+def decode(
+    sources: Sequence[Any], shape: tuple[int, int, int], image_size: int | None
+) -> list[Arrays]:
+    """Reads whole sources into memory, by all cores.
+
+    Raises:
+      DataError: for images of differing sizes; for all the images that are broken.
+    """
+    broken: list[BrokenImage] = []
+    arrays = [_decode(source, shape, image_size, broken) for source in sources]
+    if broken:
+        raise broken_images(broken, f"{sum(map(len, sources)):,} images")
+    return arrays
+
+
+def _decode(
+    source: Any,
+    shape: tuple[int, int, int],
+    image_size: int | None,
+    broken: list[BrokenImage],
+) -> Arrays:
     if isinstance(source, Arrays) and source.images.shape[1:] == shape:
         return source
     images = np.empty((len(source), *shape), np.uint8)
     labels = np.empty(len(source), np.int32)
 
-    def decode(indices: range) -> None:
-        for i in indices:
-            example = source[i]
-            image = example["image"]
-            if image_size is not None:
-                image = resize_and_crop(image, image_size, image_size)
-            elif image.shape != shape:
-                raise differing_sizes(source, i, image.shape, 0, shape)
-            images[i], labels[i] = image, example["label"]
+    def read(i: int, example: dict[str, Any]) -> None:
+        image = example["image"]
+        if image_size is not None:
+            image = resize_and_crop(image, image_size, image_size)
+        elif image.shape != shape:
+            raise differing_sizes(source, i, image.shape, 0, shape)
+        images[i], labels[i] = image, example["label"]
 
-    chunks = [
-        range(start, min(start + 256, len(source)))
-        for start in range(0, len(source), 256)
-    ]
+    broken += _visit(source, range(len(source)), read)
+    return Arrays(images, labels)
+
+
+def find_broken(source: Source, found: BrokenImage) -> DataError:
+    """The error for all the broken images of a source in which one was found."""
+    indices = range(min(len(source), _MOST_CHECKED))
+    broken = _visit(source, indices, lambda i, example: None)
+    checked = f"{len(source):,} images"
+    if len(indices) < len(source):
+        checked = f"the {len(indices):,} images that were looked at"
+    return broken_images([found, *broken], checked)
+
+
+def _visit(
+    source: Source, indices: range, visit: Callable[[int, dict[str, Any]], None]
+) -> list[BrokenImage]:
+    """Calls `visit` for examples, by all cores; returns what was broken."""
+
+    def visit_all(indices: range) -> list[BrokenImage]:
+        broken = []
+        for i in indices:
+            try:
+                example = source[i]
+            except BrokenImage as error:
+                broken.append(error)
+            else:
+                visit(i, example)
+        return broken
+
+    chunks = [indices[start : start + 256] for start in range(0, len(indices), 256)]
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        tasks = [pool.submit(decode, chunk) for chunk in chunks]
+        tasks = [pool.submit(visit_all, chunk) for chunk in chunks]
         try:
-            for task in tasks:
-                task.result()
+            return [error for task in tasks for error in task.result()]
         finally:
             pool.shutdown(cancel_futures=True)
-    return Arrays(images, labels)
 
 
 def differing_sizes(

@@ -10,8 +10,14 @@ from typing import Any, cast
 import numpy as np
 
 from nlcg_optax.training.data import order
+from nlcg_optax.training.data.errors import BrokenImage
 from nlcg_optax.training.data.images import central_crop, random_resized_crop
-from nlcg_optax.training.data.sources import Source, Split, differing_sizes
+from nlcg_optax.training.data.sources import (
+    Source,
+    Split,
+    differing_sizes,
+    find_broken,
+)
 
 
 def stream(
@@ -59,7 +65,8 @@ def stream(
     Raises:
       ValueError: if the batch size is below 1, the step negative, or, for training, the
         split smaller than a batch; for places that a batch does not have.
-      DataError: while iterating, for a broken image and for images of differing size.
+      DataError: while iterating, for images of differing size, and for broken ones; the
+        split (of a large one, 100,000 images) is then looked through for others.
     """
     if batch_size < 1 or (train and batch_size > len(split)):
         raise ValueError(
@@ -203,7 +210,11 @@ def _stream(
         num_threads=num_threads, prefetch_buffer_size=max(2 * chunks, num_threads)
     )
     parts = dataset[start_step * chunks :].to_iter_dataset(options)
-    yield from parts.batch(chunks, batch_fn=_batch(visits.source))
+    try:
+        yield from parts.batch(chunks, batch_fn=_batch(visits.source))
+    except BrokenImage as error:
+        # Rather than one by one, each with a run that it ends.
+        raise find_broken(visits.source, error) from error
 
 
 def _batch(source: Any) -> Callable[[Any], dict[str, np.ndarray]]:

@@ -95,3 +95,69 @@ def test_broken_image_is_named(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(data.DataError, match="cannot decode .*bee/2.png"):
         data.load("folder", data_dir=tmp_path)
+
+
+def break_images(folder, count):
+    """Damages the first images of every class and split; returns their paths."""
+    paths = [
+        folder / split / name / f"{i}.png"
+        for split in ("test", "train")
+        for name in ("ant", "bee")
+        for i in range(count)
+    ]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:60])
+    return paths
+
+
+def test_broken_images_are_reported_all_at_once(tmp_path):
+    # The very first image of the training split, which tells the shape, is among them.
+    write_folder(tmp_path)
+    broken = break_images(tmp_path, 2)
+    with pytest.raises(data.DataError) as error:
+        data.load("folder", data_dir=tmp_path, validation_fraction=0.25)
+    first, *lines = str(error.value).split("\n")
+    assert first == "8 of 24 images cannot be decoded:"
+    assert [line.split(": ")[0] for line in lines] == [f"  {path}" for path in broken]
+    assert all(": image file is truncated" in line for line in lines)
+
+
+def test_of_many_broken_images_ten_are_named(tmp_path):
+    write_folder(tmp_path)
+    broken = break_images(tmp_path, 3)
+    with pytest.raises(data.DataError) as error:
+        data.load("folder", data_dir=tmp_path)
+    lines = str(error.value).split("\n")
+    assert lines[0] == "12 of 24 images cannot be decoded:"
+    assert [line.split(": ")[0] for line in lines[1:-1]] == [
+        f"  {path}" for path in broken[:10]
+    ]
+    assert lines[-1] == "  and 2 more"
+
+
+def test_no_image_can_be_decoded(tmp_path):
+    write_folder(tmp_path)
+    break_images(tmp_path, 6)
+    with pytest.raises(data.DataError, match="^12 of 12 images cannot be decoded"):
+        data.load("folder", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_stream_reports_broken_images_all_at_once(tmp_path, train, monkeypatch):
+    write_folder(tmp_path)
+    break_images(tmp_path, 2)
+    dataset = data.load("folder", data_dir=tmp_path, in_memory="no")
+
+    def read():
+        with pytest.raises(data.DataError) as error:
+            for _ in data.stream(dataset.train, batch_size=4, train=train):
+                pass
+        return str(error.value)
+
+    message = read()
+    assert message.startswith("4 of 12 images cannot be decoded:\n")
+    for name in ("ant/0", "ant/1", "bee/0", "bee/1"):
+        assert f"{tmp_path}/train/{name}.png: image file is truncated" in message
+
+    monkeypatch.setattr("nlcg_optax.training.data.sources._MOST_CHECKED", 3)
+    assert "of the 3 images that were looked at cannot be decoded:" in read()

@@ -1,0 +1,54 @@
+"""Cuts the files of a checkpoint at random bytes, and restores: `FOLDER`.
+
+Prints how often it was restored (with the right bits) and how often refused.
+"""
+
+import json
+import pathlib
+import random
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nlcg_optax.training.checkpoint import CheckpointError, Checkpoints
+
+
+def state(seed):
+    w = np.random.default_rng(seed).normal(size=(50, 40)).astype(np.float32)
+    return {"w": jnp.asarray(w), "count": jnp.int32(seed), "none": None}
+
+
+def main(folder):
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (3, 4):
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    like = jax.tree.map(jnp.zeros_like, state(0))
+    paths = [p for p in (folder / "checkpoints" / "4").rglob("*") if p.is_file()]
+    sizes = [path.stat().st_size for path in paths]
+    draw = random.Random(0)
+    outcomes = {"restored": 0, "refused": 0}
+    for i in range(100):
+        # Half of them by their size, so that the arrays are cut in many places.
+        (path,) = draw.choices(paths, sizes if i % 2 else None)
+        data = path.read_bytes()
+        path.write_bytes(data[: draw.randrange(len(data) or 1)])
+        checkpoints = Checkpoints(folder, keep=2)
+        try:
+            restored = checkpoints.restore(like)
+        except CheckpointError as error:
+            assert "the same command goes on, from step 3." in str(error), error
+            outcomes["refused"] += 1
+        else:  # a file that nothing needs
+            jax.tree.map(np.testing.assert_array_equal, restored, state(4))
+            outcomes["restored"] += 1
+        checkpoints.close()
+        path.write_bytes(data)
+    print()
+    print(json.dumps(outcomes), flush=True)
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(sys.argv[1]))
