@@ -70,7 +70,9 @@ def scale_by_soap(
         """Maps over leaves of the gradient; the trees may have tuples there."""
         leaves, treedef = jax.tree.flatten(grads)
         columns = [treedef.flatten_up_to(tree) for tree in trees]
-        return treedef.unflatten([fn(*row) for row in zip(leaves, *columns, strict=True)])
+        return treedef.unflatten(
+            [fn(*row) for row in zip(leaves, *columns, strict=True)]
+        )
 
     def init(params):
         def sides(make):

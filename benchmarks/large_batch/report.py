@@ -215,10 +215,10 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         return ["No peer has been tested at the smallest batch yet.", ""]
     wanted, peer = found
     sizes = workload.batch_sizes
-    names = [n for n in workload.optimizers if any((n, size) in groups for size in sizes)]
-    best = {
-        key: targets.reached(of_group, wanted) for key, of_group in groups.items()
-    }
+    names = [
+        n for n in workload.optimizers if any((n, size) in groups for size in sizes)
+    ]
+    best = {key: targets.reached(of_group, wanted) for key, of_group in groups.items()}
 
     def rows_of(make: Any) -> list[list[str]]:
         return [[n, *(make(n, size) for size in sizes)] for n in names]
@@ -243,7 +243,9 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         mean, error = mean_and_error(
             [float(targets.trajectory(row)[1][-1]) for row in rows]
         )
-        return f"{mean:.4g} " + ("(one seed)" if math.isnan(error) else f"± {error:.2g}")
+        return f"{mean:.4g} " + (
+            "(one seed)" if math.isnan(error) else f"± {error:.2g}"
+        )
 
     def setting_cell(n: str, size: int) -> str:
         rows = groups.get((n, size), [])
@@ -434,7 +436,9 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
                 if at:
                     points.append((size, at.steps))
             if points:
-                axes.plot(*zip(*points, strict=True), label=optimizer, **style(optimizer, i))
+                axes.plot(
+                    *zip(*points, strict=True), label=optimizer, **style(optimizer, i)
+                )
                 first.append(points[0])
         if first:
             # Half the steps with twice the batch, from the best at the smallest.

@@ -1,12 +1,19 @@
 """The tasks and peers of the large-batch benchmark that the trainer does not have."""
 
 import importlib
+import json
+import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
+from flax import nnx
+
+from nlcg_optax.training.config import base_config
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_batch"
 
@@ -68,3 +75,238 @@ def test_soap_is_its_literal_statement(modules, every):
         mu, nu = 0.9 * mu + 0.1 * g[0], 0.8 * nu + 0.2 * g[0] ** 2
     adam = mu / (1 - 0.9**7) / (np.sqrt(nu / (1 - 0.8**7)) + 1e-6)
     np.testing.assert_allclose(updates["b"], adam, rtol=1e-4)
+
+
+# Schedule-free methods.
+
+
+def test_schedule_free_is_evaluated_at_its_average(modules):
+    """The loss of a row is that of the average, not of the point of the gradients."""
+    sweep, tasks = modules["sweep"], modules["training_tasks"]
+    workload = regression(modules)
+    cell = sweep.Cell("test", 0.1, "constant, no warm-up", 0)
+    row = sweep.Trainer(workload).run("schedule-free adamw", 8, cell)
+
+    task = workload.task(workload.config)
+    tx = optax.contrib.schedule_free_adamw(0.1)
+    params = task.init(0)
+    state = tx.init(params)
+    for _ in range(row["steps"]):
+        grads = jax.grad(lambda p: task.loss(task.outputs(p, task.data), task.data))(
+            params
+        )
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    losses = [
+        float(task.loss(task.outputs(p, task.held_out), task.held_out))
+        for p in (optax.contrib.schedule_free_eval_params(state, params), params)
+    ]
+    assert row["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(losses[1] / losses[0] - 1) > 1e-2
+    assert isinstance(task, tasks.FunctionTask)
+
+
+# Tasks.
+
+
+def regression(modules, **budget):
+    """Eight examples of a line, with a slope for each of three inputs."""
+    tasks, workloads = modules["training_tasks"], modules["workloads"]
+    config = base_config()
+    config.num_epochs = 1.0
+    rng = np.random.default_rng(0)
+
+    def examples(count):
+        x = rng.normal(size=(count, 3)).astype(np.float32)
+        return x, x @ np.array([[1.0], [-2.0], [0.5]], np.float32)
+
+    train, held_out = examples(8), examples(4)
+
+    def task(config):
+        return tasks.FunctionTask(
+            lambda seed: {"w": 0.1 * jax.random.normal(jax.random.key(seed), (3, 1))},
+            lambda params, batch: batch[0] @ params["w"],
+            lambda outputs, batch: jnp.mean((outputs - batch[1]) ** 2),
+            train,
+            held_out,
+            config,
+        )
+
+    schedules = workloads._schedules(1.0, 2)
+    optimizers = workloads.AUTOENCODER
+    steps = {4: 40, 8: 20}
+    return workloads.Workload(
+        config, (4, 8), schedules, optimizers, task, steps, **budget
+    )
+
+
+@pytest.mark.parametrize("name", ["nlcg by curvature", "soap", "lars", "muon β=0.8"])
+def test_a_sweep_needs_only_a_task(modules, name, tmp_path):
+    """Plan, rows and evaluations of something that has no images and no accuracy."""
+    sweep = modules["sweep"]
+    workload = regression(modules, test_seeds=(0, 1))
+    path = tmp_path / "regression.jsonl"
+    sweep.sweep("regression", workload, path, [(name, 8)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    tests = [row for row in rows if row["phase"] == "test"]
+    assert [row["seed"] for row in tests] == [0, 1]
+    tuned = name not in modules["workloads"].UNTUNED
+    assert (len(rows) >= 5 + 1 + 2) if tuned else (len(rows) == 2)
+    for row in tests:
+        assert row["steps"] == 20 and len(row["evaluations"]) == 20
+        steps, losses = zip(*row["evaluations"], strict=True)
+        assert steps == tuple(range(1, 21))
+        assert losses[-1] == pytest.approx(row["loss"], rel=1e-4)
+        assert row["accuracy"] is None and row["step_seconds"] > 0
+        assert losses[-1] < 0.5 * losses[0], name
+    if not tuned:  # a quadratic of three numbers is done in a few steps
+        assert tests[0]["loss"] < 1e-5
+
+
+def test_time_that_is_up_ends_a_sweep_and_the_next_goes_on(modules, tmp_path, capsys):
+    sweep = modules["sweep"]
+    workload = regression(modules, test_seeds=(0,))
+    path, groups = tmp_path / "rows.jsonl", [("nlcg by curvature", 8), ("adamw", 8)]
+    sweep.sweep("regression", workload, path, groups, minutes=0.0)
+    assert not path.exists()
+    assert "8 runs are left at least" in capsys.readouterr().out
+    sweep.sweep("regression", workload, path, groups[:1])
+    sweep.print_missing("regression", workload, path, groups)
+    assert capsys.readouterr().out.splitlines()[-1:] == [
+        "regression: adamw, batch 8: 7 runs left (not begun)"
+    ]
+
+
+def test_what_another_workload_chose_is_not_tuned_again(modules, tmp_path):
+    sweep = modules["sweep"]
+    chosen = {"adamw": (0.25, "cosine, no warm-up")}
+    workload = regression(modules, test_seeds=(3,), chosen=chosen)
+    path = tmp_path / "rows.jsonl"
+    sweep.sweep("regression", workload, path, [("adamw", 8)])
+    (row,) = map(json.loads, path.read_text().splitlines())
+    assert (row["phase"], row["learning_rate"], row["seed"]) == ("test", 0.25, 3)
+    assert row["schedule"] == "cosine, no warm-up"
+    cell = sweep.Cell("test", 0.25, "cosine, warm-up 10%", 3)
+    other = sweep.Trainer(workload).run("adamw", 8, cell)
+    assert other["loss"] != row["loss"]
+
+
+def text_task(modules, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be, that is the question:\n" * 40)
+    return modules["training_tasks"].tinyshakespeare(base_config(), path)
+
+
+def test_language_model_sees_the_past_alone(modules, tmp_path):
+    task = text_task(modules, tmp_path)
+    params = task.init(0)
+    inputs, targets = jax.tree.map(lambda x: x[:2], task.data)
+    np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
+    changed = inputs.copy()
+    changed[:, 40] = (changed[:, 40] + 1) % 5
+    before, after = (task.outputs(params, (x, targets)) for x in (inputs, changed))
+    np.testing.assert_allclose(before[:, :40], after[:, :40], atol=1e-5)
+    assert np.abs(before[:, 40:] - after[:, 40:]).max() > 1e-2
+    loss = float(task.loss(before, (inputs, targets)))
+    assert loss == pytest.approx(math.log(before.shape[-1]), rel=0.2)  # no idea yet
+
+
+def test_embedding_and_head_are_left_to_adam(modules, tmp_path):
+    """At a fifth of its size in `nlcg`; kernels get singular values of one size."""
+    task, peers = text_task(modules, tmp_path), modules["peers"]
+    words = [*modules["workloads"].NLCG]
+    config = peers.configured(task.config, words)
+    tx = peers.create_optimizer(
+        config, words, lambda _: 1.0, None, None, labels=task.labels
+    )
+    params = task.init(0)
+    grads = jax.grad(lambda p: task.loss(task.outputs(p, task.data), task.data))(params)
+    updates, _ = tx.update(grads, tx.init(params), params, value=3.0)
+    flat = dict(nnx.to_flat_state(updates))
+    for part in ("embedding", "position", "head"):
+        for path, update in flat.items():
+            if path[0] == part:
+                seen = update[...][update[...] != 0]
+                np.testing.assert_allclose(np.abs(seen), 0.2, rtol=0.2)
+    kernel = flat["blocks", 0, "up", "kernel"][...]
+    assert float(jnp.std(kernel)) == pytest.approx(0.2, rel=0.25)
+    values = np.linalg.svd(kernel, compute_uv=False)
+    assert values.max() < 2 * np.median(values)
+
+
+# How far the batch can grow.
+
+
+def growth_row(rate, evaluations, phase="tuning", seed=100):
+    return {
+        "phase": phase,
+        "learning_rate": rate,
+        "schedule": "a",
+        "seed": seed,
+        "steps": evaluations[-1][0],
+        "diverged": False,
+        "evaluations": evaluations,
+        "step_seconds": 0.5,
+    }
+
+
+def test_the_setting_that_reaches_the_target_first_counts(modules):
+    targets = modules["targets"]
+    slow = growth_row(0.1, [[10, 4.0], [20, 1.0]])
+    # Faster in one seed, but not in the other, which never gets there.
+    fast = [
+        growth_row(0.2, [[10, 1.0], [20, 0.5]]),
+        growth_row(0.2, [[10, 4.0], [20, 3.0]], "test", 0),
+    ]
+    found = targets.reached([slow, *fast], 2.0)
+    assert found is not None
+    assert (found.steps, found.learning_rate, found.seeds) == (15.0, 0.1, 1)
+    assert found.seconds == pytest.approx(7.5)
+    fast[1]["evaluations"][1][1] = 1.0
+    found = targets.reached([slow, *fast], 2.0)
+    assert (found.steps, found.learning_rate, found.seeds) == (12.5, 0.2, 2)
+    assert targets.reached([slow, *fast], 0.1) is None
+
+
+def test_target_is_the_median_peer_at_the_smallest_batch(modules):
+    targets = modules["targets"]
+
+    def ends(loss):
+        return [growth_row(0.1, [[1, 9.0], [2, loss]], "test", 0)]
+
+    groups = {("a", 4): ends(1.0), ("b", 4): ends(3.0), ("c", 4): ends(2.0)}
+    groups |= {("ours", 4): ends(0.1), ("a", 8): ends(5.0)}
+    assert targets.target(groups, ["a", "b", "c"]) == (2.0, "c")
+    assert targets.target({k: v for k, v in groups.items() if k[1] == 4}, "abc") == (
+        1.0,
+        "a",
+    )
+    assert targets.target(groups, ["d"]) is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ({32: 1000.0, 128: 250.0, 512: 63.0}, "above 512"),
+        ({32: 1000.0, 128: 250.0, 512: 200.0}, "128 to 512"),
+        ({32: 1000.0, 128: 391.0, 512: 98.0}, "32 to 128"),  # 1.599 a doubling
+        ({32: 1000.0, 128: 390.0, 512: 98.0}, "above 512"),
+        ({32: 1000.0, 128: None}, "32 to 128"),
+        ({32: None, 128: 10.0}, "–"),
+        ({}, "–"),
+    ],
+)
+def test_critical_batch_size(modules, steps, expected):
+    assert modules["targets"].critical_batch_size(steps) == expected
+
+
+def test_basin_is_the_factor_within_one_percent(modules):
+    """Of a loss that is piecewise linear in the logarithm of the rate."""
+    targets = modules["targets"]
+    losses = {1.0: 1.04, 2.0: 1.0, 4.0: 1.005, 8.0: 1.025}
+    rows = [growth_row(r, [[1, x]]) for r, x in losses.items()]
+    # A quarter of the way to 1 on one side, and of that from 4 to 8 on the other.
+    assert targets.basin(rows) == pytest.approx(2 ** (0.25 + 1 + 0.25))
+    assert targets.basin(rows[:2]) is None
+    other = growth_row(2.0, [[1, 0.1]]) | {"schedule": "b"}
+    assert targets.basin([*rows, other]) == targets.basin(rows)
