@@ -283,9 +283,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             width = targets.basin(groups.get((n, size), []))
         return "–" if width is None else f"{width:.2f}"
 
-    held_out = any("evaluations" in row for rows in groups.values() for row in rows)
-    what = "loss of held-out examples" if held_out else "training loss"
-    how = "the best peer" if len(sizes) == 1 else "the median of the tuned peers"
+    what = workload.measured if workload.steps else "training loss"
     header = ["optimizer", *(f"batch {size:,}" for size in sizes)]
     lines = []
     if workload.steps:
@@ -303,7 +301,8 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             "",
         ]
     lines += [
-        f"Steps to a {what} of {wanted:.4g}, which is what {how} ({peer}) ends with"
+        f"Steps to a {what} of {wanted:.4g}, which is what the median of the tuned "
+        f"peers ({peer}) ends with"
         + (":" if len(sizes) == 1 else " at the smallest batch:"),
         "",
         *table(header, rows_of(steps_cell)),

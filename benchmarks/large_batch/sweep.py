@@ -337,7 +337,7 @@ def sweep(
             for g in groups
         )
 
-    trainer = None
+    trainer, where = None, environment()
     interactive = sys.stderr.isatty()
     start, finished, total = time.monotonic(), 0, left()
     with tqdm.tqdm(total=total, unit="run", disable=not interactive) as bar:
@@ -353,7 +353,7 @@ def sweep(
                     bar.set_description(f"{optimizer}, batch {batch_size}")
                     trainer = trainer or Trainer(workload)
                     row = trainer.run(optimizer, batch_size, cell)
-                    row = {"workload": name, **row, **environment()}
+                    row = {"workload": name, **row, **where}
                     append(path, row)
                     rows[group].append(row)
                     longest = max(longest, time.monotonic() - began)

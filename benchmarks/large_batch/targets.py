@@ -125,10 +125,8 @@ def target(groups: Groups, peers: Iterable[str]) -> tuple[float, str] | None:
     """The loss to be reached: what the median of the tuned peers ends with.
 
     At the smallest batch, so that it was known before any larger one was looked at.
-    Where there is one batch size only, what the best of them ends with.
     """
-    sizes = sorted({size for _, size in groups})
-    size = sizes[0]
+    size = min(size for _, size in groups)
     losses = {
         name: loss
         for name in peers
@@ -137,7 +135,7 @@ def target(groups: Groups, peers: Iterable[str]) -> tuple[float, str] | None:
     if not losses:
         return None
     ranked = sorted(losses, key=lambda name: losses[name])
-    name = ranked[0 if len(sizes) == 1 else (len(ranked) - 1) // 2]
+    name = ranked[(len(ranked) - 1) // 2]
     return losses[name], name
 
 

@@ -121,6 +121,7 @@ class Workload(NamedTuple):
       steps: by batch size, where not all have the same epochs.
       num_rates: learning rates of the grid to begin with.
       test_seeds: of the runs with what was tuned.
+      measured: what the scores and targets are.
       chosen: learning rate and schedule by optimizer, where another workload tuned
         them; nothing is tuned here.
     """
@@ -133,6 +134,7 @@ class Workload(NamedTuple):
     steps: dict[int, int] | None = None
     num_rates: int = NUM_RATES
     test_seeds: tuple[int, ...] = (0, 1, 2)
+    measured: str = "loss of held-out examples"
     chosen: dict[str, tuple[float, str]] | None = None
 
     def num_steps(self, batch_size: int, num_examples: int) -> int:
@@ -325,8 +327,9 @@ def autoencoder(data_dir: str | None = None) -> Workload:
     return _by_steps(
         base_config(),
         training_tasks.digits_autoencoder,
-        {32: 1800, 128: 600, 512: 240, 1437: 150},
+        {32: 1800, 128: 600, 512: 240, 1797: 150},
         AUTOENCODER,
+        measured="loss of all training examples",
     )
 
 
@@ -345,18 +348,31 @@ def autoencoder_cifar(data_dir: str | None = None) -> Workload:
 def burgers(data_dir: str | None = None) -> Workload:
     """A physics-informed network; there are no smaller batches than all points."""
     del data_dir
-    return _by_steps(base_config(), training_tasks.burgers, {1: 150}, PHYSICS)
+    return _by_steps(
+        base_config(),
+        training_tasks.burgers,
+        {1: 150},
+        PHYSICS,
+        measured="training loss",
+    )
 
 
 def tinyshakespeare(data_dir: str | None = None) -> Workload:
-    """A small GPT of characters, by batches of 64-character sequences."""
+    """A small GPT of characters, by batches of 64-character sequences.
+
+    A run takes a minute, so it has half the budget of the others: three rates, more at
+    the edge, one schedule and two seeds.
+    """
     path = pathlib.Path(data_dir or ".") / "tinyshakespeare.txt"
-    return _by_steps(
+    workload = _by_steps(
         base_config(),
         functools.partial(training_tasks.tinyshakespeare, path=path),
-        {32: 512, 128: 192, 512: 72, 2048: 24},
+        {32: 384, 128: 128, 512: 48, 2048: 20},
         LANGUAGE,
+        num_rates=3,
+        test_seeds=(0, 1),
     )
+    return workload._replace(schedules=_schedules(1.0, 1))
 
 
 def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
