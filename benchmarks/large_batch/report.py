@@ -90,7 +90,9 @@ def section(name: str, rows: Rows) -> list[str]:
     """The Markdown of a workload."""
     workload = WORKLOADS[name](None)
     command = f"python benchmarks/large_batch/sweep.py --workload={name}"
-    if workload.config.dataset.name == "folder" or name == "tinyshakespeare":
+    if workload.program:
+        command = f"python benchmarks/large_batch/{workload.program}"
+    elif workload.config.dataset.name == "folder" or name == "tinyshakespeare":
         command += " --data_dir=FOLDER"
     lines = [f"## {name}", ""]
     if not rows:

@@ -10,7 +10,9 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import gpu
 import training_tasks
+from protocol import NUM_RATES, TEST_SEEDS
 
 from nlcg_optax.training.config import base_config
 
@@ -103,10 +105,6 @@ ABLATION: Optimizers = {
     "muon": OPTIMIZERS["muon"],
 }
 
-FACTOR = 2.0  # between two learning rates
-NUM_RATES = 5  # to begin with
-MAX_EXTENSIONS = 3  # more of them, as long as the best is at the edge
-
 
 class Workload(NamedTuple):
     """A data set, a model and a budget.
@@ -122,6 +120,7 @@ class Workload(NamedTuple):
       num_rates: learning rates of the grid to begin with.
       test_seeds: of the runs with what was tuned.
       measured: what the scores and targets are.
+      program: what runs it, where that is not the sweep.
       chosen: learning rate and schedule by optimizer, where another workload tuned
         them; nothing is tuned here.
     """
@@ -133,8 +132,9 @@ class Workload(NamedTuple):
     task: Callable[[Any], training_tasks.Task] = training_tasks.ImageTask
     steps: dict[int, int] | None = None
     num_rates: int = NUM_RATES
-    test_seeds: tuple[int, ...] = (0, 1, 2)
+    test_seeds: tuple[int, ...] = TEST_SEEDS
     measured: str = "loss of held-out examples"
+    program: str | None = None
     chosen: dict[str, tuple[float, str]] | None = None
 
     def num_steps(self, batch_size: int, num_examples: int) -> int:
@@ -376,27 +376,13 @@ def tinyshakespeare(data_dir: str | None = None) -> Workload:
 
 
 def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
-    """ResNet-32 on CIFAR-10 by the paper's recipe (arXiv:1812.02886); needs a GPU."""
-    config = base_config()
-    config.model.name = "resnet32"
-    config.model.dtype = "bfloat16"
-    config.dataset.name = "folder"
-    config.dataset.data_dir = data_dir
-    config.num_epochs = 200.0
-    paper = [
-        "schedule.name=step",
-        "schedule.boundaries=(102.0, 153.0)",
-        "schedule.warmup_power=0.5",
-    ]
-    schedules = {
-        "step, warm-up 25 epochs": [*paper, "schedule.warmup_epochs=25.0"],
-        "step, no warm-up": [*paper, "schedule.warmup_epochs=0.0"],
-        "step, warm-up 60 epochs": [*paper, "schedule.warmup_epochs=60.0"],
-        "cosine, warm-up 10%": _schedules(config.num_epochs)["cosine, warm-up 10%"],
-    }
-    names = ("nlcg", "momentum", "rmsprop", "sgd", "lars", "lamb")
-    optimizers = {name: OPTIMIZERS[name] for name in names}
-    return Workload(config, (1024, 4096, 16384, 50000), schedules, optimizers)
+    """What `gpu.py` runs: ResNet-32 on all images of 32×32."""
+    config = cifar10_jpeg(data_dir).config
+    config.num_epochs = float(gpu.EPOCHS)
+    optimizers = {name: ([], rate) for name, (_, rate) in gpu.OPTIMIZERS.items()}
+    schedules = {gpu.SCHEDULE: []}
+    sizes = tuple(sorted(gpu.BATCH_SIZES))
+    return Workload(config, sizes, schedules, optimizers, program="gpu.py --data=DATA")
 
 
 WORKLOADS: dict[str, Callable[[str | None], Workload]] = {

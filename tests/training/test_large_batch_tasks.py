@@ -1,9 +1,13 @@
 """The tasks and peers of the large-batch benchmark that the trainer does not have."""
 
+import functools
 import importlib
 import json
 import math
 import pathlib
+import subprocess
+import sys
+import tarfile
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,9 @@ import optax
 import optax.contrib
 import pytest
 from flax import nnx
+from PIL import Image
 
+from nlcg_optax.training import models
 from nlcg_optax.training.config import base_config
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_batch"
@@ -22,7 +28,7 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_bat
 def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        names = ("sweep", "peers", "training_tasks", "workloads", "targets")
+        names = ("sweep", "peers", "training_tasks", "workloads", "targets", "gpu")
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -140,7 +146,7 @@ def regression(modules, **budget):
     )
 
 
-@pytest.mark.parametrize("name", ["nlcg by curvature", "soap", "lars", "muon β=0.8"])
+@pytest.mark.parametrize("name", ["nlcg by curvature", "soap", "adamw", "muon β=0.8"])
 def test_a_sweep_needs_only_a_task(modules, name, tmp_path):
     """Plan, rows and evaluations of something that has no images and no accuracy."""
     sweep = modules["sweep"]
@@ -320,3 +326,128 @@ def test_basin_is_the_factor_within_one_percent(modules):
     assert targets.basin(rows[:2]) is None
     other = growth_row(2.0, [[1, 0.1]]) | {"schedule": "b"}
     assert targets.basin([*rows, other]) == targets.basin(rows)
+
+
+# The GPU's program, on a CPU.
+
+
+def write_images(folder, rng):
+    """Two classes of 8×8: bright above, or bright below."""
+    for split, count in (("train", 20), ("test", 6)):
+        for label, rows in (("above", slice(0, 4)), ("below", slice(4, 8))):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, (8, 8, 3)).astype(np.uint8)
+                pixels[rows] += 120
+                image = Image.fromarray(pixels)
+                image.save(folder / split / label / f"{i:04}.jpg")
+
+
+@pytest.fixture
+def gpu(modules, monkeypatch):
+    gpu = modules["gpu"]
+    names = ("nlcg by curvature", "momentum")
+    monkeypatch.setattr(gpu, "OPTIMIZERS", {n: gpu.OPTIMIZERS[n] for n in names})
+    return gpu
+
+
+def make_tiny_trainer(gpu, folder, **budget):
+    model = models.create_model("resnet8", 2, dtype="bfloat16", filters=4)
+    return gpu.Trainer(gpu.read_images(folder), model, held_out=8, **budget)
+
+
+def test_images_are_read_from_a_folder_as_from_a_tar(gpu, tmp_path):
+    write_images(tmp_path / "images", np.random.default_rng(0))
+    path = tmp_path / "images.tar.xz"
+    with tarfile.open(path, "w:xz") as tar:
+        tar.add(tmp_path / "images", arcname=".")
+    splits = gpu.read_images(tmp_path / "images")
+    for split, images in gpu.read_images(path).items():
+        np.testing.assert_array_equal(images.images, splits[split].images)
+        np.testing.assert_array_equal(images.labels, splits[split].labels)
+    train = splits["train"]
+    assert train.images.shape == (40, 8, 8, 3)
+    assert train.labels.tolist() == [0] * 20 + [1] * 20
+    above = train.images[:, :4].mean((1, 2, 3)) > train.images[:, 4:].mean((1, 2, 3))
+    np.testing.assert_array_equal(above, train.labels == 0)
+
+
+@pytest.mark.standard_promotion
+def test_gpu_program_goes_on_where_it_stopped(gpu, tmp_path, capsys):
+    """The largest batch of all optimizers first, then smaller ones, then more seeds."""
+    write_images(tmp_path / "images", np.random.default_rng(0))
+    path, sizes = tmp_path / "rows.jsonl", (50_000, 16)
+    make = functools.partial(
+        make_tiny_trainer, gpu, tmp_path / "images", epochs=3, microbatch=20
+    )
+    assert gpu.run_all(make, path, sizes, minutes=0.0) > 0
+    assert not path.exists()
+
+    class Interrupted(Exception):
+        """As a part that is over."""
+
+    runs = []
+
+    def interrupted():
+        trainer = make()
+        run = trainer.run
+
+        def some(*args):
+            if len(runs) == 3:
+                raise Interrupted
+            runs.append(args)
+            return run(*args)
+
+        trainer.run = some
+        return trainer
+
+    with pytest.raises(Interrupted):
+        gpu.run_all(interrupted, path, sizes)
+    assert len(path.read_text().splitlines()) == 3
+    assert gpu.run_all(make, path, sizes) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    cells = [(r["optimizer"], r["batch_size"], r["phase"], r["seed"]) for r in rows]
+    assert len(set(cells) - {c for c in cells if c[2] == "tuning"}) == 2 * 2 * 3
+    first = cells.index(("momentum", 50_000, "test", 0))
+    assert {size for _, size, *_ in cells[:first]} == {50_000}
+    assert cells[0] == ("nlcg by curvature", 50_000, "test", 0)
+    later = [i for i, cell in enumerate(cells) if cell[2:] == ("test", 1)]
+    assert min(later) > max(i for i, c in enumerate(cells) if c[2:] == ("test", 0))
+    whole = [r["steps"] for r in rows if r["batch_size"] == 50_000]
+    assert set(whole) == {3} and not any(row["diverged"] for row in rows)
+    assert gpu.run_all(make, path, sizes) == 0
+    assert len(path.read_text().splitlines()) == len(rows)
+
+
+@pytest.mark.standard_promotion
+def test_gpu_program_learns(gpu, tmp_path):
+    write_images(tmp_path / "images", np.random.default_rng(0))
+    trainer = make_tiny_trainer(gpu, tmp_path / "images", epochs=20, microbatch=20)
+    cell = gpu.protocol.Cell("test", 0.1, gpu.SCHEDULE, 0)
+    for name in gpu.OPTIMIZERS:
+        row = trainer.run(name, 40, cell)
+        assert row["accuracy"] == 1.0, name
+        assert row["curve"][-1] < 0.5 * row["curve"][0]
+
+
+def test_gpu_program_needs_few_packages():
+    """Those of the extra [train] that a machine with a GPU may lack are not needed."""
+    program = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in (
+            "ml_collections", "grain", "orbax", "tensorboardX", "tensorflow_datasets",
+            "tqdm", "sklearn", "matplotlib",
+        ):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import gpu
+gpu.models.create_model("resnet32", 10, dtype="bfloat16")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=FOLDER, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
