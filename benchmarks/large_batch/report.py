@@ -210,13 +210,18 @@ def footer(command: str, rows: Rows) -> list[str]:
     ]
 
 
+def target_size(workload: Workload) -> int:
+    """The batch size at which the target is set."""
+    return min(workload.batch_sizes) if workload.steps else max(workload.batch_sizes)
+
+
 def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     """How far the batch can grow: steps and seconds to a target, by batch size."""
-    found = targets.target(groups, PEERS)
-    if found is None:
-        return ["No peer has been tested at the smallest batch yet.", ""]
-    wanted, peer = found
     sizes = workload.batch_sizes
+    found = targets.target(groups, PEERS, target_size(workload))
+    if found is None:
+        return [f"No peer is tested at batch {target_size(workload):,} yet.", ""]
+    wanted, peer = found
     names = [
         n for n in workload.optimizers if any((n, size) in groups for size in sizes)
     ]
@@ -254,6 +259,8 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         chosen = tested(rows)[:1]
         if not chosen:
             return "–"
+        if n in UNTUNED:
+            return "nothing to tune"
         rates = {r["learning_rate"] for r in rows if r["phase"] == "tuning"}
         rate = chosen[0]["learning_rate"]
         edge = len(rates) > 1 and rate in (min(rates), max(rates))
@@ -286,13 +293,17 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         return "–" if width is None else f"{width:.2f}"
 
     what = workload.measured if workload.steps else "training loss"
-    header = ["optimizer", *(f"batch {size:,}" for size in sizes)]
+    labels = [f"batch {size:,}" if size > 1 else "all points" for size in sizes]
+    header = ["optimizer", *labels]
     lines = []
     if workload.steps:
         lines += [
             f"The {what} at the end, mean ± standard error of the test seeds; steps of "
             "a run: "
-            + ", ".join(f"{n:,} at batch {b:,}" for b, n in workload.steps.items())
+            + ", ".join(
+                f"{steps:,} at {label}"
+                for label, steps in zip(labels, workload.steps.values(), strict=True)
+            )
             + ":",
             "",
             *table(header, rows_of(loss_cell)),
@@ -304,8 +315,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         ]
     lines += [
         f"Steps to a {what} of {wanted:.4g}, which is what the median of the tuned "
-        f"peers ({peer}) ends with"
-        + (":" if len(sizes) == 1 else " at the smallest batch:"),
+        f"peers ({peer}) ends with at {labels[sizes.index(target_size(workload))]}:",
         "",
         *table(header, rows_of(steps_cell)),
         "",
@@ -419,7 +429,7 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
     """Steps to the target against batch size, and loss against rate at the largest."""
     workload = WORKLOADS[name](None)
     groups = group(rows, workload)
-    found = targets.target(groups, PEERS)
+    found = targets.target(groups, PEERS, target_size(workload))
     if found is None:
         return
     names = [n for n in workload.optimizers if any(key[0] == n for key in groups)]

@@ -121,12 +121,12 @@ def final_loss(rows: Rows) -> float | None:
     return statistics.mean(float(trajectory(row)[1][-1]) for row in runs)
 
 
-def target(groups: Groups, peers: Iterable[str]) -> tuple[float, str] | None:
-    """The loss to be reached: what the median of the tuned peers ends with.
+def target(groups: Groups, peers: Iterable[str], size: int) -> tuple[float, str] | None:
+    """The loss to be reached: what the median of the peers tuned at a size ends with.
 
-    At the smallest batch, so that it was known before any larger one was looked at.
+    At the smallest batch, for then it was known before any larger one was looked at.
+    (Where all batches have the same epochs, at the largest: no other gets as far.)
     """
-    size = min(size for _, size in groups)
     losses = {
         name: loss
         for name in peers

@@ -296,8 +296,9 @@ def test_target_is_the_median_peer_at_the_smallest_batch(modules):
 
     groups = {("a", 4): ends(1.0), ("b", 4): ends(3.0), ("c", 4): ends(2.0)}
     groups |= {("ours", 4): ends(0.1), ("a", 8): ends(5.0)}
-    assert targets.target(groups, ["a", "b", "c"]) == (2.0, "c")
-    assert targets.target(groups, ["d"]) is None
+    assert targets.target(groups, ["a", "b", "c"], 4) == (2.0, "c")
+    assert targets.target(groups, ["a", "b", "c"], 8) == (5.0, "a")
+    assert targets.target(groups, ["d"], 4) is None
 
 
 @pytest.mark.parametrize(
