@@ -210,17 +210,26 @@ def footer(command: str, rows: Rows) -> list[str]:
     ]
 
 
-def target_size(workload: Workload) -> int:
-    """The batch size at which the target is set."""
-    return min(workload.batch_sizes) if workload.steps else max(workload.batch_sizes)
+def target_size(groups: targets.Groups, workload: Workload) -> int | None:
+    """The batch size at which the target is set: the smallest with a tested peer.
+
+    The largest where all batches have the same epochs.
+    """
+    sizes = [
+        size for (name, size), rows in groups.items() if name in PEERS and tested(rows)
+    ]
+    if not sizes:
+        return None
+    return min(sizes) if workload.steps else max(sizes)
 
 
 def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     """How far the batch can grow: steps and seconds to a target, by batch size."""
     sizes = workload.batch_sizes
-    found = targets.target(groups, PEERS, target_size(workload))
-    if found is None:
-        return [f"No peer is tested at batch {target_size(workload):,} yet.", ""]
+    set_at = target_size(groups, workload)
+    found = None if set_at is None else targets.target(groups, PEERS, set_at)
+    if set_at is None or found is None:
+        return ["No peer has been tested yet.", ""]
     wanted, peer = found
     names = [
         n for n in workload.optimizers if any((n, size) in groups for size in sizes)
@@ -315,7 +324,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         ]
     lines += [
         f"Steps to a {what} of {wanted:.4g}, which is what the median of the tuned "
-        f"peers ({peer}) ends with at {labels[sizes.index(target_size(workload))]}:",
+        f"peers ({peer}) ends with at {labels[sizes.index(set_at)]}:",
         "",
         *table(header, rows_of(steps_cell)),
         "",
@@ -429,7 +438,8 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
     """Steps to the target against batch size, and loss against rate at the largest."""
     workload = WORKLOADS[name](None)
     groups = group(rows, workload)
-    found = targets.target(groups, PEERS, target_size(workload))
+    set_at = target_size(groups, workload)
+    found = None if set_at is None else targets.target(groups, PEERS, set_at)
     if found is None:
         return
     names = [n for n in workload.optimizers if any(key[0] == n for key in groups)]
