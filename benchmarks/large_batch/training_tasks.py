@@ -8,7 +8,6 @@ parameters and examples (:class:`FunctionTask`).
 import dataclasses
 import functools
 import importlib.util
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -67,15 +66,9 @@ class Task(Protocol):
 class ImageTask:
     """A ResNet, trained as ``nlcg_optax.training`` does."""
 
-    def __init__(self, config: ConfigDict, microbatch: int | None = None):
-        """Loads the data.
-
-        Args:
-          config: of the trainer; without optimizer, batch size and schedule.
-          microbatch: as many images at most go through the model at once, if it needs
-            much memory; BatchNorm then has statistics of each microbatch.
-        """
-        self.config, self.microbatch = config, microbatch
+    def __init__(self, config: ConfigDict):
+        """Loads the data; the config has no optimizer, batch size or schedule."""
+        self.config = config
         self.mesh = create_mesh(config, jax.devices()[:1])
         self.dataset = loop.load_dataset(config)
         self.model = loop.create_model(config, self.dataset.num_classes)
@@ -105,9 +98,8 @@ class ImageTask:
         config = self.config.copy_and_resolve_references()
         # BatchNorm by the statistics of the whole training set under the last weights:
         # running averages lag, which would be no property of the optimizer.
-        batches = self.microbatches(len(kept))
-        config.batch_size = len(kept) // batches
-        config.precise_batch_norm_batches = batches
+        config.batch_size = len(kept)
+        config.precise_batch_norm_batches = 1
         evaluate = loop.make_evaluation(config, dataset, self.model, self.mesh)
 
         def scores(state: Any) -> dict[str, float]:
@@ -116,16 +108,9 @@ class ImageTask:
 
         return Phase(kept, scores, during=False)
 
-    def microbatches(self, batch_size: int) -> int:
-        """The fewest parts of a batch, all of one size, that are small enough."""
-        limit = self.microbatch or batch_size
-        parts = math.ceil(batch_size / limit)
-        return next(n for n in range(parts, batch_size + 1) if batch_size % n == 0)
-
     def make(self, words: Sequence[str], batch_size: int, total_steps: int) -> tuple:
         config = peers.configured(self.config, words)
         config.batch_size = batch_size
-        parts = config.microbatches = self.microbatches(batch_size)
         # Noise comes to rule where each step has other images.
         horizon = total_steps if batch_size < self.num_train else None
 
@@ -144,10 +129,8 @@ class ImageTask:
                 augment=True,
                 seed=seed,
             )
-            batch = {
-                name: x[indices].reshape(parts, -1, *x.shape[1:])
-                for name, x in zip(("image", "label"), arrays, strict=True)
-            }
+            images, labels = arrays
+            batch = {"image": images[indices][None], "label": labels[indices][None]}
             state, metrics = step(state, batch)
             # The loss may be finite where its gradient is not.
             finite = jnp.isfinite(metrics["grad_norm"])

@@ -301,7 +301,6 @@ def cifar10_jpeg_all(data_dir: str | None = None) -> Workload:
         (50_000,),
         _schedules(config.num_epochs),
         optimizers,
-        functools.partial(training_tasks.ImageTask, microbatch=12_500),
         test_seeds=(0,),
         chosen=CHOSEN_AT_5000,
     )
