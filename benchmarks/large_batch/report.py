@@ -211,14 +211,17 @@ def footer(command: str, rows: Rows) -> list[str]:
 
 
 def target_size(groups: targets.Groups, workload: Workload) -> int | None:
-    """The batch size at which the target is set: the smallest with a tested peer.
+    """The batch size at which the target is set: the smallest with all peers tested.
 
-    The largest where all batches have the same epochs.
+    (All that have been run at all.) The largest, where batches have the same epochs.
     """
+    peers = {name for name, _ in groups if name in PEERS}
     sizes = [
-        size for (name, size), rows in groups.items() if name in PEERS and tested(rows)
+        size
+        for size in {size for _, size in groups}
+        if all(tested(groups.get((name, size), [])) for name in peers)
     ]
-    if not sizes:
+    if not sizes or not peers:
         return None
     return min(sizes) if workload.steps else max(sizes)
 
@@ -229,7 +232,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     set_at = target_size(groups, workload)
     found = None if set_at is None else targets.target(groups, PEERS, set_at)
     if set_at is None or found is None:
-        return ["No peer has been tested yet.", ""]
+        return ["There is no batch size yet at which all peers are tested.", ""]
     wanted, peer = found
     names = [
         n for n in workload.optimizers if any((n, size) in groups for size in sizes)
@@ -383,18 +386,28 @@ def environments(rows: Rows) -> str:
     return "; ".join(sorted(found))
 
 
+WARM = {
+    "nlcg": "red",
+    "nlcg_paper": "orange",
+    "nlcg β=0.9": "darkred",
+    "nlcg by curvature": "deeppink",
+}
+COOL = (
+    "tab:blue tab:green tab:purple tab:brown tab:gray tab:olive tab:cyan tab:pink "
+    "black navy teal goldenrod indigo"
+).split()
+
+
 def style(name: str, index: int) -> dict[str, Any]:
     """NLCG in thick warm colours, the others thin; a colour and a marker for each."""
     if name.startswith("nlcg"):
-        warm = ("red", "orange", "darkred", "deeppink")
         # Below the others, which it would hide.
-        return dict(color=warm[index % 4], linewidth=3, zorder=1.5, marker="o")
-    cool = ("blue", "green", "purple", "brown", "gray", "olive", "cyan", "pink")
-    place = (PEERS.index(name) if name in PEERS else index) % 8
+        return dict(color=WARM[name], linewidth=3, zorder=1.5, marker="o")
+    place = (PEERS.index(name) if name in PEERS else index) % len(COOL)
     return dict(
-        color=f"tab:{cool[place]}",
+        color=COOL[place],
         linewidth=1.2,
-        marker="svD^P*X<"[place],
+        marker="svD^P*X<>hpd8"[place],
         markersize=5,
     )
 

@@ -28,7 +28,15 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_bat
 def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
-        names = ("sweep", "peers", "training_tasks", "workloads", "targets", "gpu")
+        names = (
+            "sweep",
+            "peers",
+            "training_tasks",
+            "workloads",
+            "targets",
+            "gpu",
+            "report",
+        )
         yield {name: importlib.import_module(name) for name in names}
 
 
@@ -328,6 +336,61 @@ def test_basin_is_the_factor_within_one_percent(modules):
     assert targets.basin(rows[:2]) is None
     other = growth_row(2.0, [[1, 0.1]]) | {"schedule": "b"}
     assert targets.basin([*rows, other]) == targets.basin(rows)
+
+
+def workload_rows(optimizer, batch_size, losses, seconds=0.01):
+    """Two rates, each a run of tuning, and a test of the better."""
+    steps = {32: 1800, 1797: 150}[batch_size]
+    rows = []
+    for rate, loss in zip((0.1, 0.2), losses, strict=True):
+        evaluations = [[steps // 2, 4.0 * loss], [steps, loss]]
+        rows.append(growth_row(rate, evaluations))
+    best = min(rows, key=lambda row: row["evaluations"][-1][1])
+    rows.append(best | {"phase": "test", "seed": 0})
+    return [
+        row
+        | {
+            "optimizer": optimizer,
+            "batch_size": batch_size,
+            "step_seconds": seconds,
+            "seconds": 1,
+            "accuracy": None,
+            "loss": row["evaluations"][-1][1],
+            "versions": {},
+            "device": "cpu",
+            "cores": 1,
+        }
+        for row in rows
+    ]
+
+
+def test_tables_of_growth(modules, tmp_path):
+    report = modules["report"]
+    rows = [
+        *workload_rows("nlcg", 32, (1.0, 0.5)),
+        *workload_rows("muon", 32, (1.0, 2.0), seconds=0.02),
+        *workload_rows("momentum", 32, (4.0, 2.0)),
+        *workload_rows("nlcg", 1797, (1.0, 0.5), seconds=0.03),
+        *workload_rows("muon", 1797, (2.0, 3.0)),
+    ]
+    path = tmp_path / "autoencoder.jsonl"
+    path.write_text("".join(json.dumps(row | {"workload": 0}) + "\n" for row in rows))
+    markdown = report.report(tmp_path, tmp_path)
+    # Two peers at the smallest batch, momentum at no other: the lower of both.
+    _, steps = markdown.split("Steps to a loss of all training examples of 1, ")
+    assert steps.startswith("which is what the median of the tuned peers (muon) ends")
+    assert "at batch 32:" in steps.splitlines()[0]
+    # From 2 to 0.5 in half of the run, the logarithm being linear.
+    assert "| nlcg | 1,350 | not run | not run | 112 |" in steps
+    assert "| muon | 1,800 | not run | not run | > 150 |" in steps
+    assert "| momentum | > 1,800 | not run | not run | not run |" in steps
+    assert "| nlcg | 32 to 1,797 |" in steps  # 12 times fewer, 56 times the batch
+    for cell in ("13.5 s (10 ms, 0%)", "36 s (20 ms, 50%)", "not measured"):
+        assert cell in steps
+    assert "0.5 (one seed)" in markdown
+    assert "0.2 (edge); a; 2 runs" in markdown
+    assert (tmp_path / "steps_autoencoder.png").exists()
+    assert (tmp_path / "sensitivity_autoencoder.png").exists()
 
 
 # The GPU's program, on a CPU.
