@@ -15,7 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from workloads import OPTIMIZERS, WORKLOADS, Workload
+import targets
+from workloads import OPTIMIZERS, UNTUNED, WORKLOADS, Workload
 
 # With what NLCG is compared; in an ablation, all others are variants of it.
 PEERS = [name for name in OPTIMIZERS if not name.startswith("nlcg")]
@@ -59,17 +60,12 @@ def accuracy(rows: Rows) -> tuple[float, float] | None:
 
 
 def curve(rows: Rows) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps and training loss, the mean over seeds, of the tested setting."""
+    """Steps and loss, the mean over seeds, of the tested setting."""
     rows = tested(rows)
     if not rows or any(row["diverged"] for row in rows):
         return None
-    losses = np.mean([row["curve"] for row in rows], axis=0)
-    num_steps, points = rows[0]["steps"], len(losses)
-    # The last step of each of the sweep's bins.
-    ends = np.cumsum([len(p) for p in np.array_split(np.arange(num_steps), points)])
-    window = max(points // 20, 1)
-    trailing = [losses[max(i - window + 1, 0) : i + 1].mean() for i in range(points)]
-    return ends, np.array(trailing)
+    ends, losses = zip(*map(targets.trajectory, rows), strict=True)
+    return ends[0], np.mean(losses, axis=0)
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -94,12 +90,16 @@ def section(name: str, rows: Rows) -> list[str]:
     """The Markdown of a workload."""
     workload = WORKLOADS[name](None)
     command = f"python benchmarks/large_batch/sweep.py --workload={name}"
-    if workload.config.dataset.name == "folder":
+    if workload.program:
+        command = f"python benchmarks/large_batch/{workload.program}"
+    elif workload.config.dataset.name == "folder" or name == "tinyshakespeare":
         command += " --data_dir=FOLDER"
     lines = [f"## {name}", ""]
     if not rows:
         return [*lines, f"Not measured; `{command}` does.", ""]
     groups = group(rows, workload)
+    if workload.steps:
+        return [*lines, *growth(name, groups, workload), *footer(command, rows)]
     curves = {key: curve(of_group) for key, of_group in groups.items()}
 
     def target(size: int) -> float | None:
@@ -196,12 +196,179 @@ def section(name: str, rows: Rows) -> list[str]:
             f"No longer in the sweep (README.md says why): {', '.join(sorted(gone))}.",
             "",
         ]
-    lines += [
-        f"`{command}`; {len(rows)} runs, {sum(r['seconds'] for r in rows) / 3600:.1f} "
-        f"hours of training; {environments(rows)}.",
+    if compares_batch_sizes(workload):
+        lines += growth(name, groups, workload)
+    return [*lines, *footer(command, rows)]
+
+
+def footer(command: str, rows: Rows) -> list[str]:
+    hours = sum(row["seconds"] for row in rows) / 3600
+    return [
+        f"`{command}`; {len(rows)} runs, {hours:.1f} hours of training; "
+        f"{environments(rows)}.",
         "",
     ]
-    return lines
+
+
+def target_size(groups: targets.Groups, workload: Workload) -> int | None:
+    """The batch size at which the target is set: the smallest with all peers tested.
+
+    (All that have been run at all.) The largest, where batches have the same epochs.
+    """
+    peers = {name for name, _ in groups if name in PEERS}
+    sizes = [
+        size
+        for size in {size for _, size in groups}
+        if all(tested(groups.get((name, size), [])) for name in peers)
+    ]
+    if not sizes or not peers:
+        return None
+    return min(sizes) if workload.steps else max(sizes)
+
+
+def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
+    """How far the batch can grow: steps and seconds to a target, by batch size."""
+    sizes = workload.batch_sizes
+    set_at = target_size(groups, workload)
+    found = None if set_at is None else targets.target(groups, PEERS, set_at)
+    if set_at is None or found is None:
+        return ["There is no batch size yet at which all peers are tested.", ""]
+    wanted, peer = found
+    names = [
+        n for n in workload.optimizers if any((n, size) in groups for size in sizes)
+    ]
+    best = {key: targets.reached(of_group, wanted) for key, of_group in groups.items()}
+
+    def rows_of(make: Any) -> list[list[str]]:
+        return [[n, *(make(n, size) for size in sizes)] for n in names]
+
+    def complete(n: str, size: int) -> bool:
+        return bool(tested(groups.get((n, size), [])))
+
+    def steps_cell(n: str, size: int) -> str:
+        rows = groups.get((n, size), [])
+        if not rows:
+            return "not run"
+        mark = "" if complete(n, size) else " (tuning not complete)"
+        at = best[n, size]
+        return (f"{at.steps:,.0f}" if at else f"> {rows[0]['steps']:,}") + mark
+
+    def loss_cell(n: str, size: int) -> str:
+        rows = tested(groups.get((n, size), []))
+        if not rows:
+            return "not run"
+        if any(row["diverged"] for row in rows):
+            return "diverged"
+        mean, error = mean_and_error(
+            [float(targets.trajectory(row)[1][-1]) for row in rows]
+        )
+        return f"{mean:.4g} " + (
+            "(one seed)" if math.isnan(error) else f"± {error:.2g}"
+        )
+
+    def setting_cell(n: str, size: int) -> str:
+        rows = groups.get((n, size), [])
+        chosen = tested(rows)[:1]
+        if not chosen:
+            return "–"
+        if n in UNTUNED:
+            return "nothing to tune"
+        rates = {r["learning_rate"] for r in rows if r["phase"] == "tuning"}
+        rate = chosen[0]["learning_rate"]
+        edge = len(rates) > 1 and rate in (min(rates), max(rates))
+        tried = len([r for r in rows if r["phase"] == "tuning"])
+        return (
+            f"{rate:.3g}{' (edge)' if edge else ''}; {chosen[0]['schedule']}; "
+            f"{tried} runs"
+        )
+
+    def seconds_cell(n: str, size: int) -> str:
+        at, seconds = (
+            best.get((n, size)),
+            targets.step_seconds(groups.get((n, size), [])),
+        )
+        if seconds is None:
+            return "not measured"
+        plain = [
+            x
+            for peer in ("sgd", "momentum")
+            if (x := targets.step_seconds(groups.get((peer, size), []))) is not None
+        ]
+        share = f", {max(1 - min(plain) / seconds, 0):.0%}" if plain else ""
+        total = f"{at.seconds:.3g} s" if at and at.seconds else "not reached"
+        return f"{total} ({1000 * seconds:.3g} ms{share})"
+
+    def basin_cell(n: str, size: int) -> str:
+        width = None
+        if n not in UNTUNED:
+            width = targets.basin(groups.get((n, size), []))
+        return "–" if width is None else f"{width:.2f}"
+
+    what = workload.measured if workload.steps else "training loss"
+    labels = [f"batch {size:,}" if size > 1 else "all points" for size in sizes]
+    header = ["optimizer", *labels]
+    lines = []
+    if workload.steps:
+        lines += [
+            f"The {what} at the end, mean ± standard error of the test seeds; steps of "
+            "a run: "
+            + ", ".join(
+                f"{steps:,} at {label}"
+                for label, steps in zip(labels, workload.steps.values(), strict=True)
+            )
+            + ":",
+            "",
+            *table(header, rows_of(loss_cell)),
+            "",
+            "Learning rate and schedule that were chosen, and tuning runs:",
+            "",
+            *table(header, rows_of(setting_cell)),
+            "",
+        ]
+    lines += [
+        f"Steps to a {what} of {wanted:.4g}, which is what the median of the tuned "
+        f"peers ({peer}) ends with at {labels[sizes.index(set_at)]}:",
+        "",
+        *table(header, rows_of(steps_cell)),
+        "",
+    ]
+    if len(sizes) > 1:
+        critical = [
+            [
+                n,
+                targets.critical_batch_size(
+                    {
+                        size: at.steps if (at := best[n, size]) else None
+                        for size in sizes
+                        if complete(n, size)
+                    }
+                ),
+            ]
+            for n in names
+        ]
+        lines += [
+            "Critical batch size: the sizes between which a doubling begins to save "
+            "less than a factor of 1.6 of these steps (cells not run left out):",
+            "",
+            *table(["optimizer", "critical batch size"], critical),
+            "",
+        ]
+    if any("step_seconds" in row for rows in groups.values() for row in rows):
+        lines += [
+            "Seconds of a core to that loss, and in brackets milliseconds a step and "
+            "the share of them that plain SGD or momentum does not need:",
+            "",
+            *table(header, rows_of(seconds_cell)),
+            "",
+            "By which factor the learning rate may be off for a loss within 1% of the "
+            "best (of those tried with the first schedule):",
+            "",
+            *table(header, rows_of(basin_cell)),
+            "",
+        ]
+    if len(sizes) > 1:
+        lines += [f"![Steps to the target against batch size](steps_{name}.png)", ""]
+    return [*lines, f"![Loss against learning rate](sensitivity_{name}.png)", ""]
 
 
 def compares_batch_sizes(workload: Workload) -> bool:
@@ -219,18 +386,28 @@ def environments(rows: Rows) -> str:
     return "; ".join(sorted(found))
 
 
+WARM = {
+    "nlcg": "red",
+    "nlcg_paper": "orange",
+    "nlcg β=0.9": "darkred",
+    "nlcg by curvature": "deeppink",
+}
+COOL = (
+    "tab:blue tab:green tab:purple tab:brown tab:gray tab:olive tab:cyan tab:pink "
+    "black navy teal goldenrod indigo"
+).split()
+
+
 def style(name: str, index: int) -> dict[str, Any]:
     """NLCG in thick warm colours, the others thin; a colour and a marker for each."""
     if name.startswith("nlcg"):
-        warm = ("red", "orange", "darkred", "deeppink")
         # Below the others, which it would hide.
-        return dict(color=warm[index % 4], linewidth=3, zorder=1.5, marker="o")
-    cool = ("blue", "green", "purple", "brown", "gray", "olive", "cyan", "pink")
-    place = (PEERS.index(name) if name in PEERS else index) % 8
+        return dict(color=WARM[name], linewidth=3, zorder=1.5, marker="o")
+    place = (PEERS.index(name) if name in PEERS else index) % len(COOL)
     return dict(
-        color=f"tab:{cool[place]}",
+        color=COOL[place],
         linewidth=1.2,
-        marker="svD^P*X<"[place],
+        marker="svD^P*X<>hpd8"[place],
         markersize=5,
     )
 
@@ -270,6 +447,66 @@ def plot(name: str, rows: Rows, folder: pathlib.Path) -> None:
     finish(figure, axes, folder / f"loss_{name}.png")
 
 
+def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
+    """Steps to the target against batch size, and loss against rate at the largest."""
+    workload = WORKLOADS[name](None)
+    groups = group(rows, workload)
+    set_at = target_size(groups, workload)
+    found = None if set_at is None else targets.target(groups, PEERS, set_at)
+    if found is None:
+        return
+    names = [n for n in workload.optimizers if any(key[0] == n for key in groups)]
+    options = dict(figsize=(7, 4.5), layout="constrained", facecolor="white")
+    sizes = sorted({size for _, size in groups})
+
+    if len(sizes) > 1:
+        figure, axes = plt.subplots(**options)
+        first = []
+        for i, optimizer in enumerate(names):
+            points = []
+            for size in sizes:
+                of_group = groups.get((optimizer, size), [])
+                at = targets.reached(of_group, found[0]) if tested(of_group) else None
+                if at:
+                    points.append((size, at.steps))
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), label=optimizer, **style(optimizer, i)
+                )
+                first.append(points[0])
+        if first:
+            # Half the steps with twice the batch, from the best at the smallest.
+            size, steps = min(first)
+            ideal = [steps * size / x for x in sizes]
+            axes.plot(sizes, ideal, "k--", linewidth=1, label="perfect scaling")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        axes.minorticks_off()
+        title = f"{name}: steps to a loss of {found[0]:.4g}"
+        axes.set(xlabel="batch size", ylabel="steps", title=title)
+        finish(figure, axes, folder / f"steps_{name}.png")
+
+    figure, axes = plt.subplots(**options)
+    for i, optimizer in enumerate(names):
+        by_rate = targets.sensitivity(groups.get((optimizer, sizes[-1]), []))
+        points = sorted((r, x) for r, x in by_rate.items() if math.isfinite(x))
+        if points and optimizer not in UNTUNED:
+            best = min(points, key=lambda point: point[1])[0]
+            x, y = zip(*((rate / best, loss) for rate, loss in points), strict=True)
+            axes.plot(x, y, label=optimizer, **style(optimizer, i))
+        elif optimizer in UNTUNED:
+            loss = targets.final_loss(groups.get((optimizer, sizes[-1]), []))
+            if loss is not None:
+                look = style(optimizer, i) | {"marker": "", "linestyle": ":"}
+                axes.axhline(loss, label=f"{optimizer} (no rate)", **look)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    title = f"{name}, batch {sizes[-1]:,}"
+    axes.set(xlabel="rate / best rate", ylabel="loss at the end", title=title)
+    finish(figure, axes, folder / f"sensitivity_{name}.png")
+
+
 def finish(figure: Any, axes: Any, path: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -291,8 +528,11 @@ def report(results: pathlib.Path, folder: pathlib.Path) -> str:
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text.splitlines()]
         lines += section(name, rows)
-        if rows and compares_batch_sizes(WORKLOADS[name](None)):
+        workload = WORKLOADS[name](None)
+        if rows and compares_batch_sizes(workload) and not workload.steps:
             plot(name, rows, folder)
+        if rows and (compares_batch_sizes(workload) or workload.steps):
+            plot_growth(name, rows, folder)
     text = "\n".join(lines).rstrip() + "\n"
     (folder / "tables.md").write_text(text)
     return text

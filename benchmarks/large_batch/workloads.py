@@ -5,8 +5,14 @@ the config overrides that make it. Add to `WORKLOADS` or `OPTIMIZERS`, and the s
 another row.
 """
 
+import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import gpu
+import training_tasks
+from protocol import NUM_RATES, TEST_SEEDS
 
 from nlcg_optax.training.config import base_config
 
@@ -24,6 +30,13 @@ NLCG = [
 OPTIMIZERS: Optimizers = {
     # The rate is per step, and β = 0.9 makes up to ten of it: low for that reason.
     "nlcg": (NLCG, 0.04),
+    "nlcg β=0.9": (
+        [
+            *(word for word in NLCG if "beta_bounds" not in word),
+            "optimizer.nlcg.beta_bounds=(0.9, 0.9)",
+        ],
+        0.04,
+    ),
     "nlcg_paper": (["optimizer.name=nlcg_paper"], 0.4),
     "sgd": (["optimizer.name=sgd"], 0.4),
     "momentum": (["optimizer.name=momentum"], 0.1),
@@ -36,6 +49,9 @@ OPTIMIZERS: Optimizers = {
     "lamb": (["optimizer.name=lamb"], 0.02),
     "muon": (["optimizer.name=muon"], 0.02),
     "muon β=0.8": (["optimizer.name=muon", "optimizer.muon.beta=0.8"], 0.04),
+    "soap": (["peer.name=soap"], 4e-3),
+    "soap β=0.8": (["peer.name=soap", "peer.b1=0.8"], 4e-3),
+    "schedule-free adamw": (["peer.name=schedule_free_adamw"], 8e-3),
     "nlcg by curvature": (
         ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"],
         1.0,
@@ -44,6 +60,9 @@ OPTIMIZERS: Optimizers = {
 
 # The curvature chooses the step: there is nothing to tune, and no rate or schedule.
 UNTUNED = {"nlcg by curvature"}
+
+# Made for a constant rate: they have schedules of their own.
+SCHEDULE_FREE = {"schedule-free adamw"}
 
 # Recorded rows may state an optimizer in words of before; a test holds the two equal.
 EARLIER = {
@@ -86,10 +105,6 @@ ABLATION: Optimizers = {
     "muon": OPTIMIZERS["muon"],
 }
 
-FACTOR = 2.0  # between two learning rates
-NUM_RATES = 5  # to begin with
-MAX_EXTENSIONS = 3  # more of them, as long as the best is at the edge
-
 
 class Workload(NamedTuple):
     """A data set, a model and a budget.
@@ -100,30 +115,129 @@ class Workload(NamedTuple):
       schedules: config overrides by name; the learning rates are compared with the
         first, and the others are tried at the best of them.
       optimizers: those that the sweep compares.
+      task: from the config to what is trained.
+      steps: by batch size, where not all have the same epochs.
+      num_rates: learning rates of the grid to begin with.
+      test_seeds: of the runs with what was tuned.
+      measured: what the scores and targets are.
+      program: what runs it, where that is not the sweep.
+      chosen: learning rate and schedule by optimizer, where another workload tuned
+        them; nothing is tuned here.
     """
 
     config: Any
     batch_sizes: tuple[int, ...]
     schedules: dict[str, list[str]]
     optimizers: Optimizers = OPTIMIZERS
+    task: Callable[[Any], training_tasks.Task] = training_tasks.ImageTask
+    steps: dict[int, int] | None = None
+    num_rates: int = NUM_RATES
+    test_seeds: tuple[int, ...] = TEST_SEEDS
+    measured: str = "loss of held-out examples"
+    program: str | None = None
+    chosen: dict[str, tuple[float, str]] | None = None
+
+    def num_steps(self, batch_size: int, num_examples: int) -> int:
+        """Of a run that trains on so many examples."""
+        if self.steps:
+            return self.steps[batch_size]
+        batches = num_examples / min(batch_size, num_examples)
+        return round(self.config.num_epochs * batches)
+
+    def schedules_of(self, optimizer: str) -> dict[str, list[str]]:
+        """Those that are tried with an optimizer."""
+        if optimizer not in SCHEDULE_FREE:
+            return self.schedules
+        epochs = self.config.num_epochs
+        count = min(len(self.schedules), len(CONSTANT))
+        return {
+            f"constant, {name}": _schedule("constant", warmup, epochs)
+            for name, warmup in CONSTANT[:count]
+        }
 
 
-def _schedules(num_epochs: float) -> dict[str, list[str]]:
+# As many as the others have, of what such an optimizer leaves to choose.
+CONSTANT = [("warm-up 10%", 0.1), ("no warm-up", 0.0), ("warm-up 30%", 0.3)]
+
+
+# The middle of the grids where a loss has another scale than that of ResNets, in the
+# order in which they are run.
+def _centred(**centres: float) -> Optimizers:
+    words = {
+        name.replace(" ", "_").replace("-", "_").replace("β=0.", "b"): name
+        for name in OPTIMIZERS
+    }
+    return {words[key]: (OPTIMIZERS[words[key]][0], x) for key, x in centres.items()}
+
+
+AUTOENCODER = _centred(
+    nlcg_by_curvature=1.0,
+    nlcg=0.02,
+    muon=0.04,
+    muon_b8=0.08,
+    adamw=8e-3,
+    soap=8e-3,
+    lars=0.2,
+    momentum=0.02,
+    nlcg_b9=0.01,
+    nlcg_paper=0.05,
+    soap_b8=8e-3,
+    schedule_free_adamw=0.016,
+    lamb=0.02,
+)
+PHYSICS = _centred(
+    nlcg_by_curvature=1.0,
+    nlcg=0.16,
+    muon=0.08,
+    muon_b8=0.16,
+    adamw=0.016,
+    soap=0.016,
+    lars=0.2,
+    momentum=0.05,
+    nlcg_b9=0.08,
+    nlcg_paper=0.2,
+    soap_b8=0.016,
+    schedule_free_adamw=0.032,
+    lamb=0.04,
+)
+LANGUAGE = _centred(
+    nlcg_by_curvature=1.0,
+    nlcg=0.04,
+    muon=0.02,
+    muon_b8=0.02,
+    adamw=4e-3,
+    soap=4e-3,
+    lars=1.6,
+    momentum=0.4,
+    nlcg_b9=0.04,
+    nlcg_paper=1.6,
+    soap_b8=4e-3,
+    schedule_free_adamw=8e-3,
+    lamb=0.02,
+)
+
+
+def _schedule(name: str, warmup: float, num_epochs: float) -> list[str]:
+    return [
+        f"schedule.name={name}",
+        f"schedule.warmup_epochs={warmup * num_epochs}",
+        "schedule.warmup_power=1.0",
+        "schedule.warmup_init=0.1",  # from 0 the first step would be for nothing
+        f"schedule.boundaries=({0.5 * num_epochs}, {0.75 * num_epochs})",
+    ]
+
+
+def _schedules(num_epochs: float, count: int = 4) -> dict[str, list[str]]:
     def overrides(name: str, warmup: float) -> list[str]:
-        return [
-            f"schedule.name={name}",
-            f"schedule.warmup_epochs={warmup * num_epochs}",
-            "schedule.warmup_power=1.0",
-            "schedule.warmup_init=0.1",  # from 0 the first step would be for nothing
-            f"schedule.boundaries=({0.5 * num_epochs}, {0.75 * num_epochs})",
-        ]
+        return _schedule(name, warmup, num_epochs)
 
-    return {
+    schedules = {
         "cosine, warm-up 10%": overrides("cosine", 0.1),
         "cosine, no warm-up": overrides("cosine", 0.0),
         "cosine, warm-up 30%": overrides("cosine", 0.3),
         "step, warm-up 10%": overrides("step", 0.1),
     }
+    return dict(list(schedules.items())[:count])
 
 
 def digits(data_dir: str | None = None) -> Workload:
@@ -163,33 +277,121 @@ def cifar10_jpeg_ablation(data_dir: str | None = None) -> Workload:
     )
 
 
+# What the sweep chose on `cifar10_jpeg` at batch 5,000, in the same 30 steps.
+CHOSEN_AT_5000 = {
+    "nlcg by curvature": (1.0, "cosine, warm-up 10%"),
+    "nlcg": (0.04, "cosine, warm-up 10%"),
+    "muon β=0.8": (0.08, "cosine, warm-up 30%"),
+    "muon": (0.04, "cosine, no warm-up"),
+    "adamw": (0.016, "cosine, warm-up 30%"),
+    "lars": (1.6, "cosine, no warm-up"),
+    "momentum": (1.6, "cosine, no warm-up"),
+    "lamb": (0.08, "cosine, warm-up 10%"),
+    "nlcg_paper": (1.6, "cosine, no warm-up"),
+}
+
+
+def cifar10_jpeg_all(data_dir: str | None = None) -> Workload:
+    """The same with all 50,000 images in one batch, and what was tuned on 5,000."""
+    config = cifar10_jpeg(data_dir).config
+    config.dataset.max_train_examples = None
+    optimizers = {name: OPTIMIZERS[name] for name in CHOSEN_AT_5000}
+    return Workload(
+        config,
+        (50_000,),
+        _schedules(config.num_epochs),
+        optimizers,
+        test_seeds=(0,),
+        chosen=CHOSEN_AT_5000,
+    )
+
+
+def _by_steps(
+    config: Any,
+    task: Any,
+    steps: dict[int, int],
+    optimizers: Optimizers,
+    **budget: Any,
+) -> Workload:
+    """A workload whose schedules are fractions of so many steps by batch size."""
+    config.num_epochs = 1.0
+    config.l2_penalty = 0.0
+    schedules = _schedules(config.num_epochs, 2)
+    return Workload(config, tuple(steps), schedules, optimizers, task, steps, **budget)
+
+
+def autoencoder(data_dir: str | None = None) -> Workload:
+    """A deep autoencoder of scikit-learn's digits."""
+    del data_dir
+    return _by_steps(
+        base_config(),
+        training_tasks.digits_autoencoder,
+        {32: 1800, 128: 600, 512: 240, 1797: 150},
+        AUTOENCODER,
+        measured="loss of all training examples",
+    )
+
+
+def autoencoder_cifar(data_dir: str | None = None) -> Workload:
+    """A deep autoencoder of 16,384 grey images of 12×12."""
+    config = cifar10_jpeg(data_dir).config
+    config.dataset.max_train_examples = 16_384
+    return _by_steps(
+        config,
+        training_tasks.cifar_autoencoder,
+        {256: 1280, 1024: 480, 4096: 200, 16384: 100},
+        AUTOENCODER,
+    )
+
+
+def burgers(data_dir: str | None = None) -> Workload:
+    """A physics-informed network; there are no smaller batches than all points."""
+    del data_dir
+    return _by_steps(
+        base_config(),
+        training_tasks.burgers,
+        {1: 150},
+        PHYSICS,
+        measured="training loss",
+    )
+
+
+def tinyshakespeare(data_dir: str | None = None) -> Workload:
+    """A small GPT of characters, by batches of 64-character sequences.
+
+    A run takes a minute, so it has half the budget of the others: three rates, more at
+    the edge, one schedule and two seeds.
+    """
+    path = pathlib.Path(data_dir or ".") / "tinyshakespeare.txt"
+    workload = _by_steps(
+        base_config(),
+        functools.partial(training_tasks.tinyshakespeare, path=path),
+        {32: 384, 128: 128, 512: 48, 2048: 20},
+        LANGUAGE,
+        num_rates=3,
+        test_seeds=(0, 1),
+    )
+    return workload._replace(schedules=_schedules(1.0, 1))
+
+
 def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
-    """ResNet-32 on CIFAR-10 by the paper's recipe (arXiv:1812.02886); needs a GPU."""
-    config = base_config()
-    config.model.name = "resnet32"
-    config.model.dtype = "bfloat16"
-    config.dataset.name = "folder"
-    config.dataset.data_dir = data_dir
-    config.num_epochs = 200.0
-    paper = [
-        "schedule.name=step",
-        "schedule.boundaries=(102.0, 153.0)",
-        "schedule.warmup_power=0.5",
-    ]
-    schedules = {
-        "step, warm-up 25 epochs": [*paper, "schedule.warmup_epochs=25.0"],
-        "step, no warm-up": [*paper, "schedule.warmup_epochs=0.0"],
-        "step, warm-up 60 epochs": [*paper, "schedule.warmup_epochs=60.0"],
-        "cosine, warm-up 10%": _schedules(config.num_epochs)["cosine, warm-up 10%"],
-    }
-    names = ("nlcg", "momentum", "rmsprop", "sgd", "lars", "lamb")
-    optimizers = {name: OPTIMIZERS[name] for name in names}
-    return Workload(config, (1024, 4096, 16384, 50000), schedules, optimizers)
+    """What `gpu.py` runs: ResNet-32 on all images of 32×32."""
+    config = cifar10_jpeg(data_dir).config
+    config.num_epochs = float(gpu.EPOCHS)
+    optimizers = {name: ([], rate) for name, (_, rate) in gpu.OPTIMIZERS.items()}
+    schedules = {gpu.SCHEDULE: []}
+    sizes = tuple(sorted(gpu.BATCH_SIZES))
+    return Workload(config, sizes, schedules, optimizers, program="gpu.py --data=DATA")
 
 
 WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
     "digits": digits,
     "cifar10_jpeg": cifar10_jpeg,
     "cifar10_jpeg_ablation": cifar10_jpeg_ablation,
+    "cifar10_jpeg_all": cifar10_jpeg_all,
+    "autoencoder": autoencoder,
+    "autoencoder_cifar": autoencoder_cifar,
+    "burgers": burgers,
+    "tinyshakespeare": tinyshakespeare,
     "cifar10_jpeg_gpu": cifar10_jpeg_gpu,
 }

@@ -29,6 +29,11 @@ def sweep(modules):
     return modules[0]
 
 
+@pytest.fixture
+def protocol(modules):
+    return importlib.import_module("protocol")
+
+
 def row(cell, accuracy, loss=1.0):
     """What a run of a cell might give; `accuracy` None: it diverged."""
     diverged = accuracy is None
@@ -49,7 +54,7 @@ def run_all(sweep, accuracy):
     return rows, asked
 
 
-def test_stages_follow_on_each_other(sweep):
+def test_stages_follow_on_each_other(sweep, protocol):
     """Five rates, the other schedule at the best of them, three seeds of the winner."""
     rows, asked = run_all(
         sweep,
@@ -60,7 +65,7 @@ def test_stages_follow_on_each_other(sweep):
     assert rates == [0.25, 0.5, 1.0, 2.0, 4.0, 0.5, 0.5, 0.5, 0.5]
     assert [row["phase"] for row in rows] == ["tuning"] * 6 + ["test"] * 3
     assert {row["schedule"] for row in rows[6:]} == {"other"}
-    assert [row["seed"] for row in rows[6:]] == list(sweep.TEST_SEEDS)
+    assert [row["seed"] for row in rows[6:]] == list(protocol.TEST_SEEDS)
 
 
 @pytest.mark.parametrize(
@@ -97,18 +102,18 @@ def test_an_interrupted_stage_goes_on(sweep):
     assert sweep.plan([row(first[1], 0.5)], 1.0, SCHEDULES) == [first[0], *first[2:]]
 
 
-def test_what_has_nothing_to_tune_is_only_tested(sweep):
+def test_what_has_nothing_to_tune_is_only_tested(sweep, protocol):
     cells = sweep.plan([], 1.0, SCHEDULES, tuned=False)
-    assert [cell.seed for cell in cells] == list(sweep.TEST_SEEDS)
+    assert [cell.seed for cell in cells] == list(protocol.TEST_SEEDS)
     assert {cell[:3] for cell in cells} == {("test", 1.0, next(iter(SCHEDULES)))}
     rows = [row(cells[1], 0.5)]
     assert sweep.plan(rows, 1.0, SCHEDULES, tuned=False) == [cells[0], *cells[2:]]
 
 
-def test_thinned_curves_keep_the_mean(sweep):
+def test_thinned_curves_keep_the_mean(sweep, protocol):
     assert sweep.thin([1.23456, 2.0]) == [1.235, 2.0]
     thinned = sweep.thin([float(i) for i in range(1000)])
-    assert len(thinned) == sweep.CURVE_POINTS
+    assert len(thinned) == protocol.CURVE_POINTS
     assert thinned[0] == 2.0
 
 
