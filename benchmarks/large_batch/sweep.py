@@ -207,8 +207,17 @@ class Trainer:
         evaluate = loop.make_evaluation(config, dataset, self.model, self.mesh)
         return Phase(kept, lambda state: evaluate(state)["test"])
 
+    def create_optimizer(
+        self, optimizer: str, config: Any, rate: Any, total_steps: int
+    ) -> Any:
+        """The optimizer of that name in the workload, with this learning rate."""
+        del optimizer  # the config says it all
+        return optimizers.create_optimizer(
+            config, lambda _: rate, models.l2_mask, total_steps
+        )
+
     @functools.lru_cache(maxsize=1)  # noqa: B019
-    def compiled(self, optimizer: str, batch_size: int) -> tuple:
+    def compiled(self, optimizer: str, batch_size: int, total_steps: int) -> tuple:
         """Programs that make a state from a seed, and train it for a step.
 
         Learning rate, seed and data are their arguments: all cells share them.
@@ -217,13 +226,8 @@ class Trainer:
         apply_overrides(config, self.workload.optimizers[optimizer][0])
         config.batch_size = batch_size
 
-        examples = len(self.labels)
-        total_steps = round(config.num_epochs * examples / min(batch_size, examples))
-
         def create_optimizer(rate: Any) -> Any:
-            return optimizers.create_optimizer(
-                config, lambda _: rate, models.l2_mask, total_steps
-            )
+            return self.create_optimizer(optimizer, config, rate, total_steps)
 
         def train_step(state, indices, images, labels, rate, seed):
             step = steps.make_train_step(
@@ -266,14 +270,15 @@ class Trainer:
     def run(self, optimizer: str, batch_size: int, cell: Cell) -> dict:
         """Trains one cell; its row."""
         kept, evaluate = self.phase(cell.phase)
-        compiled = self.compiled(optimizer, min(batch_size, len(kept)))
+        capped = min(batch_size, len(kept))
+        steps_per_epoch = len(kept) / capped
+        num_steps = round(self.workload.config.num_epochs * steps_per_epoch)
+        compiled = self.compiled(optimizer, capped, num_steps)
         config, init, train_step, compile_seconds = compiled
         start = time.monotonic()
         config = config.copy_and_resolve_references()
         apply_overrides(config, self.workload.schedules[cell.schedule])
         config.optimizer.learning_rate = cell.learning_rate
-        steps_per_epoch = len(kept) / config.batch_size
-        num_steps = round(config.num_epochs * steps_per_epoch)
         schedule = optimizers.create_schedule(config, steps_per_epoch)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)), np.float32)
 
