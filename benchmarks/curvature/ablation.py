@@ -107,6 +107,9 @@ VARIANTS = {
     "6 past steps": Variant((), {"history": 6}),
     "no residual direction": Variant((), {"residuals": 0}),
     "2 residual directions": Variant((), {"residuals": 2}),
+    "products on a twentieth, 2 residual directions": Variant(
+        ("curvature_fraction=0.05",), {"residuals": 2}
+    ),
     "1 past step, no residual direction": Variant((), {"history": 1, "residuals": 0}),
     "products every 2 steps": Variant(("curvature_every=2",)),
     "products every 5 steps": Variant(("curvature_every=5",)),

@@ -44,6 +44,7 @@ CASES = (
     (0.1, 3, 0),
     (0.1, 1, 1),
     (0.05, 3, 1),
+    (0.05, 3, 2),
     (0.25, 3, 1),
     (0.25, 1, 0),
     (1.0, 3, 1),
@@ -129,6 +130,8 @@ def measure(name, rounds, cases):
             "temporary_bytes": run.program.temporary_bytes,
             "plain_temporary_bytes": plain.program.temporary_bytes,
             "gradient_bytes": gradient,
+            "flops": run.program.flops,
+            "plain_flops": plain.program.flops,
             "compile_seconds": run.compile_seconds,
             "plain_compile_seconds": plain.compile_seconds,
             "python": platform.python_version(),
@@ -143,8 +146,9 @@ def report():
     rows = [json.loads(line) for line in text.splitlines()]
     lines = [
         "| model, batch | products on | past steps | residual directions | s "
-        "(plain) | × plain | temporaries, MB (plain) | compiled in s (plain) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "(plain) | × plain | operations, × plain | temporaries, MB (plain) | "
+        "compiled in s (plain) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in WORKLOADS:
         for case in CASES:
@@ -156,13 +160,16 @@ def report():
             ]
             if not mine:
                 continue
-            row = mine[-1]
+            row, operations = mine[-1], "–"
+            if "flops" in row:
+                operations = f"{row['flops'] / row['plain_flops']:.2f}"
             lines.append(
                 f"| {name}, {row['batch_size']:,} of {row['image_size']}² | "
                 f"{case[0]:.0%} | {case[1]} | {case[2]} | "
                 f"{row['seconds']:.2f} ({row['plain_seconds']:.2f}) | "
                 f"{row['ratio']:.2f} ({min(row['ratios']):.2f}–"
                 f"{max(row['ratios']):.2f}) | "
+                f"{operations} | "
                 f"{row['temporary_bytes'] / 1e6:,.0f} "
                 f"({row['plain_temporary_bytes'] / 1e6:,.0f}) | "
                 f"{row['compile_seconds']:.0f} ({row['plain_compile_seconds']:.0f}) |"
