@@ -5,9 +5,10 @@
     python benchmarks/curvature/ablation.py --report    # results/ablation.md
 
 The sweep's `cifar10_jpeg` with all 5,000 images in each of 30 steps: its model, crops,
-penalty and evaluation, by its own program (`benchmarks/large_batch`). Nothing is tuned,
-the rows differ in what they say. Every run is a line of `results/ablation.jsonl`, and
-what is there is not run again. FOLDER is as for the sweep.
+penalty and evaluation, by its own program (`benchmarks/large_batch`), whose rows those
+of the default are. Nothing is tuned, the rows differ in what they say. Every run is a
+line of `results/ablation.jsonl`, and what is there is not run again. FOLDER is as for
+the sweep.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import nlcg_optax
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROWS = HERE / "results" / "ablation.jsonl"
+SWEEP = HERE.parent / "large_batch" / "results" / "cifar10_jpeg.jsonl"
 BATCH_SIZE = 5000
 # What Muon, the best of the sweep's peers, ends with: its rate and momentum tuned.
 TARGET = 1.518
@@ -156,8 +158,16 @@ def create_trainer(sweep, workload):
 
 
 def read():
-    text = ROWS.read_text() if ROWS.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    """The rows; those of the default are the sweep's own."""
+    rows = []
+    for path in (ROWS, SWEEP):
+        text = path.read_text() if path.exists() else ""
+        rows += [json.loads(line) for line in text.splitlines()]
+    for row in rows:
+        if row["optimizer"] == "nlcg by curvature" and row["batch_size"] == BATCH_SIZE:
+            row["optimizer"] = "default"
+    rows = [row for row in rows if row["optimizer"] in VARIANTS]
+    return list({(row["optimizer"], row["seed"]): row for row in rows}.values())
 
 
 def measure(names, seeds, data_dir):
