@@ -1,16 +1,19 @@
 """What the curvature adds to a training step: time and memory.
 
     taskset -c 1 python benchmarks/curvature/cost.py          # about 20 minutes
-    taskset -c 1 python benchmarks/curvature/cost.py --batch_size 500 --model resnet8
+    taskset -c 1 python benchmarks/curvature/cost.py --model resnet8 --cases 0,1
+    python benchmarks/curvature/cost.py --report              # results/cost.md
 
-The whole jitted step of `nlcg_optax.training` with tuned-rate `nlcg` and with the
+The whole jitted step of `nlcg_optax.training` with `nlcg` at a given rate and with the
 quadratic model, by the part of the batch that the products are taken on, the past steps
 and the residual directions, side by side in one process: rounds of one step each, and
-the median over the rounds. Images are made up. Times are those of the process, so that
-others on the machine do not count. Writes `results/cost.md`.
+the median over the rounds of the ratio within one. Images are made up. Times are those
+of the process, so that others on the machine do not count. Adds to
+`results/cost.jsonl`, where the newest row of a case counts.
 """
 
 import argparse
+import json
 import pathlib
 import platform
 import statistics
@@ -30,15 +33,18 @@ from nlcg_optax.training.mesh import create_mesh
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import compiled  # noqa: E402
 
-HERE = pathlib.Path(__file__).resolve().parent
-SHAPE = (32, 32, 3)
-WORKLOADS = {"resnet8": (5000, 8), "resnet32": (1024, 16)}  # batch, filters
+ROWS = pathlib.Path(__file__).resolve().parent / "results" / "cost.jsonl"
+# Batch, filters, and size of the images: that of the sweep's `cifar10_jpeg`, and that
+# of CIFAR-10.
+WORKLOADS = {"resnet8": (5000, 8, 12), "resnet32": (1024, 16, 32)}
 # Part of the batch, past steps, residual directions.
 CASES = (
     (0.1, 3, 1),
     (0.1, 1, 0),
     (0.1, 3, 0),
     (0.1, 1, 1),
+    (0.05, 3, 1),
+    (0.05, 3, 2),
     (0.25, 3, 1),
     (0.25, 1, 0),
     (1.0, 3, 1),
@@ -49,10 +55,10 @@ CASES = (
 class Case:
     """One way to take a step, compiled."""
 
-    def __init__(self, config, mesh, tx, batch):
+    def __init__(self, config, shape, mesh, tx, batch):
         model = loop.create_model(config, 10)
         schedule = optax.constant_schedule(0.01)
-        self.state = steps.create_state(model, tx, config, SHAPE, mesh)
+        self.state = steps.create_state(model, tx, config, shape, mesh)
         step = steps.make_train_step(model, tx, schedule, config, mesh, augment=True)
         start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(self.state, batch)
@@ -68,12 +74,14 @@ class Case:
         self.seconds.append(time.process_time() - start)
 
 
-def measure(name, batch_size, rounds, cases):
-    batch_size, filters = batch_size or WORKLOADS[name][0], WORKLOADS[name][1]
+def measure(name, rounds, cases):
+    """Times the cases beside the plain step; a row for each."""
+    batch_size, filters, image_size = WORKLOADS[name]
+    shape = (image_size, image_size, 3)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(
-            rng.integers(0, 256, (1, batch_size, *SHAPE), dtype=np.uint8)
+            rng.integers(0, 256, (1, batch_size, *shape), dtype=np.uint8)
         ),
         "label": jnp.asarray(rng.integers(0, 10, (1, batch_size)), jnp.int32),
     }
@@ -97,65 +105,101 @@ def measure(name, batch_size, rounds, cases):
                 residuals=case[2],
             )
             tx = optax.chain(piece, optax.scale(-1.0))
-        runs[case] = Case(config, mesh, tx, batch)
-        print(
-            f"{name}, {case}: compiled in {runs[case].compile_seconds:.0f} s",
-            flush=True,
-        )
+        runs[case] = Case(config, shape, mesh, tx, batch)
+        print(f"{name}, {case}: {runs[case].compile_seconds:.0f} s", flush=True)
     for _ in range(rounds + 1):
         for run in runs.values():
             run.run(batch)
-    plain = runs[None]
+    plain = runs.pop(None)
+    # Weights, their gradient: the same number of bytes.
     gradient = 4 * sum(x.size for x in jax.tree.leaves(plain.state.params))
-    rows = []
     for case, run in runs.items():
-        ratios = [
-            mine / other
-            for mine, other in zip(run.seconds[1:], plain.seconds[1:], strict=True)
+        pairs = zip(run.seconds[1:], plain.seconds[1:], strict=True)
+        ratios = [mine / other for mine, other in pairs]
+        yield {
+            "model": name,
+            "batch_size": batch_size,
+            "image_size": image_size,
+            "fraction": case[0],
+            "history": case[1],
+            "residuals": case[2],
+            "seconds": statistics.median(run.seconds[1:]),
+            "plain_seconds": statistics.median(plain.seconds[1:]),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "temporary_bytes": run.program.temporary_bytes,
+            "plain_temporary_bytes": plain.program.temporary_bytes,
+            "gradient_bytes": gradient,
+            "flops": run.program.flops,
+            "plain_flops": plain.program.flops,
+            "compile_seconds": run.compile_seconds,
+            "plain_compile_seconds": plain.compile_seconds,
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+            "device": jax.devices()[0].device_kind,
+        }
+
+
+def report():
+    text = ROWS.read_text() if ROWS.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines()]
+    lines = [
+        "| model, batch | products on | past steps | residual directions | s "
+        "(plain) | × plain | operations, × plain | temporaries, MB (plain) | "
+        "compiled in s (plain) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in WORKLOADS:
+        for case in CASES:
+            mine = [
+                row
+                for row in rows
+                if row["model"] == name
+                and (row["fraction"], row["history"], row["residuals"]) == case
+            ]
+            if not mine:
+                continue
+            row, operations = mine[-1], "–"
+            if "flops" in row:
+                operations = f"{row['flops'] / row['plain_flops']:.2f}"
+            lines.append(
+                f"| {name}, {row['batch_size']:,} of {row['image_size']}² | "
+                f"{case[0]:.0%} | {case[1]} | {case[2]} | "
+                f"{row['seconds']:.2f} ({row['plain_seconds']:.2f}) | "
+                f"{row['ratio']:.2f} ({min(row['ratios']):.2f}–"
+                f"{max(row['ratios']):.2f}) | "
+                f"{operations} | "
+                f"{row['temporary_bytes'] / 1e6:,.0f} "
+                f"({row['plain_temporary_bytes'] / 1e6:,.0f}) | "
+                f"{row['compile_seconds']:.0f} ({row['plain_compile_seconds']:.0f}) |"
+            )
+    if rows:
+        row = rows[-1]
+        lines += [
+            "",
+            f"Seconds of the process, one core; Python {row['python']}, jax "
+            f"{row['jax']}, optax {row['optax']}, device: {row['device']}.",
         ]
-        more = run.program.temporary_bytes - plain.program.temporary_bytes
-        what = (
-            "`nlcg` with a rate | | "
-            if case is None
-            else "{:.0%} | {} | {}".format(*case)
-        )
-        rows.append(
-            f"| {name}, {batch_size:,} | {what} | "
-            f"{statistics.median(run.seconds[1:]):.3f} | "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | "
-            f"{run.program.temporary_bytes / 1e6:,.0f} | {more / 1e6:+,.1f} | "
-            f"{run.compile_seconds:.0f} |"
-        )
-    rows.append(
-        f"| {name}, {batch_size:,} | a gradient's own bytes | | | | | "
-        f"{gradient / 1e6:,.1f} | | |"
-    )
-    return rows
+    (ROWS.parent / "cost.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(WORKLOADS), action="append")
-    parser.add_argument("--batch_size", type=int, help="of all models")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", type=int, default=len(CASES), help="the first few")
-    args = parser.parse_args()
-    lines = [
-        "| model, batch | products on | past steps | residual | s | × plain | "
-        "temporaries, MB | more | compiled, s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name in args.model or WORKLOADS:
-        lines += measure(name, args.batch_size, args.rounds, CASES[: args.cases])
-    lines += [
-        "",
-        f"`python benchmarks/curvature/cost.py`, {args.rounds} rounds, seconds of the "
-        f"process, Python {platform.python_version()}, jax {jax.__version__}, optax "
-        f"{optax.__version__}, device: {jax.devices()[0].device_kind}, one core.",
-    ]
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "cost.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    parser.add_argument("--cases", help="numbers of some of them: 0,1")
+    parser.add_argument("--report", action="store_true")
+    flags = parser.parse_args()
+    chosen = range(len(CASES)) if flags.cases is None else flags.cases.split(",")
+    if not flags.report:
+        for name in flags.model or WORKLOADS:
+            for row in measure(name, flags.rounds, [CASES[int(i)] for i in chosen]):
+                ROWS.parent.mkdir(exist_ok=True)
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    report()
 
 
 if __name__ == "__main__":

@@ -52,13 +52,12 @@ class Trainer:
         self.phase = functools.cache(self.task.phase)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
-    def compiled(self, optimizer: str, batch_size: int, size: int) -> tuple:
+    def compiled(self, optimizer: str, batch_size: int, total_steps: int) -> tuple:
         """Programs that make a state from a seed, and train it for a step.
 
         Learning rate, seed and data are their arguments: all cells share them.
         """
         words = self.workload.optimizers[optimizer][0]
-        total_steps = self.workload.num_steps(size, self.task.num_train)
         init, train_step = self.task.make(words, batch_size, total_steps)
         zeros = np.float32(0), np.int32(0)  # learning rate and seed
         start = time.process_time()
@@ -79,8 +78,8 @@ class Trainer:
         workload = self.workload
         kept, evaluate, during = self.phase(cell.phase)
         size = min(batch_size, len(kept))
-        init, train_step, compile_seconds = self.compiled(optimizer, size, batch_size)
         num_steps = workload.num_steps(batch_size, len(kept))
+        init, train_step, compile_seconds = self.compiled(optimizer, size, num_steps)
         words = [
             *workload.optimizers[optimizer][0],
             *workload.schedules_of(optimizer)[cell.schedule],

@@ -108,21 +108,24 @@ class ImageTask:
 
         return Phase(kept, scores, during=False)
 
+    def create_optimizer(
+        self, config: ConfigDict, words: Sequence[str], rate: Any, horizon: int | None
+    ) -> Any:
+        """The optimizer that the words state, with this learning rate."""
+        return peers.create_optimizer(
+            config, words, lambda _: rate, models.l2_mask, horizon
+        )
+
     def make(self, words: Sequence[str], batch_size: int, total_steps: int) -> tuple:
         config = peers.configured(self.config, words)
         config.batch_size = batch_size
         # Noise comes to rule where each step has other images.
         horizon = total_steps if batch_size < self.num_train else None
 
-        def create_optimizer(rate: Any) -> Any:
-            return peers.create_optimizer(
-                config, words, lambda _: rate, models.l2_mask, horizon
-            )
-
         def train_step(state, indices, arrays, rate, seed):
             step = steps.make_train_step(
                 self.model,
-                create_optimizer(rate),
+                self.create_optimizer(config, words, rate, horizon),
                 lambda _: rate,
                 config,
                 self.mesh,
@@ -136,9 +139,8 @@ class ImageTask:
             finite = jnp.isfinite(metrics["grad_norm"])
             return state, jnp.where(finite, metrics["loss"], jnp.nan)
 
-        init = steps.make_init(
-            self.model, create_optimizer(0.0), config, self.dataset.image_shape
-        )
+        tx = self.create_optimizer(config, words, 0.0, horizon)
+        init = steps.make_init(self.model, tx, config, self.dataset.image_shape)
         return init, train_step
 
 

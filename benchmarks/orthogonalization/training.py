@@ -18,6 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "large_batch"))
 
 import sweep  # noqa: E402
+from protocol import TEST_SEEDS  # noqa: E402
 from workloads import WORKLOADS  # noqa: E402
 
 import nlcg_optax  # noqa: E402
@@ -49,7 +50,7 @@ def main() -> None:
         with mock.patch.object(nlcg_optax, "scale_by_orthogonalization", varied):
             trainer = sweep.Trainer(workload)
             for rate in args.rates:
-                for seed in sweep.TEST_SEEDS:
+                for seed in TEST_SEEDS:
                     if (variant, rate, seed) in done:
                         continue
                     cell = sweep.Cell("test", rate, SCHEDULE, seed)

@@ -8,7 +8,7 @@ own direction takes over,
     d_t = z_t + \beta_t d_{t-1}, \qquad u_t = \alpha_t (z_t + \beta_t d_t), \qquad
     \beta_t = \min(g_t^\top z_t / g_{t-1}^\top z_{t-1},\, 0.9) ,
 
-with a rate that follows from the best lengths along z until then.
+whose rate is at first the average of the best lengths along z until then.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,6 @@ _RULED_BY_NOISE = 0.4
 # Before noise may rule the signal was measured so often, and after it there is time for
 # so many steps: five times the memory of β = 0.9.
 _MEASUREMENTS, _STEPS_LEFT = 8, 50
-# The rate is this part of the best length along the preconditioned gradient.
-_RATE = 0.5
 _MAX_BETA = 0.9
 # The last measurement's part in an average, once there are ten.
 _WEIGHT = 0.1
@@ -116,7 +114,7 @@ def set_course(
     starts = ~ruled & (signal < _RULED_BY_NOISE)
     starts &= jnp.asarray(measurements) >= _MEASUREMENTS
     starts &= jnp.asarray(count) + _STEPS_LEFT <= horizon
-    rate = jnp.where(starts, _RATE * jnp.exp(log_length), rate)
+    rate = jnp.where(starts, jnp.exp(log_length), rate)
     since = jnp.where(starts, count, since)
     done = (count - since) / jnp.maximum(horizon - since, 1)
     done = jnp.clip(done.astype(rate.dtype), 0, 1)

@@ -146,10 +146,10 @@ def scale_by_quadratic_model(
     The slope along a step, as the next gradient has it, tells how much of it was
     signal. λ grows with the ratio of noise to signal. With a ``horizon``, once less
     than 0.4 of the slope is signal, NLCG's own direction takes over for good: β
-    by Fletcher & Reeves, 0.9 at most, a look ahead, and as the rate half of the
-    (geometric) average of the best lengths along z, which falls to zero at the horizon
-    by a cosine. From then on there are no products. For a step that is best for one
-    batch is too short for the average over many (Wu et al., 2018, arXiv:1803.02021).
+    by Fletcher & Reeves, 0.9 at most, a look ahead, and as the rate the (geometric)
+    average of the best lengths along z, which falls to zero at the horizon by a cosine.
+    From then on there are no products. For a step that is best for one batch is too
+    short for the average over many (Wu et al., 2018, arXiv:1803.02021).
 
     As everywhere in Optax the updates keep the gradient's sign until the final negative
     scaling: follow it by ``optax.scale(-1.0)``, as

@@ -243,7 +243,7 @@ def oracle(x, noise, steps, horizon):
             log_length += max(0.1, 1 / solved) * (math.log(length) - log_length)
             left = 0 if horizon is None else horizon - t
             if share < 0.4 and measured >= 8 and left >= 50:
-                switched, rate = t, 0.5 * math.exp(log_length)
+                switched, rate = t, math.exp(log_length)
                 d, rho = -past[0] / rate, None
         if switched is not None:
             beta = 0.9 if rho is None else min(max(g @ z / rho, 0), 0.9)
