@@ -42,11 +42,15 @@ class Curvature:
         matrix of inner products between them.
       pull: maps the parameters and the image of one direction (still stacked) to the
         tree :math:`C d`.
+      nonnegative: whether the loss is taken for one that is never below zero, as an
+        error or a cross-entropy of outputs is: no step will then be believed to take
+        much more off it than there is.
     """
 
     push: Callable[[Any, Any], Images]
     inner: Callable[[Any, Images, Images], jax.Array]
     pull: Callable[[Any, Images], Any]
+    nonnegative: bool = False
 
     def __call__(self, params: Any, directions: Sequence[Any]) -> jax.Array:
         """The matrix of inner products of some directions."""
@@ -213,7 +217,8 @@ def gauss_newton(
     # Where there is no penalty no inner product of parameters is taken.
     none = isinstance(l2, int | float) and l2 == 0
     penalty = None if none else (l2, penalized)
-    return _curvature(push, inner, weighed, penalty, microbatches, axis_name)
+    curvature = _curvature(push, inner, weighed, penalty, microbatches, axis_name)
+    return dataclasses.replace(curvature, nonnegative=True)
 
 
 def hessian(

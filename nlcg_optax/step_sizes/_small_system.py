@@ -63,6 +63,25 @@ def decrease(
     )
 
 
+def part_that_falls(slope: jax.Array, curved: jax.Array, most: jax.Array) -> jax.Array:
+    r"""The part t of a step by which the model falls by no more than a number.
+
+    .. math:: t\, s^\top c - \tfrac{1}{2} t^2\, c^\top K c \le \text{most}
+
+    Args:
+      slope: :math:`s^\top c`.
+      curved: :math:`c^\top K c`.
+      most: a positive number.
+
+    Returns:
+      t, at most 1.
+    """
+    beyond = slope - 0.5 * curved > most
+    # The smaller root, in the form that does not cancel.
+    root = jnp.sqrt(jnp.maximum(slope**2 - 2 * curved * most, 0))
+    return jnp.where(beyond, 2 * most / jnp.where(beyond, slope + root, 1), 1)
+
+
 def inner(a: jax.Array, matrix: jax.Array, b: jax.Array) -> jax.Array:
     r""":math:`a^\top K b`."""
     return jnp.sum(a[:, None] * matrix * b[None, :])

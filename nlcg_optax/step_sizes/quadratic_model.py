@@ -79,6 +79,8 @@ class QuadraticModelState(NamedTuple):
 
 # A step that is taken back keeps this part of its length.
 _CUT = 0.25
+# No step is to take more off a positive loss than this many times what there is.
+_MOST = 2.0
 
 
 class _Plan(NamedTuple):
@@ -171,7 +173,10 @@ def scale_by_quadratic_model(
       first_damping: what the first step adds to λ, because nothing is known yet of how
         far the model holds. It fades by a factor of 4 with each step.
       max_growth: how much longer a step may be than the longest of the last ones
-        remembered; ``math.inf`` for any length. Shortened steps are counted.
+        remembered; ``math.inf`` for any length. Nor may the model of Gauss and Newton
+        fall by more than twice the loss, where that is positive: the curvature of a few
+        examples that are predicted with confidence is next to nothing, and says nothing
+        of the others. Shortened steps are counted.
       horizon: the steps of the whole run, for losses of sampled batches, where noise
         may come to rule. None where each loss is that of the same data: the early steps
         of a hard problem without noise can look like noise.
@@ -469,11 +474,17 @@ def scale_by_quadratic_model(
         (norm,) = jnp.sqrt(reduce(squares, step))
         longest = jnp.max(state.prev_norms)
         longest = longest * _tree.real_scalar(max_growth, dtype)
-        bounded = (state.stored > 0) & (norm > longest)
-        ratio = jnp.where(bounded, longest / jnp.where(bounded, norm, 1), 1)
-        coefficients = ratio * coefficients
+        too_long = (state.stored > 0) & (norm > longest)
+        ratio = jnp.where(too_long, longest / jnp.where(too_long, norm, 1), 1)
         slope = jnp.sum(plan.slopes * coefficients)
         curved = _small_system.inner(coefficients, products, coefficients)
+        if curvature.nonnegative:
+            part = _small_system.part_that_falls(slope, curved, _MOST * loss)
+            believed = coasts | (loss <= 0)
+            ratio = jnp.where(believed, ratio, jnp.minimum(ratio, part))
+        bounded = ratio < 1
+        coefficients = ratio * coefficients
+        slope, curved = ratio * slope, ratio**2 * curved
         finite = jnp.isfinite(loss) & jnp.isfinite(slope) & jnp.isfinite(curved)
         accepted = finite & jnp.isfinite(norm) & ~rejected
         moved = accepted | rejected

@@ -421,6 +421,28 @@ def test_a_step_is_at_most_three_times_the_last_ones():
     assert state.bounded == 3
 
 
+def test_a_loss_cannot_fall_far_below_zero():
+    """The curvature of the examples that it is taken of is next to nothing."""
+    tx = scale_by_quadratic_model(residuals=0, **PURE)
+    x = jnp.array([3.0, 4.0])
+    curvature = nlcg_optax.gauss_newton(
+        lambda x: 1e-3 * x, lambda y: 0.5 * jnp.sum(y**2)
+    )
+    for value, bounded in ((2.0, 1), (-2.0, 0), (1e9, 0)):
+        step, state = tx.update(x, tx.init(x), x, value=value, curvature=curvature)
+        # Without the bound it is g over the curvature of 1e-6.
+        assert state.bounded == bounded
+        if bounded:
+            np.testing.assert_allclose(state.predicted_decrease, 4.0, rtol=1e-4)
+            np.testing.assert_allclose(step, 4.0 / 25 * x, rtol=1e-4)
+        else:
+            np.testing.assert_allclose(step, 1e6 * x, rtol=1e-3)
+    # A factor in the loss changes nothing.
+    tenth = nlcg_optax.gauss_newton(lambda x: 1e-3 * x, lambda y: 0.05 * jnp.sum(y**2))
+    step, state = tx.update(0.1 * x, tx.init(x), x, value=0.2, curvature=tenth)
+    np.testing.assert_allclose(step, 4.0 / 25 * x, rtol=1e-4)
+
+
 @pytest.mark.parametrize("what", ["value", "gradient", "curvature"])
 def test_what_is_not_finite_leaves_everything_as_it_was(what):
     tx = scale_by_quadratic_model(optax.scale_by_rms())

@@ -27,6 +27,18 @@ def test_it_is_the_minimum(x64):
     np.testing.assert_allclose(decrease, 0.5 * SLOPES @ expected, rtol=1e-12)
 
 
+def test_the_part_of_a_step_by_which_the_model_falls_so_far(x64):
+    slope, curved = 3.0, 2.0  # the model falls by 3 t - t², and by 2 with all of it
+    for most in (2.5, 2.0, 1.25, 1e-9):
+        t = float(
+            _small_system.part_that_falls(*map(jnp.asarray, (slope, curved, most)))
+        )
+        assert slope * t - 0.5 * curved * t**2 == pytest.approx(min(most, 2.0))
+        assert 0 < t <= 1
+    flat = _small_system.part_that_falls(*map(jnp.asarray, (4.0, 0.0, 1.0)))
+    assert flat == 0.25
+
+
 def test_damping_is_relative_to_the_diagonal(x64):
     damped = MATRIX + 0.3 * np.diag(np.diag(MATRIX))
     expected = np.linalg.solve(damped, SLOPES)
