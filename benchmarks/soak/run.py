@@ -129,6 +129,7 @@ def main() -> int:
         "threads": "threads of Python",
         "compiled": "programs compiled",
     }
+    verdict = "; ".join(grown) or "Nothing grew by more than it may"
     lines = [
         "| | after a fifth of the run | at the end | largest in between |",
         "|---|---|---|---|",
@@ -139,7 +140,7 @@ def main() -> int:
         "",
         f"{result.step:,} steps in {args.seconds:,.0f} s, with an evaluation and a "
         "checkpoint every 220 of them; each number is the mean over a tenth of what "
-        f"follows the first fifth. {'; '.join(grown) or 'Nothing grew'}.",
+        f"follows the first fifth. {verdict}.",
         "",
         f"`python benchmarks/soak/run.py --seconds={args.seconds:g}`; Python "
         f"{platform.python_version()}, jax {jax.__version__}, "
