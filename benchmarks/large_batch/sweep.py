@@ -52,20 +52,21 @@ class Trainer:
         self.phase = functools.cache(self.task.phase)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019
-    def compiled(self, optimizer: str, batch_size: int, total_steps: int) -> tuple:
+    def compiled(self, optimizer: str, size: int, total_steps: int) -> tuple:
         """Programs that make a state from a seed, and train it for a step.
 
-        Learning rate, seed and data are their arguments: all cells share them.
+        Learning rate, seed and data are their arguments: all cells share them. The
+        size is that of a batch that is no larger than the examples.
         """
         words = self.workload.optimizers[optimizer][0]
-        init, train_step = self.task.make(words, batch_size, total_steps)
+        init, train_step = self.task.make(words, size, total_steps)
         zeros = np.float32(0), np.int32(0)  # learning rate and seed
         start = time.process_time()
         on_cpu = jax.default_backend() == "cpu"
         # It is run a few times only: see `steps.create_state`.
         options = {"xla_backend_optimization_level": 0} if on_cpu else None
         init = jax.jit(init, compiler_options=options).lower(zeros[1]).compile()
-        indices = np.zeros(batch_size, np.int32)
+        indices = np.zeros(size, np.int32)
         train_step = (
             jax.jit(train_step, donate_argnums=0)
             .lower(init(zeros[1]), indices, self.arrays, *zeros)
