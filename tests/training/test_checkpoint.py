@@ -1,6 +1,7 @@
 """Crashes, full disks and damaged checkpoints: no progress is lost, none is made up."""
 
 import errno
+import gc
 import json
 import os
 import random
@@ -135,6 +136,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         loop.train_and_evaluate(config, tmp_path / "file")
 
 
+# Where a write fails Orbax leaves coroutines behind, which warn when they are collected.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_folder_that_becomes_unwritable(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     state = {"w": np.ones(3, np.float32)}
@@ -152,6 +156,8 @@ def test_a_folder_that_becomes_unwritable(tmp_path):
     assert fresh.latest_step() == 1
     jax.tree.map(np.testing.assert_array_equal, fresh.restore(state), state)
     fresh.close()
+    del checkpoints
+    gc.collect()
 
 
 HOLD = """\
