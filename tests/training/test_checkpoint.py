@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         loop.train_and_evaluate(config, tmp_path / "file")
 
 
-# Where a write fails Orbax leaves coroutines behind, which warn when they are collected.
+# Where a write fails Orbax leaves coroutines behind, which warn in the end.
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_folder_that_becomes_unwritable(tmp_path):
