@@ -45,6 +45,20 @@ def minimize(tx, steps=20, scale=1.0):
     return np.array(xs)
 
 
+def default_chain(*last):
+    """The default's direction and step rule, made by hand, and what follows them."""
+    return optax.chain(
+        scale_by_conjugate_direction(
+            "fletcher_reeves",
+            scale_by_orthogonalization(),
+            beta_bounds=(0, 0.9),
+            nesterov=True,
+        ),
+        scale_by_loss_feedback("step", 5, 1.0),
+        *last,
+    )
+
+
 CHAINS = {
     "paper": (
         lambda: nlcg_paper(0.1),
@@ -59,16 +73,7 @@ CHAINS = {
     "nlcg": (
         # No rise of the loss: there the chain takes back part of its last step.
         lambda: nlcg(0.03),
-        lambda: optax.chain(
-            scale_by_conjugate_direction(
-                "fletcher_reeves",
-                scale_by_orthogonalization(),
-                beta_bounds=(0, 0.9),
-                nesterov=True,
-            ),
-            scale_by_loss_feedback("step", 5, 1.0),
-            optax.scale(-0.03),
-        ),
+        lambda: default_chain(optax.scale(-0.03)),
     ),
     "options": (
         lambda: nlcg_paper(
@@ -111,17 +116,7 @@ CHAINS = {
     ),
     "decay": (
         lambda: nlcg(0.03, weight_decay=0.5),
-        lambda: optax.chain(
-            scale_by_conjugate_direction(
-                "fletcher_reeves",
-                scale_by_orthogonalization(),
-                beta_bounds=(0, 0.9),
-                nesterov=True,
-            ),
-            scale_by_loss_feedback("step", 5, 1.0),
-            optax.add_decayed_weights(0.5),
-            optax.scale(-0.03),
-        ),
+        lambda: default_chain(optax.add_decayed_weights(0.5), optax.scale(-0.03)),
     ),
     "nothing": (
         lambda: nlcg_paper(0.1, preconditioner=None, step_rule=None),

@@ -14,7 +14,6 @@ the sweep.
 import argparse
 import contextlib
 import importlib
-import json
 import pathlib
 import statistics
 import sys
@@ -28,6 +27,9 @@ import optax
 import nlcg_optax
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "large_batch"))
+import protocol  # noqa: E402
+
 ROWS = HERE / "results" / "ablation.jsonl"
 SWEEP = HERE.parent / "large_batch" / "results" / "cifar10_jpeg.jsonl"
 BATCH_SIZE = 5000
@@ -165,10 +167,7 @@ def create_trainer(sweep, workload):
 
 def read():
     """The rows; those of the default are the sweep's own."""
-    rows = []
-    for path in (ROWS, SWEEP):
-        text = path.read_text() if path.exists() else ""
-        rows += [json.loads(line) for line in text.splitlines()]
+    rows = [*protocol.read(ROWS), *protocol.read(SWEEP)]
     for row in rows:
         if row["optimizer"] == "nlcg by curvature" and row["batch_size"] == BATCH_SIZE:
             row["optimizer"] = "default"
@@ -178,7 +177,6 @@ def read():
 
 def measure(names, seeds, data_dir):
     """Runs what is missing, one seed of all after the other."""
-    sys.path.insert(0, str(HERE.parent / "large_batch"))
     sweep = importlib.import_module("sweep")
     workload = sweep.WORKLOADS["cifar10_jpeg"](data_dir)
     overrides = {
@@ -195,10 +193,10 @@ def measure(names, seeds, data_dir):
             if any((row["optimizer"], row["seed"]) == (name, seed) for row in read()):
                 continue
             trainer = trainer or create_trainer(sweep, workload)
-            cell = sweep.Cell("test", 1.0, schedule, seed)
+            cell = protocol.Cell("test", 1.0, schedule, seed)
             row = trainer.run(name, BATCH_SIZE, cell)
-            row = {"workload": "cifar10_jpeg", **row, **sweep.environment()}
-            sweep.append(ROWS, row)
+            row = {"workload": "cifar10_jpeg", **row, **protocol.environment()}
+            protocol.append(ROWS, row)
             last = "diverged" if row["diverged"] else f"{row['curve'][-1]:.4f}"
             print(f"{name}, seed {seed}: {last}, {row['accuracy']}", flush=True)
 

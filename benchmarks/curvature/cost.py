@@ -13,7 +13,6 @@ of the process, so that others on the machine do not count. Adds to
 """
 
 import argparse
-import json
 import pathlib
 import platform
 import statistics
@@ -32,6 +31,9 @@ from nlcg_optax.training.mesh import create_mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import compiled  # noqa: E402
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "large_batch"))
+import protocol  # noqa: E402
 
 ROWS = pathlib.Path(__file__).resolve().parent / "results" / "cost.jsonl"
 # Batch, filters, and size of the images: that of the sweep's `cifar10_jpeg`, and that
@@ -142,8 +144,7 @@ def measure(name, rounds, cases):
 
 
 def report():
-    text = ROWS.read_text() if ROWS.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = protocol.read(ROWS)
     lines = [
         "| model, batch | products on | past steps | residual directions | s "
         "(plain) | × plain | operations, × plain | temporaries, MB (plain) | "
@@ -196,9 +197,7 @@ def main() -> None:
     if not flags.report:
         for name in flags.model or WORKLOADS:
             for row in measure(name, flags.rounds, [CASES[int(i)] for i in chosen]):
-                ROWS.parent.mkdir(exist_ok=True)
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                protocol.append(ROWS, row)
     report()
 
 

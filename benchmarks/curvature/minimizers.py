@@ -13,7 +13,6 @@ the narrow sense; both with their line search and nothing tuned, as the quadrati
 """
 
 import argparse
-import json
 import pathlib
 import statistics
 import sys
@@ -27,6 +26,9 @@ import nlcg_optax
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import compiled  # noqa: E402
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "large_batch"))
+import protocol  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "minimizers.jsonl"
@@ -84,11 +86,6 @@ def by_minimize(task, seed, options):
     return curve, result.message
 
 
-def read():
-    text = ROWS.read_text() if ROWS.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
-
-
 def at(curve, cost):
     """The lowest loss by then."""
     values = [value for spent, value in curve if spent <= cost]
@@ -104,14 +101,12 @@ def run(name, method, seed):
         curve, row["message"] = by_minimize(task, seed, MINIMIZERS[method])
     row["losses"] = [at(curve, cost) for cost in COSTS]
     row |= dict(jax=jax.__version__, device=jax.devices()[0].device_kind)
-    RESULTS.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    protocol.append(ROWS, row)
     print(row, flush=True)
 
 
 def report():
-    rows, lines = read(), []
+    rows, lines = protocol.read(ROWS), []
     lines.append(
         "| task | gradients a step | | "
         + " | ".join(f"cost {cost:,}" for cost in COSTS)
@@ -151,7 +146,9 @@ def main():
     parser.add_argument("--report", action="store_true")
     flags = parser.parse_args()
     if not flags.report:
-        known = {(row["task"], row["method"], row["seed"]) for row in read()}
+        known = {
+            (row["task"], row["method"], row["seed"]) for row in protocol.read(ROWS)
+        }
         for name in flags.tasks.split(","):
             for method in (OURS, *MINIMIZERS):
                 for seed in SEEDS:

@@ -12,7 +12,6 @@ and what is there is not run again. The images of the test were not looked at.
 
 import argparse
 import importlib
-import json
 import pathlib
 import statistics
 import sys
@@ -27,6 +26,9 @@ from nlcg_optax.training import data, models, optimizers, steps
 from nlcg_optax.training.config import apply_overrides
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "large_batch"))
+import protocol  # noqa: E402
+
 ROWS = HERE / "results" / "noise.jsonl"
 BATCH_SIZE = 1000
 SEEDS = (100, 101, 102)
@@ -92,7 +94,6 @@ def varied(original, variant):
 
 def create_runner(data_dir):
     """A function of a variant and a seed that gives what a run came to."""
-    sys.path.insert(0, str(HERE.parent / "large_batch"))
     sweep = importlib.import_module("sweep")
     workload = sweep.WORKLOADS["cifar10_jpeg"](data_dir)
     trainer = sweep.Trainer(workload)
@@ -145,12 +146,7 @@ def create_runner(data_dir):
         last = losses[-len(losses) // 6 :]
         return {**evaluate(state), "training_loss": float(np.mean(last))}
 
-    return run, sweep
-
-
-def read():
-    text = ROWS.read_text() if ROWS.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    return run
 
 
 def report():
@@ -159,7 +155,7 @@ def report():
         "|---|---:|---:|---:|---|",
     ]
     for name in VARIANTS:
-        mine = [row for row in read() if row["variant"] == name]
+        mine = [row for row in protocol.read(ROWS) if row["variant"] == name]
         if not mine:
             lines.append(f"| {name} | not run | | | |")
             continue
@@ -183,14 +179,14 @@ def main():
     parser.add_argument("--report", action="store_true")
     flags = parser.parse_args()
     if not flags.report:
-        known = {(row["variant"], row["seed"]) for row in read()}
-        run, sweep = create_runner(flags.data_dir)
+        known = {(row["variant"], row["seed"]) for row in protocol.read(ROWS)}
+        run = create_runner(flags.data_dir)
         for seed in SEEDS:
             for name, variant in VARIANTS.items():
                 if (name, seed) not in known:
                     row = {"variant": name, "seed": seed, **run(variant, seed)}
-                    row |= {"batch_size": BATCH_SIZE, **sweep.environment()}
-                    sweep.append(ROWS, row)
+                    row |= {"batch_size": BATCH_SIZE, **protocol.environment()}
+                    protocol.append(ROWS, row)
                     print(row, flush=True)
     report()
 

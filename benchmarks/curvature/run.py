@@ -11,9 +11,9 @@ several momenta. Rows of runs that are there are not run again.
 """
 
 import argparse
-import json
 import pathlib
 import statistics
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,10 @@ import optax.contrib
 import tasks
 
 import nlcg_optax
+from nlcg_optax.training import models
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "large_batch"))
+import protocol  # noqa: E402
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 ROWS = RESULTS / "small_tasks.jsonl"
@@ -30,21 +34,11 @@ SEEDS = (0, 1, 2)
 
 
 def muon(beta):
-    def matrices(params):
-        return jax.tree.map(
-            lambda w: (
-                optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
-                if w.ndim > 1
-                else None
-            ),
-            params,
-        )
-
     return lambda rate: optax.contrib.muon(
         rate,
         beta=beta,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=models.muon_matrices,
     )
 
 
@@ -81,16 +75,10 @@ def losses_of(task, tx, seed, curvature=None):
     return [float(f"{x:.5g}") for x in np.asarray(jnp.stack(kept))]
 
 
-def read():
-    return (
-        [json.loads(x) for x in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    )
-
-
 def run(name, optimizer, rate, seed):
     """The row of a run, which is appended if it is new."""
     known = (name, optimizer, rate, seed)
-    for row in read():
+    for row in protocol.read(ROWS):
         if (row["task"], row["optimizer"], row["rate"], row["seed"]) == known:
             return row
     task = tasks.TASKS[name]()
@@ -103,9 +91,7 @@ def run(name, optimizer, rate, seed):
         losses = losses_of(task, PEERS[optimizer][0](decay), seed)
     row = dict(task=name, optimizer=optimizer, rate=rate, seed=seed, losses=losses)
     row |= dict(jax=jax.__version__, device=jax.devices()[0].device_kind)
-    RESULTS.mkdir(exist_ok=True)
-    with ROWS.open("a") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    protocol.append(ROWS, row)
     print(name, optimizer, rate, seed, losses[-1], flush=True)
     return row
 
@@ -130,7 +116,7 @@ def tune(name, optimizer):
 
 
 def report():
-    rows, lines = read(), []
+    rows, lines = protocol.read(ROWS), []
     names = [OURS, *PEERS]
     lines.append("| task | " + " | ".join(names) + " |")
     lines.append("|---" * (len(names) + 1) + "|")

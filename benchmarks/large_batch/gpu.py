@@ -40,21 +40,11 @@ CURVATURE_EVERY = 10  # one image of so many tells the curvature
 
 
 def _muon(beta: float) -> Callable[[Any], Any]:
-    def matrices(params: Any) -> Any:
-        return jax.tree.map(
-            lambda w: (
-                optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
-                if w.ndim > 1
-                else None
-            ),
-            params,
-        )
-
     return lambda rate: optax.contrib.muon(
         rate,
         beta=beta,
         consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=models.muon_matrices,
     )
 
 

@@ -161,59 +161,25 @@ CONSTANT = [("warm-up 10%", 0.1), ("no warm-up", 0.0), ("warm-up 30%", 0.3)]
 
 
 # The middle of the grids where a loss has another scale than that of ResNets, in the
-# order in which they are run.
-def _centred(**centres: float) -> Optimizers:
-    words = {
-        name.replace(" ", "_").replace("-", "_").replace("β=0.", "b"): name
-        for name in OPTIMIZERS
-    }
-    return {words[key]: (OPTIMIZERS[words[key]][0], x) for key, x in centres.items()}
-
-
-AUTOENCODER = _centred(
-    nlcg_by_curvature=1.0,
-    nlcg=0.02,
-    muon=0.04,
-    muon_b8=0.08,
-    adamw=8e-3,
-    soap=8e-3,
-    lars=0.2,
-    momentum=0.02,
-    nlcg_b9=0.01,
-    nlcg_paper=0.05,
-    soap_b8=8e-3,
-    schedule_free_adamw=0.016,
-    lamb=0.02,
-)
-PHYSICS = _centred(
-    nlcg_by_curvature=1.0,
-    nlcg=0.16,
-    muon=0.08,
-    muon_b8=0.16,
-    adamw=0.016,
-    soap=0.016,
-    lars=0.2,
-    momentum=0.05,
-    nlcg_b9=0.08,
-    nlcg_paper=0.2,
-    soap_b8=0.016,
-    schedule_free_adamw=0.032,
-    lamb=0.04,
-)
-LANGUAGE = _centred(
-    nlcg_by_curvature=1.0,
-    nlcg=0.04,
-    muon=0.02,
-    muon_b8=0.02,
-    adamw=4e-3,
-    soap=4e-3,
-    lars=1.6,
-    momentum=0.4,
-    nlcg_b9=0.04,
-    nlcg_paper=1.6,
-    soap_b8=4e-3,
-    schedule_free_adamw=8e-3,
-    lamb=0.02,
+# order in which they are run: of autoencoders, of physics, of language.
+CENTRES = {
+    "nlcg by curvature": (1.0, 1.0, 1.0),
+    "nlcg": (0.02, 0.16, 0.04),
+    "muon": (0.04, 0.08, 0.02),
+    "muon β=0.8": (0.08, 0.16, 0.02),
+    "adamw": (8e-3, 0.016, 4e-3),
+    "soap": (8e-3, 0.016, 4e-3),
+    "lars": (0.2, 0.2, 1.6),
+    "momentum": (0.02, 0.05, 0.4),
+    "nlcg β=0.9": (0.01, 0.08, 0.04),
+    "nlcg_paper": (0.05, 0.2, 1.6),
+    "soap β=0.8": (8e-3, 0.016, 4e-3),
+    "schedule-free adamw": (0.016, 0.032, 8e-3),
+    "lamb": (0.02, 0.04, 0.02),
+}
+AUTOENCODER, PHYSICS, LANGUAGE = (
+    {name: (OPTIMIZERS[name][0], rates[i]) for name, rates in CENTRES.items()}
+    for i in range(3)
 )
 
 

@@ -57,25 +57,13 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import nlcg_optax  # noqa: E402
 from nlcg_optax.preconditioners import _newton_schulz  # noqa: E402
-
-
-def muon_matrices(params):
-    """The last axis by all others, convolutions too, as `nlcg` has it."""
-
-    def matrix(w):
-        axes = tuple(range(w.ndim))
-        if w.ndim < 2:
-            return None
-        return optax.contrib.MuonDimensionNumbers(axes[:-1], axes[-1])
-
-    return jax.tree.map(matrix, params)
-
+from nlcg_optax.training import models  # noqa: E402
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-4),
     "nlcg": lambda: nlcg_optax.nlcg(1e-4),
     "muon": lambda: optax.contrib.muon(
-        1e-4, muon_weight_dimension_numbers=muon_matrices
+        1e-4, muon_weight_dimension_numbers=models.muon_matrices
     ),
 }
 
@@ -96,8 +84,6 @@ def gpt(layers, width, vocabulary):
 
 def resnet50(layers=None):
     del layers
-    from nlcg_optax.training import models
-
     model = models.create_model("resnet50", 1000)
     variables = jax.eval_shape(
         lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False)
@@ -238,12 +224,7 @@ def write(part, rows):
         row |= {"platform": jax.default_backend(), "machine": platform.machine()}
         row["device_kind"] = jax.devices()[0].device_kind
         key = [row.get(field) for field in same]
-        old = (
-            [json.loads(x) for x in path.read_text().splitlines()]
-            if path.exists()
-            else []
-        )
-        kept = [x for x in old if [x.get(field) for field in same] != key]
+        kept = [x for x in read(part) if [x.get(field) for field in same] != key]
         path.write_text("".join(json.dumps(x) + "\n" for x in [*kept, row]))
         print(json.dumps(row), flush=True)
 

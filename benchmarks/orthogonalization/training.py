@@ -9,7 +9,6 @@ baseline. A run is a line of `results/training.jsonl`; what is there is not run 
 
 import argparse
 import functools
-import json
 import pathlib
 import sys
 from unittest import mock
@@ -17,8 +16,8 @@ from unittest import mock
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "large_batch"))
 
+import protocol  # noqa: E402
 import sweep  # noqa: E402
-from protocol import TEST_SEEDS  # noqa: E402
 from workloads import WORKLOADS  # noqa: E402
 
 import nlcg_optax  # noqa: E402
@@ -39,9 +38,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--rates", nargs="*", type=float, default=[RATE])
     args = parser.parse_args()
-    rows = []
-    if RESULTS.exists():
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = protocol.read(RESULTS)
     done = {(row["variant"], row["learning_rate"], row["seed"]) for row in rows}
     workload = WORKLOADS["cifar10_jpeg"](args.data_dir)
     make = nlcg_optax.scale_by_orthogonalization
@@ -50,14 +47,13 @@ def main() -> None:
         with mock.patch.object(nlcg_optax, "scale_by_orthogonalization", varied):
             trainer = sweep.Trainer(workload)
             for rate in args.rates:
-                for seed in TEST_SEEDS:
+                for seed in protocol.TEST_SEEDS:
                     if (variant, rate, seed) in done:
                         continue
-                    cell = sweep.Cell("test", rate, SCHEDULE, seed)
+                    cell = protocol.Cell("test", rate, SCHEDULE, seed)
                     row = {"variant": variant, **trainer.run("nlcg", 5000, cell)}
-                    row |= sweep.environment()
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    row |= protocol.environment()
+                    protocol.append(RESULTS, row)
                     print(variant, rate, seed, row["accuracy"], row["loss"], flush=True)
 
 

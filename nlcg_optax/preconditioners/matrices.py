@@ -23,8 +23,15 @@ def last_axis(path: Any, leaf: Any) -> Matrix | None:
     Matrix(rows=(0, 1, 2), columns=(3,), batch=(), parts=1)
     """
     del path
+    return by_last_axis(leaf)
+
+
+def by_last_axis(leaf: Any, batch_axes: int = 0) -> Matrix | None:
+    """As :func:`last_axis` says, of what follows some axes that count matrices."""
     axes = tuple(range(np.ndim(leaf)))
-    return Matrix(axes[:-1], axes[-1:]) if len(axes) > 1 else None
+    if len(axes) - batch_axes < 2:
+        return None
+    return Matrix(axes[batch_axes:-1], axes[-1:], axes[:batch_axes])
 
 
 def flax(path: Any, leaf: Any) -> Matrix | None:

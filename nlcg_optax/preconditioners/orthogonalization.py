@@ -190,11 +190,7 @@ def scale_by_orthogonalization(
     def treatment(path: Any, leaf: Any) -> Matrix | None:
         if matrices is not None:
             return ready_matrices.check(path, leaf, matrices(path, leaf))
-        ndim = jnp.ndim(leaf)
-        if ndim - batch_axes < 2:
-            return None
-        axes = tuple(range(ndim))
-        return Matrix(axes[batch_axes:-1], axes[-1:], axes[:batch_axes])
+        return ready_matrices.by_last_axis(leaf, batch_axes)
 
     def init_fn(params: optax.Params) -> OrthogonalizationState:
         mapped = _mapped_axes(axis_name)
@@ -436,10 +432,12 @@ def _check_moments(updates: Any, moments: Any) -> None:
         moments, is_leaf=lambda x: isinstance(x, NoSecondMoment)
     )
     if jax.tree.structure(updates) == structure:
-        leaves = [
-            g if isinstance(v, NoSecondMoment) and jnp.ndim(g) == _ndim(v.matrix) else v
-            for g, v in zip(jax.tree.leaves(updates), leaves, strict=True)
-        ]
+
+        def as_given(g: Any, v: Any) -> Any:
+            place = isinstance(v, NoSecondMoment)
+            return g if place and jnp.ndim(g) == len(v.matrix.order) else v
+
+        leaves = list(map(as_given, jax.tree.leaves(updates), leaves))
     leaves = [
         jax.ShapeDtypeStruct(v.shape or (), float)
         if isinstance(v, NoSecondMoment)
@@ -448,7 +446,3 @@ def _check_moments(updates: Any, moments: Any) -> None:
     ]
     expected = jax.tree.unflatten(structure, leaves)
     _tree.check_match(updates, expected, "the optimizer's state")
-
-
-def _ndim(matrix: Matrix) -> int:
-    return len(matrix.rows) + len(matrix.columns) + len(matrix.batch)

@@ -26,7 +26,7 @@ except ModuleNotFoundError:  # on Windows
     fcntl = None
 
 # Fields that may differ between a run and its continuation; those of the mesh may too.
-_FREE_FIELDS = (
+FREE_FIELDS = (
     "checkpoint_every_epochs",
     "compare_with",
     "eval_batch_size",
@@ -220,7 +220,7 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     changed = [
         f"{name}={new.get(name)!r} (was {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
-        if name not in _FREE_FIELDS
+        if name not in FREE_FIELDS
         and not name.startswith("mesh.")
         and old.get(name) != new.get(name)
     ]

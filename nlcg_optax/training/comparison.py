@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nlcg_optax.training import metrics
+from nlcg_optax.training import checkpoint, metrics
 from nlcg_optax.training.config import (
     ConfigDict,
     ConfigError,
@@ -20,9 +20,13 @@ from nlcg_optax.training.config import (
 
 # Fields that may differ between two runs that are compared: what is compared, and what
 # does not change the curves.
-_FREE = ("checkpoint_every_epochs", "compare_with", "keep_checkpoints", "seed")
-_FREE += ("dataset.data_dir", "dataset.in_memory", "eval_batch_size")
-_FREE += ("eval_every_epochs", "log_every_steps", "weight_decay")
+_FREE = (
+    *checkpoint.FREE_FIELDS,
+    "dataset.data_dir",
+    "dataset.in_memory",
+    "seed",
+    "weight_decay",
+)
 _FREE_GROUPS = ("optimizer.", "mesh.")
 
 

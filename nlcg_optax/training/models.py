@@ -21,6 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax.contrib
 
 #: The names that :func:`create_model` knows.
 MODELS = ("resnet8", "resnet14", "resnet20", "resnet32", "resnet56", "resnet50")
@@ -309,6 +310,31 @@ def create_model(
         batch_norm_momentum=batch_norm_momentum,
         batch_norm_epsilon=batch_norm_epsilon,
         remat=remat,
+    )
+
+
+def muon_matrices(params: Any) -> Any:
+    """Kernels as Muon's matrices: the last axis by all others; None for the rest.
+
+    Args:
+      params: a tree of parameters.
+
+    Returns:
+      What `optax.contrib.muon` takes as ``muon_weight_dimension_numbers``.
+
+    Example:
+      >>> import numpy as np
+      >>> tree = muon_matrices({"kernel": np.ones((3, 3, 4, 8)), "bias": np.ones(8)})
+      >>> tree["kernel"].reduction_axis, tree["kernel"].output_axis, tree["bias"]
+      ((0, 1, 2), 3, None)
+    """
+    return jax.tree.map(
+        lambda w: (
+            optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
+            if w.ndim > 1
+            else None
+        ),
+        params,
     )
 
 

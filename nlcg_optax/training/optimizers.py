@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 import optax.contrib
 
 import nlcg_optax
+from nlcg_optax.training import models
 from nlcg_optax.training.config import ConfigDict, ConfigError
 
 
@@ -116,20 +116,10 @@ def _nlcg(
 
 
 def _muon(config: ConfigDict, learning_rate: optax.Schedule) -> Any:
-    def matrices(params: Any) -> Any:
-        """Kernels as matrices, their last axis the output; Adam takes the rest."""
-        return jax.tree.map(
-            lambda w: (
-                optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
-                if w.ndim > 1
-                else None
-            ),
-            params,
-        )
-
+    """Kernels as matrices, their last axis the output; Adam takes the rest."""
     return optax.contrib.muon(
         learning_rate,
-        muon_weight_dimension_numbers=matrices,
+        muon_weight_dimension_numbers=models.muon_matrices,
         adam_b1=config.adam.b1,
         adam_b2=config.adam.b2,
         **config.muon,
