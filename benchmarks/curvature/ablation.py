@@ -147,11 +147,11 @@ def create_trainer(sweep, workload):
             variant = VARIANTS[optimizer]
 
             def create_optimizer(config, words, rate, horizon):
-                del horizon  # in 30 steps noise would not rule anyway
                 if not variant.options and variant.preconditioner is None:
-                    return create(config, words, rate, None)
+                    return create(config, words, rate, horizon)
                 make = variant.preconditioner or nlcg_optax.scale_by_orthogonalization
-                model = nlcg_optax.scale_by_quadratic_model(make(), **variant.options)
+                options = {"horizon": horizon} | variant.options
+                model = nlcg_optax.scale_by_quadratic_model(make(), **options)
                 return optax.chain(model, optax.scale(-1.0))
 
             create = self.task.create_optimizer
@@ -165,17 +165,18 @@ def create_trainer(sweep, workload):
     return Trainer(workload)
 
 
-def read():
-    """The rows; those of the default are the sweep's own."""
-    rows = [*protocol.read(ROWS), *protocol.read(SWEEP)]
+def read(batch_size):
+    """The rows; those of the default may be the sweep's own."""
+    rows = [*protocol.read(SWEEP), *protocol.read(ROWS)]
     for row in rows:
-        if row["optimizer"] == "nlcg by curvature" and row["batch_size"] == BATCH_SIZE:
+        if row["optimizer"] == "nlcg by curvature":
             row["optimizer"] = "default"
     rows = [row for row in rows if row["optimizer"] in VARIANTS]
+    rows = [row for row in rows if row["batch_size"] == batch_size]
     return list({(row["optimizer"], row["seed"]): row for row in rows}.values())
 
 
-def measure(names, seeds, data_dir):
+def measure(names, seeds, data_dir, batch_size):
     """Runs what is missing, one seed of all after the other."""
     sweep = importlib.import_module("sweep")
     workload = sweep.WORKLOADS["cifar10_jpeg"](data_dir)
@@ -190,11 +191,12 @@ def measure(names, seeds, data_dir):
     trainer = None
     for name in names:
         for seed in seeds:
-            if any((row["optimizer"], row["seed"]) == (name, seed) for row in read()):
+            done = {(row["optimizer"], row["seed"]) for row in read(batch_size)}
+            if (name, seed) in done:
                 continue
             trainer = trainer or create_trainer(sweep, workload)
             cell = protocol.Cell("test", 1.0, schedule, seed)
-            row = trainer.run(name, BATCH_SIZE, cell)
+            row = trainer.run(name, batch_size, cell)
             row = {"workload": "cifar10_jpeg", **row, **protocol.environment()}
             protocol.append(ROWS, row)
             last = "diverged" if row["diverged"] else f"{row['curve'][-1]:.4f}"
@@ -202,19 +204,35 @@ def measure(names, seeds, data_dir):
 
 
 def report():
-    """The table of what there is."""
+    """The tables of what there is."""
+    text = "\n".join([*table(BATCH_SIZE, all_variants=True), "", *smaller_batches()])
+    (ROWS.parent / "ablation.md").write_text(text)
+    print(text)
+
+
+def smaller_batches():
+    """Lines on the batches of which only some variants were run."""
+    lines = []
+    for size in sorted({row["batch_size"] for row in protocol.read(ROWS)}):
+        if size != BATCH_SIZE:
+            lines += [f"At batch {size:,}:", "", *table(size, all_variants=False), ""]
+    return lines
+
+
+def table(batch_size, all_variants):
     lines = [
         f"| | loss at the end | test accuracy, % | first step at {TARGET} | seeds |",
         "|---|---:|---:|---:|---|",
     ]
-    rows = read()
+    rows = read(batch_size)
     for name in VARIANTS:
         mine = sorted(
             (row for row in rows if row["optimizer"] == name),
             key=lambda row: row["seed"],
         )
         if not mine:
-            lines.append(f"| {name} | not run | | | |")
+            if all_variants:
+                lines.append(f"| {name} | not run | | | |")
             continue
         seeds = ", ".join(str(row["seed"]) for row in mine)
         if any(row["diverged"] for row in mine):
@@ -227,13 +245,12 @@ def report():
         reached = ", ".join("–" if i is None else str(i) for i in firsts)
         loss = mean_and_error([row["curve"][-1] for row in mine], "{:.3f}")
         accuracy = mean_and_error([100 * row["accuracy"] for row in mine], "{:.1f}")
+        if batch_size != BATCH_SIZE:
+            reached = ""  # that target is of the largest batch
         lines.append(f"| {name} | {loss} | {accuracy} | {reached} | {seeds} |")
     versions = sorted({", ".join(map(" ".join, r["versions"].items())) for r in rows})
     devices = sorted({f"{r['device']}, {r['cores']} core(s)" for r in rows})
-    lines += ["", f"{'; '.join(versions)}; device: {'; '.join(devices)}."]
-    text = "\n".join(lines) + "\n"
-    (ROWS.parent / "ablation.md").write_text(text)
-    print(text)
+    return [*lines, "", f"{'; '.join(versions)}; device: {'; '.join(devices)}."]
 
 
 def mean_and_error(values, form):
@@ -249,13 +266,15 @@ def main():
     parser.add_argument("--data_dir", help="a folder of train/<class>/*.jpg and test")
     parser.add_argument("--variants", help="some of them: a;b", default=None)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
     parser.add_argument("--report", action="store_true")
     flags = parser.parse_args()
     names = flags.variants.split(";") if flags.variants else list(VARIANTS)
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"unknown: {sorted(unknown)}; there are {list(VARIANTS)}")
     if not flags.report:
-        measure(names, [int(seed) for seed in flags.seeds.split(",")], flags.data_dir)
+        seeds = [int(seed) for seed in flags.seeds.split(",")]
+        measure(names, seeds, flags.data_dir, flags.batch_size)
     report()
 
 

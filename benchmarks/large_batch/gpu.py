@@ -4,7 +4,9 @@
 
 Run it again until nothing is left: what `results/cifar10_jpeg_gpu.jsonl` holds is not
 run again, and no run is started that would not end in time. The largest batch comes
-first, one seed of all optimizers before more seeds. It needs jax, flax, optax, numpy
+first, one seed of all optimizers before more seeds. Several processes may share a GPU,
+each with `--part=i/n` of the optimizers and batch sizes, which is faster (one compiles
+while another trains) and tells nothing of their speed. It needs jax, flax, optax, numpy
 and pillow, and nothing of the package's extra [train] beside them.
 """
 
@@ -35,7 +37,7 @@ SCHEDULE = "cosine, warm-up 10%"
 NUM_RATES = 3
 HELD_OUT = 5000  # while the rate is tuned
 L2_PENALTY = 2e-4
-MICROBATCH = 12_500  # images through the model at once: 25 GB
+MICROBATCH = 5000  # images through the model at once: 10 GB
 CURVATURE_EVERY = 10  # one image of so many tells the curvature
 
 
@@ -325,9 +327,12 @@ def run_all(
     path: pathlib.Path,
     batch_sizes: tuple[int, ...] = BATCH_SIZES,
     minutes: float = math.inf,
+    part: str = "0/1",
 ) -> int:
     """Runs what is missing until the time is up; how many runs are left at least."""
+    first, parts = map(int, part.split("/"))
     groups = [(name, size) for size in batch_sizes for name in OPTIMIZERS]
+    groups = groups[first::parts]
     rows: dict[tuple[str, int], list[dict]] = {group: [] for group in groups}
     for row in protocol.read(path):
         rows.get((row["optimizer"], row["batch_size"]), []).append(row)
@@ -365,6 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--part", default="0/1", help="i/n: of n processes, this is i")
     parser.add_argument(
         "--results", type=pathlib.Path, default=RESULTS / "cifar10_jpeg_gpu.jsonl"
     )
@@ -374,7 +380,7 @@ def main() -> None:
         model = models.create_model("resnet32", 10, dtype="bfloat16", remat=False)
         return Trainer(read_images(flags.data), model)
 
-    left = run_all(make_trainer, flags.results, minutes=flags.minutes)
+    left = run_all(make_trainer, flags.results, minutes=flags.minutes, part=flags.part)
     print(f"{left} runs are left at least." if left else "Nothing is left.")
 
 

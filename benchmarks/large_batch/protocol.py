@@ -22,6 +22,7 @@ import nlcg_optax
 TUNING_SEEDS = (100,)
 TEST_SEEDS = (0, 1, 2)
 CURVE_POINTS = 200
+TIMING = "timing"  # the phase of a row that tells the time of a step alone
 
 FACTOR = 2.0  # between two learning rates
 NUM_RATES = 5  # to begin with
@@ -31,7 +32,7 @@ MAX_EXTENSIONS = 3  # more of them, as long as the best is at the edge
 class Cell(NamedTuple):
     """A run of one optimizer at one batch size; the fields are columns of its row."""
 
-    phase: str  # tuning, test
+    phase: str  # tuning, test, timing
     learning_rate: float
     schedule: str
     seed: int

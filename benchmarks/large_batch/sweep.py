@@ -4,13 +4,16 @@
     taskset -c 1 python benchmarks/large_batch/sweep.py --workload=digits --part=1/2
 
 Every run is a line of `results/<workload>.jsonl`; what is there is not run again, so
-the same command goes on with a sweep that was stopped. README.md has the protocol.
+the same command goes on with a sweep that was stopped. With `--time` the line of each
+optimizer and batch size is the time of its step alone, for what was trained elsewhere.
+README.md has the protocol.
 """
 
 import argparse
 import functools
 import math
 import pathlib
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ import numpy as np
 import peers
 import tqdm
 from protocol import (
+    TIMING,
     Cell,
     append,
     environment,
@@ -73,6 +77,36 @@ class Trainer:
             .compile()
         )
         return init, train_step, time.process_time() - start
+
+    def time(self, optimizer: str, batch_size: int, steps: int = 5) -> dict:
+        """A row of phase "timing": the median of so many steps, after a first one."""
+        kept = self.phase("test").kept
+        size = min(batch_size, len(kept))
+        total_steps = self.workload.num_steps(batch_size, len(kept))
+        init, train_step, compile_seconds = self.compiled(optimizer, size, total_steps)
+        zero = np.int32(0)
+        state, seconds = init(zero), []
+        indices = kept[data.batch_indices(0, size, len(kept), 0)].astype(np.int32)
+        rate = np.float32(1e-3)  # a small one, for a time that no divergence makes
+        for _ in range(steps + 1):
+            clock = time.process_time()
+            state, _ = train_step(state, indices, self.arrays, rate, zero)
+            jax.block_until_ready(state)
+            seconds.append(time.process_time() - clock)
+        return {
+            "optimizer": optimizer,
+            "batch_size": batch_size,
+            **Cell(TIMING, 0.0, "", 0)._asdict(),
+            "steps": total_steps,
+            "diverged": False,
+            "accuracy": None,
+            "loss": None,
+            "curve": [],
+            "seconds": round(sum(seconds), 1),
+            "step_seconds": rounded(statistics.median(seconds[1:])),
+            "compile_seconds": round(compile_seconds, 1),
+            "overrides": self.workload.optimizers[optimizer][0],
+        }
 
     def run(self, optimizer: str, batch_size: int, cell: Cell) -> dict:
         """Trains one cell; its row."""
@@ -188,6 +222,21 @@ def sweep(
                         print(line(row, finished, bar.total, start), flush=True)
 
 
+def measure_times(
+    name: str, workload: Workload, path: pathlib.Path, groups: list[tuple[str, int]]
+) -> None:
+    """Adds the row of phase "timing" of every one of these that has none."""
+    rows, _ = progress(name, workload, path, groups)
+    trainer, where = None, environment()
+    for group in groups:
+        if any(row["phase"] == TIMING for row in rows[group]):
+            continue
+        trainer = trainer or Trainer(workload)
+        row = {"workload": name, **trainer.time(*group), **where}
+        append(path, row)
+        print(f"{group[0]}, batch {group[1]}: {row['step_seconds']} s a step")
+
+
 def progress(
     name: str, workload: Workload, path: pathlib.Path, groups: list[tuple[str, int]]
 ) -> tuple[dict[tuple[str, int], list[dict]], Callable[[tuple[str, int]], list[Cell]]]:
@@ -208,17 +257,12 @@ def progress(
 
     def next_cells(group: tuple[str, int]) -> list[Cell]:
         optimizer = group[0]
-        rate = workload.optimizers[optimizer][1]
-        schedules = list(workload.schedules_of(optimizer))
-        if workload.chosen:
-            rate, schedule = workload.chosen[optimizer]
-            schedules = [schedule]
         return plan(
             rows[group],
-            rate,
-            schedules,
+            workload.optimizers[optimizer][1],
+            workload.schedules_of(optimizer),
             test_seeds=workload.test_seeds,
-            tuned=not workload.chosen and optimizer not in UNTUNED,
+            tuned=optimizer not in UNTUNED,
             num_rates=workload.num_rates,
         )
 
@@ -264,6 +308,9 @@ def main() -> None:
     parser.add_argument(
         "--missing", action="store_true", help="print what is not run yet, and end"
     )
+    parser.add_argument(
+        "--time", action="store_true", help="time a step of each, and end"
+    )
     parser.add_argument("--results", type=pathlib.Path, help="a JSON-lines file")
     flags = parser.parse_args()
     workload = WORKLOADS[flags.workload](flags.data_dir)
@@ -284,6 +331,8 @@ def main() -> None:
     groups = groups[part::parts]
     if flags.missing:
         print_missing(flags.workload, workload, path, groups)
+    elif flags.time:
+        measure_times(flags.workload, workload, path, groups)
     else:
         sweep(flags.workload, workload, path, groups, flags.minutes)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from protocol import TIMING
 
 Rows = list[dict[str, Any]]
 Groups = dict[tuple[str, int], Rows]
@@ -108,8 +109,14 @@ def reached(rows: Rows, target: float) -> Reached | None:
 
 
 def step_seconds(rows: Rows) -> float | None:
-    """Of a processor, the median over runs; None where it was not measured."""
-    seconds = [row["step_seconds"] for row in rows if "step_seconds" in row]
+    """Of a processor, the median over runs; None where it was not measured.
+
+    Runs on a GPU share it with others: of these only what was timed alone counts.
+    """
+    measured = [row for row in rows if "step_seconds" in row]
+    alone = [row for row in measured if row["phase"] == TIMING]
+    shared = [row for row in measured if row.get("device", "cpu") == "cpu"]
+    seconds = [row["step_seconds"] for row in alone or shared]
     return statistics.median(seconds) if seconds else None
 
 

@@ -165,7 +165,8 @@ class FunctionTask(NamedTuple):
       fewest: the curvature is taken on a tenth of the batch (what the trainer takes),
         and on as many examples at least.
       labels: see :func:`peers.create_optimizer`.
-      chunk: examples that go through the model at once, where fewer are faster.
+      chunk: examples that go through the model at once, where fewer are faster: on a
+        CPU, whose cache holds them.
     """
 
     init: Callable[[Any], Any]
@@ -434,5 +435,5 @@ def tinyshakespeare(config: ConfigDict, path: pathlib.Path) -> FunctionTask:
         config,
         fewest=32,
         labels=labels,
-        chunk=64,
+        chunk=64 if jax.default_backend() == "cpu" else None,
     )

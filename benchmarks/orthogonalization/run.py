@@ -188,6 +188,39 @@ def measure(tree, names):
         }
 
 
+def operations(function, *arguments):
+    """Of the products, by the program for a CPU: on a GPU they are calls of a library."""
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), arguments
+    )
+    options = {"xla_backend_optimization_level": 0}
+    lowered = jax.jit(function, compiler_options=options).lower(*abstract)
+    return compiled.read(lowered.compile()).product_flops
+
+
+def seconds_of(function, *arguments):
+    """The median over the rounds, the first of which is not counted."""
+    seconds = []
+    for _ in range(args.rounds + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def fastest(precision, size):
+    """Operations a second of one large product, in this precision."""
+    dtype = jnp.float32 if precision == "highest" else precision
+    x = jax.random.normal(jax.random.key(0), (size, size)).astype(dtype)
+
+    @jax.jit
+    def product(x):
+        return jnp.matmul(x, x, precision="highest")
+
+    return 2 * size**3 / seconds_of(product, x)
+
+
 def on_device(tree):
     """Rows of the update alone in each precision, and its error."""
     rng = np.random.default_rng(0)
@@ -198,19 +231,16 @@ def on_device(tree):
     matrix = jnp.asarray(u * np.geomspace(1, 1e-2, size) @ vh, jnp.float32)
     for precision in ("highest", *_newton_schulz.HALF):
         tx = nlcg_optax.scale_by_orthogonalization(precision=precision)
-        run, state, seconds = jax.jit(tx.update), tx.init(grads), []
-        program = compiled.read(run.lower(grads, state).compile())
-        for _ in range(args.rounds + 1):
-            start = time.perf_counter()
-            jax.block_until_ready(run(grads, state))
-            seconds.append(time.perf_counter() - start)
+        state = tx.init(grads)
+        seconds = seconds_of(jax.jit(tx.update), grads, state)
+        rate = operations(tx.update, grads, state) / seconds
         factor = _newton_schulz.polar_factor(matrix, precision=precision)
-        median = statistics.median(seconds[1:])
         yield {
             "tree": tree,
             "precision": precision,
-            "milliseconds": 1e3 * median,
-            "tflop_a_second": program.product_flops / median / 1e12,
+            "milliseconds": 1e3 * seconds,
+            "tflop_a_second": rate / 1e12,
+            "share_of_one_product": rate / fastest(precision, 8 * size),
             "error": float(np.linalg.norm(factor - u @ vh) / size**0.5),
         }
 

@@ -24,10 +24,15 @@ import nlcg_optax  # noqa: E402
 
 RESULTS = HERE / "results" / "training.jsonl"
 VARIANTS = {
-    "Polar Express": {},
-    "Polar Express, float16": {"precision": "float16"},
-    "Polar Express, 7 steps": {"iterations": 7},
-    "Muon's": {"coefficients": "muon"},
+    "Muon's": {},
+    "Muon's, bfloat16": {"precision": "bfloat16"},
+    "Muon's, float16": {"precision": "float16"},
+    "Polar Express": {"coefficients": "polar_express"},
+    "Polar Express, float16": {
+        "coefficients": "polar_express",
+        "precision": "float16",
+    },
+    "Polar Express, 7 steps": {"coefficients": "polar_express", "iterations": 7},
 }
 RATE, SCHEDULE = 0.04, "cosine, warm-up 10%"
 
