@@ -115,8 +115,6 @@ VARIANTS = {
         ("curvature_fraction=0.05",), {"residuals": 2}
     ),
     "1 past step, no residual direction": Variant((), {"history": 1, "residuals": 0}),
-    "products every 2 steps": Variant(("curvature_every=2",)),
-    "products every 5 steps": Variant(("curvature_every=5",)),
     "Hessian": Variant((), {}, None, hessian_of),
     "Hessian, 1 past step, no residual direction": Variant(
         (), {"history": 1, "residuals": 0}, None, hessian_of

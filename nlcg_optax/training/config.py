@@ -99,10 +99,8 @@ def base_config() -> ConfigDict:
             beta_bounds=(0.0, 0.9),
             nesterov=True,
             epsilon=1e-8,
-            # Of quadratic_model: the part of a batch that its products are taken on,
-            # and the steps between two of them.
+            # Of quadratic_model: the part of a batch that its products are taken on.
             curvature_fraction=0.1,
-            curvature_every=1,
         )
     )
     config.optimizer.nlcg_paper = _Group(

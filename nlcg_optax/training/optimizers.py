@@ -79,7 +79,6 @@ def _nlcg(
     """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
     options = config[config.name].to_dict()
     fraction = options.pop("curvature_fraction", 1.0)
-    every = options.pop("curvature_every", 1)
     if not 0 < fraction <= 1:
         raise ConfigError(
             f"optimizer.nlcg.curvature_fraction={fraction} is not valid: expected a "
@@ -103,7 +102,7 @@ def _nlcg(
     if step_rule == "quadratic_model" and config.name == "nlcg":
         preconditioners["diagonal_bfgs"] = nlcg_optax.scale_by_diagonal_bfgs()
         model = nlcg_optax.scale_by_quadratic_model(
-            preconditioners[name], every=every, horizon=total_steps
+            preconditioners[name], horizon=total_steps
         )
         return optax.chain(model, optax.scale(-1.0))
     make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]

@@ -460,11 +460,9 @@ def _optimizer(config: ConfigDict) -> str:
     text = optimizer.name
     if uses_quadratic_model(config):
         options = optimizer.nlcg
-        every = options.curvature_every
         return (
             f"nlcg ({options.preconditioner}), steps chosen by the curvature of "
             f"{options.curvature_fraction:.0%} of the batch"
-            + (f", every {every} steps" if every > 1 else "")
         )
     if text in ("nlcg", "nlcg_paper"):
         options = optimizer[text]
