@@ -100,7 +100,7 @@ def scale_by_quadratic_model(
     preconditioner: Preconditioners = None,
     *,
     history: int = 3,
-    residuals: int = 1,
+    residuals: int = 2,
     damping: float = 0.01,
     noise_damping: float = 0.1,
     first_damping: float = 1.0,
@@ -113,7 +113,7 @@ def scale_by_quadratic_model(
     r"""Takes the step that minimizes a quadratic model over a few directions.
 
     The directions are the preconditioned gradient :math:`z_t`, the last steps
-    :math:`\delta_{t-1}, \dots, \delta_{t-k}`, and a residual direction :math:`z'`.
+    :math:`\delta_{t-1}, \dots, \delta_{t-k}`, and two residual directions :math:`z'`.
     With :math:`d_i` for all of them the step is
     :math:`\delta_t = -\sum_i c_i d_i`, where
 
@@ -131,10 +131,10 @@ def scale_by_quadratic_model(
     2005). On a quadratic, with a fixed preconditioner, one past step and no residual
     direction, this *is* preconditioned conjugate gradient.
 
-    The residual direction is the preconditioned gradient of the model at its minimum
-    over the other directions, :math:`z' = M^{-1}(g + C \delta^0)`: a second iteration
-    of conjugate gradient on the same model, which takes one backward pass on that part
-    of the batch.
+    A residual direction is the preconditioned gradient of the model at its minimum over
+    the directions before it, :math:`z' = M^{-1}(g + C \delta^0)`: one more iteration of
+    conjugate gradient on the same model, which takes one backward pass on that part of
+    the batch.
 
     The loss that `update` is given next tells whether the model held. Where the loss
     rose by more than it was to fall, and by more than four times what the model is

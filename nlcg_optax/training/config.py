@@ -99,8 +99,10 @@ def base_config() -> ConfigDict:
             beta_bounds=(0.0, 0.9),
             nesterov=True,
             epsilon=1e-8,
-            # Of quadratic_model: the part of a batch that its products are taken on.
-            curvature_fraction=0.1,
+            # Of quadratic_model: the part of a batch that its products are taken on,
+            # and of how many images at least (or all of a smaller batch).
+            curvature_fraction=0.05,
+            curvature_min_images=100,
         )
     )
     config.optimizer.nlcg_paper = _Group(

@@ -233,11 +233,12 @@ def oracle(x, noise, steps, horizon):
             products = directions @ MATRIX @ directions.T
             c = solve(products, directions @ g, damping)
             length = z @ g / products[0, 0]
-            residual = g - MATRIX @ (c @ directions)
-            directions = np.stack([*directions, INVERSE * residual])
-            products = directions @ MATRIX @ directions.T
-            slopes = directions @ g
-            c = solve(products, slopes, damping)
+            for _ in range(2):
+                residual = g - MATRIX @ (c @ directions)
+                directions = np.stack([*directions, INVERSE * residual])
+                products = directions @ MATRIX @ directions.T
+                slopes = directions @ g
+                c = solve(products, slopes, damping)
             delta, slope, curve = -c @ directions, slopes @ c, c @ products @ c
             solved += 1
             log_length += max(0.1, 1 / solved) * (math.log(length) - log_length)
@@ -465,7 +466,7 @@ def test_diagnostics(x64):
     tx = optax.chain(scale_by_quadratic_model(fixed, history=1, damping=0.3))
     points, states = run(tx, quadratic, START, 3)
     report = nlcg_optax.diagnostics(states[-1])
-    assert report["coefficients"].shape == (3,)
+    assert report["coefficients"].shape == (4,)
     np.testing.assert_allclose(report["damping"], 0.3 + 1 / 16, rtol=1e-6)
     np.testing.assert_allclose(report["signal"], 1)  # there is no noise
     values = [quadratic(x) for x in (START, *points)]
