@@ -49,7 +49,6 @@ FACTORIES = {
             "preconditioner": (None, scale_by_diagonal_bfgs()),
             "history": 1,
             "residuals": 0,
-            "every": 2,
         },
     ),
     "nlcg": (nlcg, {"learning_rate": 0.1}),
@@ -251,11 +250,7 @@ def test_unexpected_extra_arguments_are_ignored(name):
 @each_public
 def test_inject_hyperparams(name, dtype):
     factory, options = FACTORIES[name]
-    static = [
-        n
-        for n in ("history", "residuals", "every")
-        if factory is scale_by_quadratic_model
-    ]
+    static = ["history", "residuals"] if factory is scale_by_quadratic_model else []
     tx = optax.inject_hyperparams(factory, static)(**options)
     params = simple_params(dtype)
     _, state = train(name, make(name), params)

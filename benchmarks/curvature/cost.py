@@ -98,6 +98,7 @@ def measure(name, rounds, cases):
         if case is not None:
             overrides.append("optimizer.nlcg.step_rule=quadratic_model")
             overrides.append(f"optimizer.nlcg.curvature_fraction={case[0]}")
+            overrides.append("optimizer.nlcg.curvature_min_images=1")
         apply_overrides(config, overrides)
         mesh = create_mesh(config)
         if case is None:

@@ -162,8 +162,8 @@ class FunctionTask(NamedTuple):
       held_out: such arrays of other examples; None if there are no others, and the
         loss of the training is what counts.
       config: for the optimizers' options.
-      fewest: the curvature is taken on a tenth of the batch (what the trainer takes),
-        and on as many examples at least.
+      fewest: the curvature is taken on a twentieth of the batch (what the trainer
+        takes), and on as many examples at least.
       labels: see :func:`peers.create_optimizer`.
       chunk: examples that go through the model at once, where fewer are faster: on a
         CPU, whose cache holds them.
@@ -227,7 +227,7 @@ class FunctionTask(NamedTuple):
         config = peers.configured(self.config, words)
         # Noise comes to rule where each step has other examples.
         horizon = total_steps if batch_size < self.num_train else None
-        stride = max(batch_size // max(batch_size // 10, self.fewest), 1)
+        stride = max(batch_size // max(batch_size // 20, self.fewest), 1)
 
         def create_optimizer(rate: Any) -> Any:
             return peers.create_optimizer(

@@ -189,7 +189,7 @@ def measure(tree, names):
 
 
 def operations(function, *arguments):
-    """Of the products, by the program for a CPU: on a GPU they are calls of a library."""
+    """Of the products, by the program for a CPU: a GPU has calls of a library there."""
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), arguments

@@ -27,8 +27,6 @@ class QuadraticModelState(NamedTuple):
         axis, the newest at ``(stored - 1) % history``. Once noise rules, the last step
         comes first, and then NLCG's direction.
       prev_norms: the lengths of the last steps, the newest at the same place.
-      prev_products: the last matrix of inner products in the curvature, of directions
-        of length 1; None where it is new in each step.
       coefficients: of the last step: of each preconditioned gradient, then of each past
         step, the newest first, then of each residual direction.
       damping: λ of the last step.
@@ -56,7 +54,6 @@ class QuadraticModelState(NamedTuple):
     preconditioner_states: tuple[optax.OptState, ...]
     prev_updates: optax.Updates
     prev_norms: jax.Array
-    prev_products: jax.Array | None
     coefficients: jax.Array
     damping: jax.Array
     extra_damping: jax.Array
@@ -103,8 +100,7 @@ def scale_by_quadratic_model(
     preconditioner: Preconditioners = None,
     *,
     history: int = 3,
-    residuals: int = 1,
-    every: int = 1,
+    residuals: int = 2,
     damping: float = 0.01,
     noise_damping: float = 0.1,
     first_damping: float = 1.0,
@@ -117,7 +113,7 @@ def scale_by_quadratic_model(
     r"""Takes the step that minimizes a quadratic model over a few directions.
 
     The directions are the preconditioned gradient :math:`z_t`, the last steps
-    :math:`\delta_{t-1}, \dots, \delta_{t-k}`, and a residual direction :math:`z'`.
+    :math:`\delta_{t-1}, \dots, \delta_{t-k}`, and two residual directions :math:`z'`.
     With :math:`d_i` for all of them the step is
     :math:`\delta_t = -\sum_i c_i d_i`, where
 
@@ -135,10 +131,10 @@ def scale_by_quadratic_model(
     2005). On a quadratic, with a fixed preconditioner, one past step and no residual
     direction, this *is* preconditioned conjugate gradient.
 
-    The residual direction is the preconditioned gradient of the model at its minimum
-    over the other directions, :math:`z' = M^{-1}(g + C \delta^0)`: a second iteration
-    of conjugate gradient on the same model, which takes one backward pass on that part
-    of the batch.
+    A residual direction is the preconditioned gradient of the model at its minimum over
+    the directions before it, :math:`z' = M^{-1}(g + C \delta^0)`: one more iteration of
+    conjugate gradient on the same model, which takes one backward pass on that part of
+    the batch.
 
     The loss that `update` is given next tells whether the model held. Where the loss
     rose by more than it was to fall, and by more than four times what the model is
@@ -166,10 +162,6 @@ def scale_by_quadratic_model(
       history: past steps k among the directions; each is as large as the parameters.
         One copy is kept even for 0, to take a step back.
       residuals: residual directions. With 0 there is no backward pass.
-      every: steps between new products of the curvature. In between, the cosines and
-        curvatures of the directions in the same places stand in for them, and there are
-        no residual directions. Leave it at 1 unless you have tried: for a ResNet on
-        CIFAR-10 with 5 the loss leapt up and down.
       damping: λ without noise, relative to the curvature along each direction.
       noise_damping: what the ratio of noise to signal, times this, adds to λ.
       first_damping: what the first step adds to λ, because nothing is known yet of how
@@ -226,18 +218,13 @@ def scale_by_quadratic_model(
     >>> print(x.round(3))
     [1. 1.]
     """
-    for name, number, minimum in (
-        ("history", history, 0),
-        ("residuals", residuals, 0),
-        ("every", every, 1),
-    ):
+    for name, number in (("history", history), ("residuals", residuals)):
         if isinstance(number, jax.Array):
             raise ValueError(
                 f"{name} is an array, but shapes follow from it. Call "
-                "`optax.inject_hyperparams(..., static_args=('history', 'residuals', "
-                "'every'))`."
+                "`optax.inject_hyperparams(..., static_args=('history', 'residuals'))`."
             )
-        _check.number(name, number, minimum=minimum, integer=True)
+        _check.number(name, number, minimum=0, integer=True)
     _check.number("damping", damping, minimum=0)
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
@@ -271,7 +258,6 @@ def scale_by_quadratic_model(
             preconditioner_states=tuple(one.init(params) for one in inner),
             prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
             prev_norms=jnp.zeros([slots], dtype),
-            prev_products=None if every == 1 else jnp.zeros([size, size], dtype),
             coefficients=jnp.zeros([size + residuals], dtype),
             damping=_tree.real_scalar(damping, dtype),
             extra_damping=_tree.real_scalar(first_damping, dtype),
@@ -395,45 +381,20 @@ def scale_by_quadratic_model(
                 )
             return plan
 
-        def without_residuals(products: jax.Array, coefficients: jax.Array) -> _Plan:
+        def no_products() -> _Plan:
+            size = kinds + slots + residuals
             zeros = jax.tree.map(jnp.zeros_like, preconditioned[0])
             return _Plan(
                 jnp.pad(slopes, (0, residuals)),
-                jnp.pad(products, (0, residuals)),
-                jnp.pad(coefficients, (0, residuals)),
+                jnp.zeros([size, size], dtype),
+                jnp.zeros([size], dtype),
                 [zeros] * residuals,
             )
 
-        def no_products() -> _Plan:
-            size = kinds + slots
-            return without_residuals(
-                jnp.zeros([size, size], dtype), jnp.zeros([size], dtype)
-            )
-
-        prev_products = state.prev_products
         if not jax.tree.leaves(params):  # an empty group of `optax.partition`
             plan = no_products()
-        elif every == 1:
-            plan = jax.lax.cond(coasted, no_products, solve) if may_coast else solve()
         else:
-            norms = jnp.sqrt(reduce(squares, *preconditioned))
-            past_norms = jnp.where(order < history, state.prev_norms[by_age], 0)
-            norms = jnp.concatenate([norms, past_norms])
-            lengths = jnp.outer(norms, norms)
-
-            def reuse() -> _Plan:
-                # Of directions in the same places; without those that take a product.
-                products = state.prev_products * lengths
-                return without_residuals(
-                    products, _small_system.minimize(slopes, products, total_damping)
-                )
-
-            # As long as there is a direction more in each step, it is new to them.
-            fresh = (state.count % every == 0) | (state.stored <= history)
-            choice = jnp.where(coasted, 2, jnp.where(fresh, 0, 1))
-            plan = jax.lax.switch(choice, [solve, reuse, no_products])
-            prev_products = plan.products[: kinds + slots, : kinds + slots]
-            prev_products = prev_products / jnp.where(lengths > 0, lengths, 1)
+            plan = jax.lax.cond(coasted, no_products, solve) if may_coast else solve()
 
         # The best length along the preconditioned gradient alone.
         steep = plan.products[0, 0] > 0
@@ -545,9 +506,6 @@ def scale_by_quadratic_model(
                 remember, state.prev_updates, output, preconditioned[0], *past
             ),
             prev_norms=replace(state.prev_norms, next_place, ratio * norm),
-            prev_products=None
-            if prev_products is None
-            else latest(prev_products, state.prev_products),
             coefficients=latest(coefficients, state.coefficients),
             damping=latest(total_damping, state.damping),
             extra_damping=jnp.where(moved, verdict.extra_damping, state.extra_damping),

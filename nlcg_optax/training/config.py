@@ -100,9 +100,9 @@ def base_config() -> ConfigDict:
             nesterov=True,
             epsilon=1e-8,
             # Of quadratic_model: the part of a batch that its products are taken on,
-            # and the steps between two of them.
-            curvature_fraction=0.1,
-            curvature_every=1,
+            # and of how many images at least (or all of a smaller batch).
+            curvature_fraction=0.05,
+            curvature_min_images=100,
         )
     )
     config.optimizer.nlcg_paper = _Group(

@@ -73,17 +73,30 @@ def uses_quadratic_model(config: ConfigDict) -> bool:
     return optimizer.name == "nlcg" and optimizer.nlcg.step_rule == "quadratic_model"
 
 
+def curvature_stride(config: ConfigDict) -> int:
+    """One image of so many of the batch is among those that tell the curvature."""
+    options = config.optimizer.nlcg
+    wanted = config.batch_size * options.curvature_fraction
+    wanted = max(round(wanted), options.curvature_min_images)
+    return max(config.batch_size // wanted, 1)
+
+
 def _nlcg(
     config: ConfigDict, learning_rate: optax.Schedule, total_steps: int | None = None
 ) -> Any:
     """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
     options = config[config.name].to_dict()
     fraction = options.pop("curvature_fraction", 1.0)
-    every = options.pop("curvature_every", 1)
+    fewest = options.pop("curvature_min_images", 1)
     if not 0 < fraction <= 1:
         raise ConfigError(
             f"optimizer.nlcg.curvature_fraction={fraction} is not valid: expected a "
             "part of the batch, above 0 and up to 1."
+        )
+    if fewest < 1:
+        raise ConfigError(
+            f"optimizer.nlcg.curvature_min_images={fewest} is not valid: expected at "
+            "least 1 image."
         )
     preconditioners = {
         "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
@@ -103,7 +116,7 @@ def _nlcg(
     if step_rule == "quadratic_model" and config.name == "nlcg":
         preconditioners["diagonal_bfgs"] = nlcg_optax.scale_by_diagonal_bfgs()
         model = nlcg_optax.scale_by_quadratic_model(
-            preconditioners[name], every=every, horizon=total_steps
+            preconditioners[name], horizon=total_steps
         )
         return optax.chain(model, optax.scale(-1.0))
     make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]

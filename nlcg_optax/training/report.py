@@ -25,7 +25,7 @@ import nlcg_optax
 from nlcg_optax.training import data
 from nlcg_optax.training.config import ConfigDict, known_fields
 from nlcg_optax.training.mesh import BatchLayout
-from nlcg_optax.training.optimizers import uses_quadratic_model
+from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
 from nlcg_optax.training.steps import at_once
 
 VERBOSITIES = ("quiet", "normal", "verbose")
@@ -460,11 +460,10 @@ def _optimizer(config: ConfigDict) -> str:
     text = optimizer.name
     if uses_quadratic_model(config):
         options = optimizer.nlcg
-        every = options.curvature_every
+        images = config.batch_size // curvature_stride(config)
         return (
             f"nlcg ({options.preconditioner}), steps chosen by the curvature of "
-            f"{options.curvature_fraction:.0%} of the batch"
-            + (f", every {every} steps" if every > 1 else "")
+            f"{_count(images, 'image', 'images')} of each batch"
         )
     if text in ("nlcg", "nlcg_paper"):
         options = optimizer[text]

@@ -16,7 +16,7 @@ import nlcg_optax
 from nlcg_optax.training import data, models
 from nlcg_optax.training.config import ConfigDict, ConfigError
 from nlcg_optax.training.mesh import AXES, replicated, state_shardings
-from nlcg_optax.training.optimizers import uses_quadratic_model
+from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -190,8 +190,7 @@ def make_train_step(
     examples = batch_size // parts
     side_by_side = at_once(config)
     quadratic = uses_quadratic_model(config)
-    # One image of so many is among those that tell the curvature.
-    stride = max(round(1 / config.optimizer.nlcg.curvature_fraction), 1)
+    stride = curvature_stride(config)
 
     def split_rows(x: jax.Array) -> jax.Array:
         """Splits the rows over the devices, if they can be."""

@@ -230,6 +230,7 @@ def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride)
     config, model, state, step = quadratic_setup(
         **{
             "optimizer.nlcg.curvature_fraction": fraction,
+            "optimizer.nlcg.curvature_min_images": 1,
             "optimizer.nlcg.preconditioner": "none",
         }
     )
