@@ -187,7 +187,7 @@ def plot_curves(
                 "coefficients of the step",
                 {
                     "a, of the gradient": series("train", "coefficient_gradient"),
-                    "of the residual": series("train", "coefficient_residual"),
+                    "of the first residual": series("train", "coefficient_residual_1"),
                     "b, of the last step": series("train", "coefficient_past_1"),
                 },
             ),

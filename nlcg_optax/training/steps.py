@@ -364,13 +364,12 @@ def make_train_step(
         if config.optimizer.name in ("nlcg", "nlcg_paper"):
             report = nlcg_optax.diagnostics(opt_state)
             if quadratic:
-                a, *past = report.pop("coefficients")
-                names = [f"coefficient_past_{i}" for i in range(1, len(past))]
-                report |= zip(
-                    ["coefficient_gradient", *names, "coefficient_residual"],
-                    [a, *past],
-                    strict=True,
-                )
+                a, *past, one, two = report.pop("coefficients")
+                report["coefficient_gradient"] = a
+                for i, b in enumerate(past, 1):
+                    report[f"coefficient_past_{i}"] = b
+                report["coefficient_residual_1"] = one
+                report["coefficient_residual_2"] = two
                 before = nlcg_optax.diagnostics(state.opt_state)["rejected_steps"]
                 report["taken_back"] = report["rejected_steps"] - before
             metrics |= report
