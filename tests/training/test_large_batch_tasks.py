@@ -150,7 +150,7 @@ def regression(modules, **budget):
     optimizers = workloads.AUTOENCODER
     steps = {4: 40, 8: 20}
     return workloads.Workload(
-        config, (4, 8), schedules, optimizers, task, steps, **budget
+        "Noise", config, (4, 8), schedules, optimizers, task, steps, **budget
     )
 
 
@@ -189,20 +189,6 @@ def test_time_that_is_up_ends_a_sweep_and_the_next_goes_on(modules, tmp_path, ca
     assert capsys.readouterr().out.splitlines()[-1:] == [
         "regression: adamw, batch 8: 7 runs left (not begun)"
     ]
-
-
-def test_what_another_workload_chose_is_not_tuned_again(modules, tmp_path):
-    sweep = modules["sweep"]
-    chosen = {"adamw": (0.25, "cosine, no warm-up")}
-    workload = regression(modules, test_seeds=(3,), chosen=chosen)
-    path = tmp_path / "rows.jsonl"
-    sweep.sweep("regression", workload, path, [("adamw", 8)])
-    (row,) = map(json.loads, path.read_text().splitlines())
-    assert (row["phase"], row["learning_rate"], row["seed"]) == ("test", 0.25, 3)
-    assert row["schedule"] == "cosine, no warm-up"
-    cell = sweep.Cell("test", 0.25, "cosine, warm-up 10%", 3)
-    other = sweep.Trainer(workload).run("adamw", 8, cell)
-    assert other["loss"] != row["loss"]
 
 
 def text_task(modules, tmp_path):
