@@ -231,9 +231,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     sizes = workload.batch_sizes
     set_at = target_size(groups, workload)
     found = None if set_at is None else targets.target(groups, PEERS, set_at)
-    if set_at is None or found is None:
-        return ["There is no batch size yet at which all peers are tested.", ""]
-    wanted, peer = found
+    wanted, peer = found or (-math.inf, "")
     names = [
         n for n in workload.optimizers if any((n, size) in groups for size in sizes)
     ]
@@ -325,6 +323,9 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             *table(header, rows_of(setting_cell)),
             "",
         ]
+    if set_at is None or found is None:
+        text = "No target: there is no batch size yet at which all peers are tested."
+        return [*lines, text, ""]
     lines += [
         f"Steps to a {what} of {wanted:.4g}, which is what the median of the tuned "
         f"peers ({peer}) ends with at {labels[sizes.index(set_at)]}:",
@@ -369,6 +370,45 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     if len(sizes) > 1:
         lines += [f"![Steps to the target against batch size](steps_{name}.png)", ""]
     return [*lines, f"![Loss against learning rate](sensitivity_{name}.png)", ""]
+
+
+def draws(results: pathlib.Path) -> list[str]:
+    """How far the draw of the validation split, by which is tuned, moves the result."""
+    names = ["cifar10_jpeg", *(n for n in WORKLOADS if "_draw_" in n)]
+    size = WORKLOADS[names[-1]](None).batch_sizes[-1]
+    found: dict[str, list[str]] = {}
+    means: dict[str, list[float]] = {}
+    for name in names:
+        path = results / f"{name}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        rows = [json.loads(line) for line in text.splitlines()]
+        groups = group(rows, WORKLOADS[name](None))
+        for optimizer in WORKLOADS[names[-1]](None).optimizers:
+            of_group = groups.get((optimizer, size), [])
+            cells, value = found.setdefault(optimizer, []), accuracy(of_group)
+            if value is None:
+                cells.append("not run")
+                continue
+            row = tested(of_group)[0]
+            setting = f"{row['learning_rate']:.3g}; {row['schedule']}"
+            cells.append(f"{100 * value[0]:.2f} ({setting})")
+            means.setdefault(optimizer, []).append(100 * value[0])
+    spread = {
+        optimizer: f"{statistics.mean(x):.2f} ± {statistics.stdev(x):.2f}"
+        for optimizer, x in means.items()
+        if len(x) > 1
+    }
+    return [
+        f"Of three draws of the validation split, batch {size:,}: test accuracy (the "
+        "mean of the three test seeds) and what was chosen, and the mean of the draws "
+        "with their standard deviation:",
+        "",
+        *table(
+            ["optimizer", "draw 0", "draw 1", "draw 2", "all"],
+            [[n, *cells, spread.get(n, "–")] for n, cells in found.items()],
+        ),
+        "",
+    ]
 
 
 def compares_batch_sizes(workload: Workload) -> bool:
@@ -433,7 +473,8 @@ def plot(name: str, rows: Rows, folder: pathlib.Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
-    axes.set(xlabel="batch size", ylabel="test accuracy (%)", title=name)
+    title = WORKLOADS[name](None).title
+    axes.set(xlabel="batch size", ylabel="test accuracy (%)", title=title)
     finish(figure, axes, folder / f"accuracy_{name}.png")
 
     figure, axes = plt.subplots(**options)
@@ -442,7 +483,7 @@ def plot(name: str, rows: Rows, folder: pathlib.Path) -> None:
         if found:
             axes.plot(*found, label=optimizer, **style(optimizer, i) | {"marker": ""})
     axes.set_yscale("log")
-    title = f"{name}, batch {sizes[-1]:,}"
+    title = f"{title}, batch {sizes[-1]:,}"
     axes.set(xlabel="step", ylabel="training loss", title=title)
     finish(figure, axes, folder / f"loss_{name}.png")
 
@@ -483,7 +524,7 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
         axes.set_yscale("log", base=2)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
-        title = f"{name}: steps to a loss of {found[0]:.4g}"
+        title = f"{workload.title}: steps to a loss of {found[0]:.4g}"
         axes.set(xlabel="batch size", ylabel="steps", title=title)
         finish(figure, axes, folder / f"steps_{name}.png")
 
@@ -502,7 +543,8 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
                 axes.axhline(loss, label=f"{optimizer} (no rate)", **look)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    title = f"{name}, batch {sizes[-1]:,}"
+    title = f"{workload.title}, "
+    title += f"batch {sizes[-1]:,}" if sizes[-1] > 1 else "all points"
     axes.set(xlabel="rate / best rate", ylabel="loss at the end", title=title)
     finish(figure, axes, folder / f"sensitivity_{name}.png")
 
@@ -528,6 +570,8 @@ def report(results: pathlib.Path, folder: pathlib.Path) -> str:
         text = path.read_text() if path.exists() else ""
         rows = [json.loads(line) for line in text.splitlines()]
         lines += section(name, rows)
+        if name == "cifar10_jpeg_draw_2":
+            lines += draws(results)
         workload = WORKLOADS[name](None)
         if rows and compares_batch_sizes(workload) and not workload.steps:
             plot(name, rows, folder)

@@ -110,6 +110,7 @@ class Workload(NamedTuple):
     """A data set, a model and a budget.
 
     Attributes:
+      title: of its plots.
       config: everything but the optimizer, learning rate, batch size and schedule.
       batch_sizes: a batch larger than the training set is the whole of it.
       schedules: config overrides by name; the learning rates are compared with the
@@ -123,6 +124,7 @@ class Workload(NamedTuple):
       program: what runs it, where that is not the sweep.
     """
 
+    title: str
     config: Any
     batch_sizes: tuple[int, ...]
     schedules: dict[str, list[str]]
@@ -211,7 +213,8 @@ def digits(data_dir: str | None = None) -> Workload:
     config.dataset.crop_padding = 1
     config.dataset.flip = False
     config.num_epochs = 60.0
-    return Workload(config, (64, 512, 1437), _schedules(config.num_epochs))
+    title = "ResNet-8 on handwritten digits"
+    return Workload(title, config, (64, 512, 1437), _schedules(config.num_epochs))
 
 
 def cifar10_jpeg(data_dir: str | None = None) -> Workload:
@@ -225,18 +228,18 @@ def cifar10_jpeg(data_dir: str | None = None) -> Workload:
     config.dataset.max_train_examples = 5000
     config.dataset.crop_padding = 1
     config.num_epochs = 30.0
-    return Workload(config, (250, 1000, 5000), _schedules(config.num_epochs))
+    title = "ResNet-8 on 5,000 images of CIFAR-10"
+    return Workload(title, config, (250, 1000, 5000), _schedules(config.num_epochs))
 
 
 def cifar10_jpeg_ablation(data_dir: str | None = None) -> Workload:
     """Variants of NLCG on `cifar10_jpeg`, all images in one batch, one schedule."""
     workload = cifar10_jpeg(data_dir)
     schedule = "cosine, no warm-up"
-    return Workload(
-        workload.config,
-        workload.batch_sizes[-1:],
-        {schedule: workload.schedules[schedule]},
-        ABLATION,
+    return workload._replace(
+        batch_sizes=workload.batch_sizes[-1:],
+        schedules={schedule: workload.schedules[schedule]},
+        optimizers=ABLATION,
     )
 
 
@@ -248,7 +251,8 @@ def cifar10_jpeg_all(data_dir: str | None = None) -> Workload:
     optimizers = {k: v for k, v in OPTIMIZERS.items() if k not in left_out}
     schedules = _schedules(config.num_epochs, 2)
     sizes = (800, 3125, 12_500, 50_000)
-    return Workload(config, sizes, schedules, optimizers, num_rates=3)
+    title = "ResNet-8 on all images of CIFAR-10"
+    return Workload(title, config, sizes, schedules, optimizers, num_rates=3)
 
 
 def cifar10_jpeg_draw(data_dir: str | None, number: int) -> Workload:
@@ -263,6 +267,7 @@ def cifar10_jpeg_draw(data_dir: str | None, number: int) -> Workload:
 
 
 def _by_steps(
+    title: str,
     config: Any,
     task: Any,
     steps: dict[int, int],
@@ -273,13 +278,15 @@ def _by_steps(
     config.num_epochs = 1.0
     config.l2_penalty = 0.0
     schedules = _schedules(config.num_epochs, 2)
-    return Workload(config, tuple(steps), schedules, optimizers, task, steps, **budget)
+    sizes = tuple(steps)
+    return Workload(title, config, sizes, schedules, optimizers, task, steps, **budget)
 
 
 def autoencoder(data_dir: str | None = None) -> Workload:
     """A deep autoencoder of scikit-learn's digits."""
     del data_dir
     return _by_steps(
+        "An autoencoder of handwritten digits",
         base_config(),
         training_tasks.digits_autoencoder,
         {32: 1800, 128: 600, 512: 240, 1797: 150},
@@ -293,6 +300,7 @@ def autoencoder_cifar(data_dir: str | None = None) -> Workload:
     config = cifar10_jpeg(data_dir).config
     config.dataset.max_train_examples = 16_384
     return _by_steps(
+        "An autoencoder of grey images",
         config,
         training_tasks.cifar_autoencoder,
         {256: 1280, 1024: 480, 4096: 200, 16384: 100},
@@ -304,6 +312,7 @@ def burgers(data_dir: str | None = None) -> Workload:
     """A physics-informed network; there are no smaller batches than all points."""
     del data_dir
     return _by_steps(
+        "Burgers' equation by a network",
         base_config(),
         training_tasks.burgers,
         {1: 150},
@@ -320,6 +329,7 @@ def tinyshakespeare(data_dir: str | None = None) -> Workload:
     """
     path = pathlib.Path(data_dir or ".") / "tinyshakespeare.txt"
     return _by_steps(
+        "A small GPT on Shakespeare's plays",
         base_config(),
         functools.partial(training_tasks.tinyshakespeare, path=path),
         {32: 1536, 128: 512, 512: 192, 2048: 80},
@@ -335,7 +345,14 @@ def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
     optimizers = {name: ([], rate) for name, (_, rate) in gpu.OPTIMIZERS.items()}
     schedules = {gpu.SCHEDULE: []}
     sizes = tuple(sorted(gpu.BATCH_SIZES))
-    return Workload(config, sizes, schedules, optimizers, program="gpu.py --data=DATA")
+    return Workload(
+        "ResNet-32 on CIFAR-10",
+        config,
+        sizes,
+        schedules,
+        optimizers,
+        program="gpu.py --data=DATA",
+    )
 
 
 WORKLOADS: dict[str, Callable[[str | None], Workload]] = {

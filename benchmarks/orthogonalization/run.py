@@ -297,13 +297,37 @@ def report():
             row["layers"] or "all",
             f"`{row['optimizer']}`",
             f"{row['milliseconds']:,.0f}",
-            f"{row['compile_seconds']:.1f}",
+            f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "–",
         ]
         for row in read("times")
     ]
     named = ["device", "tree", "layers", "optimizer", "ms a step", "s to compile"]
+    precisions = [
+        [
+            row["device_kind"],
+            row["tree"],
+            row["precision"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['tflop_a_second']:.0f}",
+            f"{row['share_of_one_product']:.0%}",
+            f"{row['error']:.4f}",
+        ]
+        for row in read("device")
+    ]
+    columns = [
+        "device",
+        "tree",
+        "precision",
+        "ms",
+        "TFLOP/s",
+        "of one product",
+        "error",
+    ]
     text = "# Of each device, by the compiled program\n\n" + table(head, programs)
     text += "\n# Times, medians\n\n" + table(named, times)
+    text += "\n# The preconditioner alone, by precision\n\n" + table(
+        columns, precisions
+    )
     (HERE / "results" / "tables.md").write_text(text)
     print(text)
 

@@ -48,12 +48,14 @@ GB = 1e9
 
 POD, NODE = 256, 8
 MOMENTUM = ["optimizer.name=momentum"]
+CURVATURE = ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"]
 SHARDED = ["mesh.fsdp=256"]
 EXACT = ["batch_norm_statistics=batch"]
 CASES = {
     # name: devices and overrides of the config
     "replicated": (POD, []),
     "replicated, momentum": (POD, MOMENTUM),
+    "replicated, by curvature": (POD, CURVATURE),
     "fsdp 256": (POD, SHARDED),
     "fsdp 256, momentum": (POD, SHARDED + MOMENTUM),
     "4 microbatches": (POD, ["microbatches=4"]),

@@ -119,10 +119,12 @@ def polar_factors(
     largest: Callable[[jax.Array], jax.Array] = lambda x: x,
     total: Callable[[jax.Array], jax.Array] = lambda gram: gram,
 ) -> list[jax.Array]:
-    """Polar factors of stacks of matrices of one small side, which share an iteration.
+    """Polar factors of stacks of matrices, which share an iteration.
+
+    It works on their Gram matrices, the smaller of which are filled up with zeros.
 
     Args:
-      xs: stacks, of shape [k, ..., m, n] with m <= n; k and n may differ.
+      xs: stacks, of shape [k, ..., m, n] with m <= n; k, m and n may differ.
       method: the iteration.
       add: from an operation and stacks of shape [k, ...] to the one stack in which they
         share slots, combined by the operation where they share one: but one of them
@@ -140,8 +142,14 @@ def polar_factors(
     peak = jnp.where(peak == 0, 1, peak)
     xs = [x / pick(peak, i).astype(x.dtype) for i, x in enumerate(xs)]
     precision, parts = method.precision, segments(method)
+    sides = [x.shape[-2] for x in xs]
+
+    def factor_of(factor: jax.Array, i: int) -> jax.Array:
+        return pick(factor, i)[..., : sides[i], : sides[i]]
+
     for number, steps in enumerate(parts):
         grams = [_hermitian(x, x.conj().mT, precision) for x in xs]
+        grams = [_fill(gram, max(sides)) for gram in grams]
         gram = total(add(jnp.add, grams))
         norm = method.norm if number == 0 else None
         iterate = functools.partial(
@@ -154,12 +162,14 @@ def polar_factors(
         if precision in HALF:
             # Scaled after the product: half precision has no room for it before.
             xs = [
-                _multiply(pick(factor, i), x, precision) / pick(root, i)
+                _multiply(factor_of(factor, i), x, precision) / pick(root, i)
                 for i, x in enumerate(xs)
             ]
         else:
             factor = factor / root  # the smaller of the two
-            xs = [_multiply(pick(factor, i), x, precision) for i, x in enumerate(xs)]
+            xs = [
+                _multiply(factor_of(factor, i), x, precision) for i, x in enumerate(xs)
+            ]
     return list(xs)
 
 
@@ -208,6 +218,12 @@ def newton_schulz(
             gram = _hermitian(step, _hermitian(step, gram, precision), precision)
     assert factor is not None
     return factor, root
+
+
+def _fill(gram: jax.Array, side: int) -> jax.Array:
+    """Matrices with zeros on the right and below."""
+    fill = side - gram.shape[-1]
+    return jnp.pad(gram, [(0, 0)] * (gram.ndim - 2) + [(0, fill)] * 2)
 
 
 def _norm(x: jax.Array) -> jax.Array:

@@ -9,7 +9,8 @@ Matrices of one shape are stacked. A stack is worked on
   up its Gram matrix: for few, long ones.
 
 The iteration works on Gram matrices, so stacks whose matrices have one small side share
-it, each device being given as many of their matrices as any other, or one less.
+it, each device being given as many of their matrices as any other, or one less. Where
+it pays, stacks of nearly one small side do, the smaller Gram matrices being filled up.
 
 Under `jit` the exchange is a sharding constraint (:class:`Global`), in a `shard_map` it
 is an `all_to_all` (:class:`Mapped`).
@@ -36,6 +37,8 @@ from nlcg_optax.preconditioners._newton_schulz import Method
 # float32 at the highest precision. Only the choice between placements depends on them.
 OPERATIONS_PER_BYTE = 200
 OPERATIONS_PER_COLLECTIVE = 1e9
+# Larger sides than so many times another do not share its iteration.
+NEARLY = 1.25
 
 How = Literal["each", "spread", "split"]
 
@@ -162,7 +165,7 @@ class Slots:
 def choose(
     stacks: Sequence[Stack], devices: int, method: Method, copies: int = 1
 ) -> tuple[float, list[How]]:
-    """How to work on each of the stacks of one small side, and what it costs.
+    """How to work on each of the stacks that share an iteration, and what it costs.
 
     Args:
       stacks: the stacks.
@@ -201,9 +204,20 @@ def _cost(
 ) -> float:
     spread = [i for i, choice in enumerate(how) if choice == "spread"]
     placed = Slots.fit([stacks[i].count for i in spread], devices)
+    # Of those that are worked on together the Gram matrices are of one size.
+    sides: dict[How, int] = {}
+    numbers: dict[How, int] = {}
+    for stack, choice in zip(stacks, how, strict=True):
+        sides[choice] = max(stack.small, sides.get(choice, 0))
+        number = stack.count * stack.parts
+        numbers[choice] = number + numbers.get(choice, 0)
     total = 0.0
     for i, (stack, choice) in enumerate(zip(stacks, how, strict=True)):
-        iterating, outside = _newton_schulz.operations(stack.small, stack.long, method)
+        side, stacked = sides[choice], choice == "spread" or numbers[choice] > 1
+        iterating, _ = _newton_schulz.operations(side, side, method, stacked=stacked)
+        _, outside = _newton_schulz.operations(
+            stack.small, stack.long, method, stacked=stacked
+        )
         matrices = stack.count * stack.parts
         size = stack.bytes
         sent, messages = 0.0, 0
@@ -383,7 +397,10 @@ class Group:
 
 
 def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
-    """Stacks leaves of one shape; lists together what may share an iteration."""
+    """Stacks leaves of one shape; lists together what shares an iteration.
+
+    These have one small side, and come in the order of it.
+    """
     stacks: dict[Any, list[tuple[int, Matrix, int]]] = {}
     for i, leaf in enumerate(leaves):
         matrix, shape = leaf.matrix, leaf.value.shape
@@ -439,7 +456,34 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
         )
         shared = (stack.small, parts, dtype, frozenset(dict(sharded)), layers)
         bundles.setdefault(shared, []).append(made)
-    return list(bundles.values())
+    return [bundles[key] for key in sorted(bundles, key=lambda key: key[0])]
+
+
+def join(
+    bundles: Sequence[list[Group]], leaves: Sequence[Leaf], cost: Callable
+) -> list[list[Group]]:
+    """Puts bundles of nearly one small side together, where that costs less.
+
+    Args:
+      bundles: in the order of their small sides.
+      leaves: of which they are.
+      cost: from a bundle to what it costs.
+    """
+
+    def kind(bundle: list[Group]) -> tuple:
+        first = bundle[0]
+        dtype = leaves[first.numbers[0][0]].value.dtype
+        return first.stack.parts, dtype, first.sharded, first.layered
+
+    joined: list[list[Group]] = []
+    for bundle in bundles:
+        last = next((b for b in reversed(joined) if kind(b) == kind(bundle)), None)
+        near = last and bundle[0].stack.small < NEARLY * last[0].stack.small
+        if near and cost([*last, *bundle]) < cost(last) + cost(bundle):
+            last.extend(bundle)
+        else:
+            joined.append(list(bundle))
+    return joined
 
 
 def _concatenate(stacks: Sequence[jax.Array]) -> jax.Array:
@@ -455,6 +499,7 @@ def _whole(leaf: Leaf, dim: int) -> int:
 def merge(one: Group, other: Group, devices: int) -> Group | None:
     """One group of both, the shorter matrices filled up with zeros; None if unlike."""
     alike = one.simple and other.simple and one.sharded == other.sharded
+    alike &= one.stack.small == other.stack.small
     if not alike or one.stack.sharded != other.stack.sharded:
         return None
     lengths = [one.item[1], other.item[1]]
@@ -494,7 +539,11 @@ def orthogonalize(
       Arrays of the shapes of the leaves.
     """
     results: list[Any] = [None] * len(leaves)
-    for bundle in group(leaves):
+    bundles = group(leaves)
+    if mesh is not None and not axes:
+        devices = Global(mesh).devices
+        bundles = join(bundles, leaves, lambda b: _plan(b, devices, method)[0])
+    for bundle in bundles:
         place, bundle, how = _place(bundle, leaves, method, mesh, axes)
         for choice in ("each", "spread", "split"):
             groups = [g for g, h in zip(bundle, how, strict=True) if h == choice]
@@ -547,7 +596,7 @@ def _plan(
     bundle: list[Group], devices: int, method: Method, copies: int = 1
 ) -> tuple[float, list[Group], list[How]]:
     """What the best that was found costs, its groups, and how to work on each."""
-    groups = sorted(bundle, key=lambda g: g.stack.long)
+    groups = sorted(bundle, key=lambda g: (g.stack.small, g.stack.long))
     cost, how = choose([g.stack for g in groups], devices, method, copies)
     if devices == 1:
         return cost, groups, how

@@ -103,7 +103,7 @@ def scale_by_quadratic_model(
     residuals: int = 2,
     damping: float = 0.01,
     noise_damping: float = 0.1,
-    first_damping: float = 1.0,
+    first_damping: float = 3.0,
     max_growth: float = 3.0,
     horizon: int | None = None,
     multiplier: optax.ScalarOrSchedule = 1.0,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -206,9 +207,11 @@ def _run(
                     clock = time.monotonic()
                     memory = step_fn.compile(state, batch)
                     seconds = time.monotonic() - clock
-                    told.compiled(
-                        report.memory_row(memory, mesh.local_devices[0]), seconds
-                    )
+                    told_rows = [report.memory_row(memory, mesh.local_devices[0])]
+                    if optimizers.uses_quadratic_model(config):
+                        counts = _operations(*described)
+                        told_rows.append(report.curvature_row(config, *counts))
+                    told.compiled(told_rows, seconds)
                     clock = time.monotonic() - waited
                 state, values = step_fn(state, batch)
                 step += 1
@@ -269,6 +272,38 @@ def _run(
             compared = comparison.in_words(rows, other)
         told.end(results, rows, workdir, checkpoints.path, compared)
     return Result(step, None, results, state)
+
+
+def _operations(
+    model: Any,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    image_shape: tuple[int, ...],
+    mesh: Mesh,
+) -> tuple[float | None, float | None]:
+    """Those of a training step, and of one by SGD; None where JAX does not tell.
+
+    Nothing is compiled. All is counted in one microbatch: the count takes the body of a
+    loop once.
+    """
+
+    def count(config: ConfigDict, tx: Any) -> float | None:
+        step = steps.make_train_step(
+            model, tx, optax.constant_schedule(0.0), config, mesh, augment=True
+        )
+        state = steps.abstract_state(model, tx, config, image_shape, mesh)
+        rows = BatchLayout(mesh, config.batch_size).rows
+        batch = {
+            "image": jax.ShapeDtypeStruct((1, rows, *image_shape), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((1, rows), jnp.int32),
+        }
+        return (jax.jit(step).lower(state, batch).cost_analysis() or {}).get("flops")
+
+    whole = config.copy_and_resolve_references()
+    whole.microbatches = 1
+    plain = whole.copy_and_resolve_references()
+    plain.optimizer.name = "sgd"
+    return count(whole, tx), count(plain, optax.sgd(0.0))
 
 
 def _check_without_data(config: ConfigDict, mesh: Mesh) -> None:

@@ -193,6 +193,23 @@ def memory_row(analysis: Any, device: Any) -> tuple[str, str]:
     )
 
 
+def curvature_row(
+    config: ConfigDict, operations: float | None, plain: float | None
+) -> tuple[str, str]:
+    """The row that tells what the products of the curvature add to a training step.
+
+    Args:
+      config: the whole config of a run, with the quadratic model.
+      operations: of a training step, or None if they are not known.
+      plain: of one by SGD.
+    """
+    images = config.batch_size // curvature_stride(config)
+    text = f"of {_count(images, 'image', 'images')} of each batch"
+    if operations and plain:
+        text += f"; a step takes {operations / plain:.2f} times the operations of SGD's"
+    return "curvature", text
+
+
 class Report:
     """Tells about a run: with colours and a bar on a terminal, plainly in a log.
 
@@ -285,9 +302,9 @@ class Report:
         """Says what the wait is for."""
         self.line(self.paint("  compiling the training step ...", "dim"))
 
-    def compiled(self, row: tuple[str, str], seconds: float) -> None:
-        """Tells the memory of a step, and starts the bar."""
-        self.table([row, ("compiled", f"in {duration(seconds)}")])
+    def compiled(self, rows: Sequence[tuple[str, str]], seconds: float) -> None:
+        """Tells what a step takes, as compiled, and starts the bar."""
+        self.table([*rows, ("compiled", f"in {duration(seconds)}")])
         self.line("")
         self._compiling = seconds
         self._began = self._told = time.monotonic()
@@ -460,11 +477,7 @@ def _optimizer(config: ConfigDict) -> str:
     text = optimizer.name
     if uses_quadratic_model(config):
         options = optimizer.nlcg
-        images = config.batch_size // curvature_stride(config)
-        return (
-            f"nlcg ({options.preconditioner}), steps chosen by the curvature of "
-            f"{_count(images, 'image', 'images')} of each batch"
-        )
+        return f"nlcg ({options.preconditioner}), steps chosen by the curvature"
     if text in ("nlcg", "nlcg_paper"):
         options = optimizer[text]
         text += f" ({options.beta_rule}, {options.preconditioner})"

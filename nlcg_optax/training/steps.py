@@ -239,10 +239,8 @@ def make_train_step(
     def curvature(state: TrainState, batch: Batch) -> nlcg_optax.Curvature:
         """That of the loss on some of the images, evenly spaced, and of the penalty."""
         key = jax.random.fold_in(jax.random.key(draws), state.step)
-        # Rows first: they are what is split over the devices.
         chosen, places = jax.tree.map(
-            lambda x: _every(stride, x).swapaxes(0, 1).reshape(-1, *x.shape[2:]),
-            (batch, rows_of(batch)),
+            lambda x: _every(stride, x, mesh.size), (batch, rows_of(batch))
         )
         present = places >= 0
         some_empty = batch["label"].shape[1] > examples
@@ -379,12 +377,15 @@ def make_train_step(
     return train_step
 
 
-def _every(stride: int, x: jax.Array) -> jax.Array:
-    """The first of every so many rows [M, R, ...]; mostly none changes its device."""
-    stride = min(stride, x.shape[1])
-    count = x.shape[1] // stride
-    x = x[:, : count * stride]
-    return x.reshape(x.shape[0], count, stride, *x.shape[2:])[:, :, 0]
+def _every(stride: int, x: jax.Array, devices: int) -> jax.Array:
+    """The first of every so many rows [M, R, ...] of each device, as rows [N, ...].
+
+    None changes its device: any other choice would gather all that follows.
+    """
+    if x.shape[1] % devices:
+        devices = 1
+    x = x.reshape(x.shape[0], devices, -1, *x.shape[2:])[:, :, ::stride]
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[3:])
 
 
 def l2_loss(params: Any) -> jax.Array:

@@ -3,10 +3,21 @@
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from nlcg_optax.preconditioners._newton_schulz import Method, coefficients_of
-from nlcg_optax.preconditioners._placement import Slots, Stack, choose
+from nlcg_optax.preconditioners._placement import (
+    Leaf,
+    Matrix,
+    Slots,
+    Stack,
+    _plan,
+    choose,
+    group,
+    join,
+)
 
 WORKER = pathlib.Path(__file__).parents[1] / "workers" / "placement.py"
 
@@ -22,7 +33,7 @@ def found(printed):
 
 
 def test_the_numbers_are_those_of_one_device(found):
-    assert len(found) == 33
+    assert len(found) == 34
     worst = max(found, key=lambda case: found[case]["difference"])
     assert found[worst]["difference"] < 1e-12, worst
 
@@ -69,6 +80,24 @@ def test_parameters_that_lie_elsewhere_are_refused(printed):
     words = printed["refused"]
     assert "'['layer']['w']' of shape (4, 6)" in words
     assert "5" in words and "(2 devices) does not have" in words
+
+
+def test_matrices_of_nearly_one_side_share_an_iteration():
+    method = Method(coefficients_of("muon", 5))
+
+    def joined(*shapes, dtypes=(jnp.float32, jnp.float32)):
+        leaves = [
+            Leaf(jax.ShapeDtypeStruct(shape, dtype), Matrix((0,), (1,)))
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        bundles = join(group(leaves), leaves, lambda b: _plan(b, 8, method)[0])
+        return [[one.stack.small for one in bundle] for bundle in bundles]
+
+    # Of ResNet-50 the classifier and one convolution.
+    assert joined((2048, 1000), (1024, 2048)) == [[1000, 1024]]
+    assert joined((2048, 700), (1024, 2048)) == [[700], [1024]]
+    other = jnp.float32, jnp.bfloat16
+    assert joined((2048, 1000), (1024, 2048), dtypes=other) == [[1000], [1024]]
 
 
 def test_as_few_slots_as_can_be():

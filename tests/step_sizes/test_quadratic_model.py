@@ -204,7 +204,7 @@ def oracle(x, noise, steps, horizon):
     past, rows = [], []
     last = switched = d = None
     error = log_length = rate = rho = 0.0
-    share, extra, measured, solved = 1.0, 1.0, 0, 0
+    share, extra, measured, solved = 1.0, 3.0, 0, 0
     for t in range(steps):
         f, g = noisy(x, t, noise)
         row = {"rejected": False, "switched": switched is not None}
@@ -467,7 +467,7 @@ def test_diagnostics(x64):
     points, states = run(tx, quadratic, START, 3)
     report = nlcg_optax.diagnostics(states[-1])
     assert report["coefficients"].shape == (4,)
-    np.testing.assert_allclose(report["damping"], 0.3 + 1 / 16, rtol=1e-6)
+    np.testing.assert_allclose(report["damping"], 0.3 + 3 / 16, rtol=1e-6)
     np.testing.assert_allclose(report["signal"], 1)  # there is no noise
     values = [quadratic(x) for x in (START, *points)]
     np.testing.assert_allclose(report["predicted_decrease"], values[2] - values[3])

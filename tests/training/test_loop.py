@@ -445,7 +445,10 @@ def test_the_quadratic_model_needs_no_learning_rate(tmp_path):
     )
     with contextlib.redirect_stdout(printed):
         loop.train_and_evaluate(config, tmp_path)
-    assert "steps chosen by the curvature of" in printed.getvalue()
+    text = printed.getvalue()
+    assert "steps chosen by the curvature" in text
+    told = re.search(r"of 40 images of each batch; .* ([\d.]+) times", text)
+    assert told and 2 < float(told[1]) < 10  # the products are taken on all of it
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
     train = [row for row in rows if row["split"] == "train"]
     wanted = {"coefficient_gradient", "coefficient_past_1", "damping", "signal"}

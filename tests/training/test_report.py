@@ -33,7 +33,7 @@ def tell(verbosity="normal", out=None, err=None):
     """A run of four steps of ten images, two an epoch, evaluated at the end."""
     told = report.Report(verbosity, out, err)
     told.start([("model", "tiny")], 4, 0, 2.0, 10)
-    told.compiled(("memory", "little"), seconds=75.0)
+    told.compiled([("memory", "little")], seconds=75.0)
     for _ in range(4):
         told.update({"loss": 1.0, "accuracy": 0.5}, seconds=0.1)
     told.evaluation(4, {"loss": 1.0, "accuracy": 0.5}, EVALUATED)
@@ -99,7 +99,7 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch):
     out = io.StringIO()
     told = report.Report("normal", out, io.StringIO())
     told.start([], 10, 0, 2.0, 10)
-    told.compiled(("memory", "little"), seconds=1.0)
+    told.compiled([("memory", "little")], seconds=1.0)
     for _ in range(3):
         now[0] += 40.0
         told.update({"loss": 1.0, "accuracy": 0.5}, seconds=40.0)

@@ -45,6 +45,14 @@ class Net(nn.Module):
 
 
 PAPER = ("optimizer.name=nlcg_paper", "optimizer.learning_rate=0.1")
+# Without a preconditioner: orthogonalization would magnify rounding.
+CURVED = (
+    "optimizer.name=nlcg",
+    "optimizer.nlcg.step_rule=quadratic_model",
+    "optimizer.nlcg.preconditioner=none",
+)
+# Two of the five images that each of eight devices has.
+SOME = (*CURVED, "optimizer.nlcg.curvature_min_images=13")
 
 
 def build(data_axis, fsdp, *overrides, batch_norm=True):
@@ -107,6 +115,7 @@ def check_numbers():
         "4 microbatches, their statistics": (True, parts, parts, (1, 8)),
         "4 microbatches, the batch's statistics": (True, even, exact, (4, 2)),
         "the paper's": (True, PAPER, PAPER, (2, 4)),
+        "by curvature": (True, CURVED, CURVED, (2, 4)),
     }
     for name, (batch_norm, reference, overrides, shape) in cases.items():
         expected, evaluation, _ = train(1, 1, *reference, batch_norm=batch_norm)
@@ -144,6 +153,10 @@ def check_communication():
         extra = ours - base
         allowed = {} if shape[1] == 1 else {"all-reduce": 2}
         assert all(n <= allowed.get(name, 0) for name, n in extra.items()), extra
+    # The images that tell the curvature stay where they are.
+    found = collectives(8, 1, *SOME)
+    print(f"by curvature {dict(found)}")
+    assert found.keys() == {"all-reduce"}
 
 
 if __name__ == "__main__":

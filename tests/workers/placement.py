@@ -155,6 +155,8 @@ def everything():
                 mesh = make_mesh(sizes, mesh.axis_names, AxisType.Explicit)
             add(f"{door}, {name}", SHAPES, layout, mesh, door, through=through)
     add("unchecked", SHAPES, last("fsdp"), one, "shard_map", False, through="fsdp")
+    near = {"a": (30, 64), "b": (32, 80), "c": (32, 64)}
+    add("nearly one side", near, last("fsdp"), one, "set")
     three = make_mesh((3,), ("fsdp",))
     add("three devices", SHAPES, replicated, three, "set")
     for door in ("set", "shard_map"):
