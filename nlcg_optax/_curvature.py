@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,6 +79,7 @@ def gauss_newton(
     has_aux: bool = False,
     params: Any | None = None,
     axis_name: _tree.AxisName | None = None,
+    in_turn: bool = False,
 ) -> Curvature:
     r"""The generalized Gauss–Newton matrix of a loss of a model's outputs.
 
@@ -117,6 +119,10 @@ def gauss_newton(
         batch is split: the products are then the mean over its devices, taken in one
         all-reduce of k² numbers. Sharded parameters are for `outputs_fn` to gather
         (see :func:`pmean_value_and_grad`). Under `jit` name no axis.
+      in_turn: whether the directions are pushed through the model one after the other,
+        instead of side by side. Set it where a batch is split over devices under `jit`
+        and the model has convolutions: side by side these take the directions as more
+        examples, for which XLA would gather the batch onto every device.
 
     Returns:
       A :class:`Curvature`; its matrix is float32, or wider if the parameters are.
@@ -158,7 +164,18 @@ def gauss_newton(
             return outputs, tangent
 
         # The outputs do not depend on the direction: they are computed once.
-        outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+        if in_turn:
+            outputs, push_one = jax.linearize(
+                lambda params: run(params, *inputs), params, has_aux=has_aux
+            )[:2]
+            _check_outputs(outputs)
+            pushed = [
+                push_one(jax.tree.map(operator.itemgetter(i), stacked))
+                for i in range(len(jax.tree.leaves(stacked)[0]))
+            ]
+            tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
+        else:
+            outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = _vary((outputs, tangents), axis_name)

@@ -150,6 +150,15 @@ def test_of_a_loss_that_is_convex_in_linear_outputs_both_are_the_same(x64):
     close(nlcg_optax.gauss_newton(outputs_fn, loss_fn), *args, both(expected, *args)[0])
 
 
+def test_directions_in_turn_are_those_side_by_side(x64):
+    loss = lambda y: jnp.mean(jnp.sum(jnp.exp(y) - COUNTS * y, -1))  # noqa: E731
+    expected = along(dense_gauss_newton(LOSSES["Poisson"][1]))
+    curvature = nlcg_optax.gauss_newton(
+        lambda p: (model(p), "aux"), loss, has_aux=True, in_turn=True
+    )
+    close(curvature, PARAMS, DIRECTIONS, expected)
+
+
 def test_penalty(x64):
     loss_fn, row_curvature = LOSSES["softmax cross-entropy"]
     no_bias = np.concatenate(  # in the order of `flat`: bias, hidden, out

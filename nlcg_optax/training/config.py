@@ -102,7 +102,7 @@ def base_config() -> ConfigDict:
             # Of quadratic_model: the part of a batch that its products are taken on,
             # and of how many images at least (or all of a smaller batch).
             curvature_fraction=0.05,
-            curvature_min_images=100,
+            curvature_min_images=250,
         )
     )
     config.optimizer.nlcg_paper = _Group(

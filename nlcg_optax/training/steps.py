@@ -262,6 +262,7 @@ def make_train_step(
             l2=config.l2_penalty,
             l2_mask=models.l2_mask,
             has_aux=True,
+            in_turn=mesh.size > 1,
         )
 
     def rows_of(batch: Batch) -> jax.Array:

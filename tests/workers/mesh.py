@@ -30,6 +30,7 @@ class Net(nn.Module):
 
     batch_norm: bool
     batch_norm_momentum: float = 0.99
+    depth: int = 1
 
     @nn.compact
     def __call__(self, x, train, mask=None):
@@ -40,6 +41,8 @@ class Net(nn.Module):
         if self.batch_norm:
             norm = nn.BatchNorm(not train, momentum=self.batch_norm_momentum, **options)
             x = norm(x, mask=mask)
+        for _ in range(1, self.depth):
+            x = nn.Conv(8, (3, 3), **options)(nn.tanh(x))
         x = nn.Dense(16, **options)(nn.tanh(x).reshape(len(x), -1))
         return nn.Dense(2, **options)(nn.tanh(x))
 
@@ -55,7 +58,7 @@ CURVED = (
 SOME = (*CURVED, "optimizer.nlcg.curvature_min_images=13")
 
 
-def build(data_axis, fsdp, *overrides, batch_norm=True):
+def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
     config = base_config()
     apply_overrides(
         config,
@@ -72,7 +75,7 @@ def build(data_axis, fsdp, *overrides, batch_norm=True):
         ],
     )
     mesh = create_mesh(config, jax.devices()[: data_axis * fsdp])
-    model = Net(batch_norm)
+    model = Net(batch_norm, depth=depth)
     schedule = optimizers.create_schedule(config, len(SPLIT) / config.batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     state = steps.create_state(model, tx, config, (8, 8, 1), mesh)
@@ -131,8 +134,9 @@ def check_numbers():
     assert difference(train(1, 1, *parts)[0], train(1, 1)[0]) > 1e-4
 
 
-def collectives(data_axis, fsdp, *overrides):
-    config, mesh, model, schedule, tx, state = build(data_axis, fsdp, *overrides)
+def collectives(data_axis, fsdp, *overrides, depth=1):
+    built = build(data_axis, fsdp, *overrides, depth=depth)
+    config, mesh, model, schedule, tx, state = built
     step = steps.make_train_step(model, tx, schedule, config, mesh, augment=True)
     layout = BatchLayout(mesh, config.batch_size)
     batch = layout.put({"image": IMAGES[:40], "label": LABELS[:40]})
@@ -154,7 +158,7 @@ def check_communication():
         allowed = {} if shape[1] == 1 else {"all-reduce": 2}
         assert all(n <= allowed.get(name, 0) for name, n in extra.items()), extra
     # The images that tell the curvature stay where they are.
-    found = collectives(8, 1, *SOME)
+    found = collectives(8, 1, *SOME, depth=2)
     print(f"by curvature {dict(found)}")
     assert found.keys() == {"all-reduce"}
 
