@@ -475,11 +475,14 @@ def join(
         dtype = leaves[first.numbers[0][0]].value.dtype
         return first.stack.parts, dtype, first.sharded, first.layered
 
+    def pays(one: list[Group], other: list[Group]) -> bool:
+        near = other[0].stack.small < NEARLY * one[0].stack.small
+        return near and cost([*one, *other]) < cost(one) + cost(other)
+
     joined: list[list[Group]] = []
     for bundle in bundles:
         last = next((b for b in reversed(joined) if kind(b) == kind(bundle)), None)
-        near = last and bundle[0].stack.small < NEARLY * last[0].stack.small
-        if near and cost([*last, *bundle]) < cost(last) + cost(bundle):
+        if last is not None and pays(last, bundle):
             last.extend(bundle)
         else:
             joined.append(list(bundle))
