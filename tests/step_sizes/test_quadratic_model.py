@@ -326,7 +326,7 @@ def test_a_first_step_into_the_void_is_survived():
     """The model knows nothing of the wall behind which the loss is not finite."""
 
     def value_fn(x):
-        return jnp.sum(jnp.log(jnp.cosh(x))) + 0 * jnp.sum(jnp.sqrt(16 - x**2))
+        return jnp.sum(jnp.log(jnp.cosh(x))) + 0 * jnp.sum(jnp.sqrt(6 - x**2))
 
     x = jnp.array([2.0, 1.5], jnp.float32)
     points, states = run(scale_by_quadratic_model(), value_fn, x, 30)
