@@ -35,15 +35,19 @@ def rows(workdir):
     return metrics.read_metrics(workdir / "metrics.jsonl")
 
 
-# Rounding in float32, which some steps magnify: 1.5e-4 was seen on one machine.
-def assert_same_run(workdir, expected, rtol=5e-4):
+# What the direction decides, whose preconditioner may magnify rounding.
+OF_DIRECTION = {"beta", "cosine", "update_norm"}
+
+
+def assert_same_run(workdir, expected, rtol=1e-4, of_direction=None):
     found, wanted = rows(workdir), rows(expected)
     keys = [(row["step"], row["split"]) for row in wanted]
     assert [(row["step"], row["split"]) for row in found] == keys
     for x, y in zip(found, wanted, strict=True):
         assert x.keys() == y.keys()
         for key in x.keys() - {"split"}:
-            np.testing.assert_allclose(x[key], y[key], rtol=rtol, atol=1e-6)
+            bound = of_direction or rtol if key in OF_DIRECTION else rtol
+            np.testing.assert_allclose(x[key], y[key], rtol=bound, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +140,9 @@ def test_two_processes_stream_each_its_share(tmp_path):
     args = make_images(tmp_path / "images")
     tiny.finish(*start_two(tmp_path / "two", *args))
     tiny.finish(tiny.start(tmp_path / "one", *args))
-    assert_same_run(tmp_path / "two", tmp_path / "one")
+    # At step 14 the diagonal of BFGS magnifies rounding by a hundred: 1.8e-4 at most was
+    # seen after it, where losses and gradients agreed to 1e-5.
+    assert_same_run(tmp_path / "two", tmp_path / "one", of_direction=5e-4)
 
 
 def test_a_broken_image_in_one_process_ends_all(tmp_path):
