@@ -44,9 +44,9 @@ REFERENCE = [
 ]
 
 
-def hessian_of(outputs_fn, loss_fn, *, l2, l2_mask, has_aux):
+def hessian_of(outputs_fn, loss_fn, *, l2, l2_mask, has_aux, in_turn):
     """In place of `gauss_newton` in the trainer: the Hessian of the same loss."""
-    del has_aux
+    del has_aux, in_turn
 
     def value(params):
         squares = jax.tree.map(
@@ -161,13 +161,12 @@ def create_trainer(sweep, workload):
     return Trainer(workload)
 
 
-def read(batch_size):
+def read():
     """The rows of variants that there are."""
-    rows = [row for row in protocol.read(ROWS) if row["optimizer"] in VARIANTS]
-    return [row for row in rows if row["batch_size"] == batch_size]
+    return [row for row in protocol.read(ROWS) if row["optimizer"] in VARIANTS]
 
 
-def measure(names, seeds, data_dir, batch_size):
+def measure(names, seeds, data_dir):
     """Runs what is missing, one seed of all after the other."""
     sweep = importlib.import_module("sweep")
     workload = sweep.WORKLOADS["cifar10_jpeg"](data_dir)
@@ -182,12 +181,12 @@ def measure(names, seeds, data_dir, batch_size):
     trainer = None
     for name in names:
         for seed in seeds:
-            done = {(row["optimizer"], row["seed"]) for row in read(batch_size)}
+            done = {(row["optimizer"], row["seed"]) for row in read()}
             if (name, seed) in done:
                 continue
             trainer = trainer or create_trainer(sweep, workload)
             cell = protocol.Cell("test", 1.0, schedule, seed)
-            row = trainer.run(name, batch_size, cell)
+            row = trainer.run(name, BATCH_SIZE, cell)
             row = {"workload": "cifar10_jpeg", **row, **protocol.environment()}
             protocol.append(ROWS, row)
             last = "diverged" if row["diverged"] else f"{row['curve'][-1]:.4f}"
@@ -195,35 +194,19 @@ def measure(names, seeds, data_dir, batch_size):
 
 
 def report():
-    """The tables of what there is."""
-    text = "\n".join([*table(BATCH_SIZE, all_variants=True), "", *smaller_batches()])
-    (ROWS.parent / "ablation.md").write_text(text)
-    print(text)
-
-
-def smaller_batches():
-    """Lines on the batches of which only some variants were run."""
-    lines = []
-    for size in sorted({row["batch_size"] for row in protocol.read(ROWS)}):
-        if size != BATCH_SIZE:
-            lines += [f"At batch {size:,}:", "", *table(size, all_variants=False), ""]
-    return lines
-
-
-def table(batch_size, all_variants):
+    """The table of what there is."""
     lines = [
         f"| | loss at the end | test accuracy, % | first step at {TARGET} | seeds |",
         "|---|---:|---:|---:|---|",
     ]
-    rows = read(batch_size)
+    rows = read()
     for name in VARIANTS:
         mine = sorted(
             (row for row in rows if row["optimizer"] == name),
             key=lambda row: row["seed"],
         )
         if not mine:
-            if all_variants:
-                lines.append(f"| {name} | not run | | | |")
+            lines.append(f"| {name} | not run | | | |")
             continue
         seeds = ", ".join(str(row["seed"]) for row in mine)
         if any(row["diverged"] for row in mine):
@@ -236,12 +219,13 @@ def table(batch_size, all_variants):
         reached = ", ".join("–" if i is None else str(i) for i in firsts)
         loss = mean_and_error([row["curve"][-1] for row in mine], "{:.3f}")
         accuracy = mean_and_error([100 * row["accuracy"] for row in mine], "{:.1f}")
-        if batch_size != BATCH_SIZE:
-            reached = ""  # that target is of the largest batch
         lines.append(f"| {name} | {loss} | {accuracy} | {reached} | {seeds} |")
     versions = sorted({", ".join(map(" ".join, r["versions"].items())) for r in rows})
     devices = sorted({f"{r['device']}, {r['cores']} core(s)" for r in rows})
-    return [*lines, "", f"{'; '.join(versions)}; device: {'; '.join(devices)}."]
+    lines += ["", f"{'; '.join(versions)}; device: {'; '.join(devices)}."]
+    text = "\n".join(lines) + "\n"
+    (ROWS.parent / "ablation.md").write_text(text)
+    print(text)
 
 
 def mean_and_error(values, form):
@@ -257,7 +241,6 @@ def main():
     parser.add_argument("--data_dir", help="a folder of train/<class>/*.jpg and test")
     parser.add_argument("--variants", help="some of them: a;b", default=None)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE)
     parser.add_argument("--report", action="store_true")
     flags = parser.parse_args()
     names = flags.variants.split(";") if flags.variants else list(VARIANTS)
@@ -265,7 +248,7 @@ def main():
         parser.error(f"unknown: {sorted(unknown)}; there are {list(VARIANTS)}")
     if not flags.report:
         seeds = [int(seed) for seed in flags.seeds.split(",")]
-        measure(names, seeds, flags.data_dir, flags.batch_size)
+        measure(names, seeds, flags.data_dir)
     report()
 
 

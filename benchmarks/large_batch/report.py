@@ -4,7 +4,6 @@ python benchmarks/large_batch/report.py
 """
 
 import argparse
-import json
 import math
 import pathlib
 import statistics
@@ -15,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import protocol
 import targets
 from workloads import OPTIMIZERS, UNTUNED, WORKLOADS, Workload
 
@@ -379,9 +379,7 @@ def draws(results: pathlib.Path) -> list[str]:
     found: dict[str, list[str]] = {}
     means: dict[str, list[float]] = {}
     for name in names:
-        path = results / f"{name}.jsonl"
-        text = path.read_text() if path.exists() else ""
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = protocol.read(results / f"{name}.jsonl")
         groups = group(rows, WORKLOADS[name](None))
         for optimizer in WORKLOADS[names[-1]](None).optimizers:
             of_group = groups.get((optimizer, size), [])
@@ -566,9 +564,7 @@ def report(results: pathlib.Path, folder: pathlib.Path) -> str:
         "",
     ]
     for name in WORKLOADS:
-        path = results / f"{name}.jsonl"
-        text = path.read_text() if path.exists() else ""
-        rows = [json.loads(line) for line in text.splitlines()]
+        rows = protocol.read(results / f"{name}.jsonl")
         lines += section(name, rows)
         if name == "cifar10_jpeg_draw_2":
             lines += draws(results)

@@ -25,7 +25,7 @@ import nlcg_optax
 from nlcg_optax.training import data, loop, models, steps
 from nlcg_optax.training.config import ConfigDict
 from nlcg_optax.training.mesh import create_mesh
-from nlcg_optax.training.optimizers import uses_quadratic_model
+from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
 
 VALIDATION_FRACTION = 0.2
 
@@ -227,7 +227,9 @@ class FunctionTask(NamedTuple):
         config = peers.configured(self.config, words)
         # Noise comes to rule where each step has other examples.
         horizon = total_steps if batch_size < self.num_train else None
-        stride = max(batch_size // max(batch_size // 20, self.fewest), 1)
+        config.batch_size = batch_size
+        config.optimizer.nlcg.curvature_min_images = self.fewest
+        stride = curvature_stride(config)
 
         def create_optimizer(rate: Any) -> Any:
             return peers.create_optimizer(
