@@ -140,8 +140,8 @@ def test_two_processes_stream_each_its_share(tmp_path):
     args = make_images(tmp_path / "images")
     tiny.finish(*start_two(tmp_path / "two", *args))
     tiny.finish(tiny.start(tmp_path / "one", *args))
-    # At step 14 the diagonal of BFGS magnifies rounding by a hundred: 1.8e-4 at most was
-    # seen after it, where losses and gradients agreed to 1e-5.
+    # At step 14 the diagonal of BFGS magnifies rounding by a hundred: 1.8e-4 was seen
+    # after it, where losses and gradients agreed to 1e-5.
     assert_same_run(tmp_path / "two", tmp_path / "one", of_direction=5e-4)
 
 
