@@ -107,12 +107,15 @@ def nlcg(
     >>> def loss_fn(w):
     ...     return jnp.sum((w - target) ** 2 * jnp.array([1.0, 10.0]))
     >>> tx = nlcg_optax.nlcg(optax.cosine_decay_schedule(0.4, 100))
+    >>> @jax.jit
+    ... def step(w, state):
+    ...     loss, grads = jax.value_and_grad(loss_fn)(w)
+    ...     updates, state = tx.update(grads, state, w, value=loss)
+    ...     return w + updates, state
     >>> w = jnp.zeros((2, 2))
     >>> state = tx.init(w)
     >>> for _ in range(100):
-    ...     loss, grads = jax.value_and_grad(loss_fn)(w)
-    ...     updates, state = tx.update(grads, state, w, value=loss)
-    ...     w = w + updates
+    ...     w, state = step(w, state)
     >>> print(w.round(2))
     [[ 1.  -2. ]
      [ 0.5  3. ]]
@@ -120,14 +123,17 @@ def nlcg(
     Without a learning rate, and in a tenth of the steps:
 
     >>> tx = nlcg_optax.nlcg(step_rule="quadratic_model")
+    >>> curvature = nlcg_optax.hessian(loss_fn)
+    >>> @jax.jit
+    ... def step(w, state):
+    ...     loss, grads = jax.value_and_grad(loss_fn)(w)
+    ...     given = {"value": loss, "curvature": curvature}
+    ...     updates, state = tx.update(grads, state, w, **given)
+    ...     return w + updates, state
     >>> w = jnp.zeros((2, 2))
     >>> state = tx.init(w)
     >>> for _ in range(10):
-    ...     loss, grads = jax.value_and_grad(loss_fn)(w)
-    ...     updates, state = tx.update(
-    ...         grads, state, w, value=loss, curvature=nlcg_optax.hessian(loss_fn)
-    ...     )
-    ...     w = w + updates
+    ...     w, state = step(w, state)
     >>> print(w.round(2))
     [[ 1.  -2. ]
      [ 0.5  3. ]]
@@ -203,12 +209,15 @@ def nlcg_paper(
     >>> def loss_fn(x):
     ...     return (x[0] - 1.0) ** 2 + 10.0 * (x[1] + 2.0) ** 2
     >>> tx = nlcg_optax.nlcg_paper(learning_rate=0.02)
+    >>> @jax.jit
+    ... def step(x, state):
+    ...     loss, grads = jax.value_and_grad(loss_fn)(x)
+    ...     updates, state = tx.update(grads, state, x, value=loss)
+    ...     return x + updates, state
     >>> x = jnp.zeros(2)
     >>> state = tx.init(x)
     >>> for _ in range(100):
-    ...     loss, grads = jax.value_and_grad(loss_fn)(x)
-    ...     updates, state = tx.update(grads, state, x, value=loss)
-    ...     x = x + updates
+    ...     x, state = step(x, state)
     >>> print(x.round(2))
     [ 1. -2.]
     """

@@ -208,9 +208,12 @@ def _run(
                     memory = step_fn.compile(state, batch)
                     seconds = time.monotonic() - clock
                     told_rows = [report.memory_row(memory, mesh.local_devices[0])]
-                    if optimizers.uses_quadratic_model(config):
+                    if distributed.is_first() and optimizers.uses_quadratic_model(
+                        config
+                    ):
+                        images = steps.curvature_images(config, mesh)
                         counts = _operations(*described)
-                        told_rows.append(report.curvature_row(config, *counts))
+                        told_rows.append(report.curvature_row(images, *counts))
                     told.compiled(told_rows, seconds)
                     clock = time.monotonic() - waited
                 state, values = step_fn(state, batch)

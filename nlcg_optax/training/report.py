@@ -25,7 +25,7 @@ import nlcg_optax
 from nlcg_optax.training import data
 from nlcg_optax.training.config import ConfigDict, known_fields
 from nlcg_optax.training.mesh import BatchLayout
-from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
+from nlcg_optax.training.optimizers import uses_quadratic_model
 from nlcg_optax.training.steps import at_once
 
 VERBOSITIES = ("quiet", "normal", "verbose")
@@ -194,16 +194,15 @@ def memory_row(analysis: Any, device: Any) -> tuple[str, str]:
 
 
 def curvature_row(
-    config: ConfigDict, operations: float | None, plain: float | None
+    images: int, operations: float | None, plain: float | None
 ) -> tuple[str, str]:
     """The row that tells what the products of the curvature add to a training step.
 
     Args:
-      config: the whole config of a run, with the quadratic model.
+      images: of each batch that they are made of.
       operations: of a training step, or None if they are not known.
       plain: of one by SGD.
     """
-    images = config.batch_size // curvature_stride(config)
     text = f"of {_count(images, 'image', 'images')} of each batch"
     if operations and plain:
         text += f"; a step takes {operations / plain:.2f} times the operations of SGD's"

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import nlcg_optax
 from nlcg_optax.training import data, models
 from nlcg_optax.training.config import ConfigDict, ConfigError
-from nlcg_optax.training.mesh import AXES, replicated, state_shardings
+from nlcg_optax.training.mesh import AXES, BatchLayout, replicated, state_shardings
 from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
 
 Batch = dict[str, jax.Array]
@@ -378,7 +378,15 @@ def make_train_step(
     return train_step
 
 
-def _every(stride: int, x: jax.Array, devices: int) -> jax.Array:
+def curvature_images(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """How many images of each batch tell the curvature, on the devices of ``mesh``."""
+    layout = BatchLayout(mesh, config.batch_size, config.microbatches)
+    present = np.arange(layout.rows) < layout.examples
+    present = np.tile(present, (layout.microbatches, 1))
+    return int(np.sum(_every(curvature_stride(config), present, mesh.size)))
+
+
+def _every(stride: int, x: Any, devices: int) -> Any:
     """The first of every so many rows [M, R, ...] of each device, as rows [N, ...].
 
     None changes its device: any other choice would gather all that follows.

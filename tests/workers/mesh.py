@@ -79,6 +79,9 @@ def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
     schedule = optimizers.create_schedule(config, len(SPLIT) / config.batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     state = steps.create_state(model, tx, config, (8, 8, 1), mesh)
+    # In the dtype that a step returns them in: of another, it is compiled twice.
+    statistics = jax.tree.map(lambda x: x.astype(jnp.float64), state.batch_stats)
+    state = state.replace(batch_stats=statistics)
     return config, mesh, model, schedule, tx, state
 
 
@@ -134,6 +137,7 @@ def check_numbers():
     assert difference(train(1, 1, *parts)[0], train(1, 1)[0]) > 1e-4
 
 
+@functools.cache
 def collectives(data_axis, fsdp, *overrides, depth=1):
     built = build(data_axis, fsdp, *overrides, depth=depth)
     config, mesh, model, schedule, tx, state = built
@@ -161,6 +165,9 @@ def check_communication():
     found = collectives(8, 1, *SOME, depth=2)
     print(f"by curvature {dict(found)}")
     assert found.keys() == {"all-reduce"}
+    for devices, images in ((1, 14), (8, 16)):  # every third
+        config, mesh, *_ = build(devices, 1, *SOME)
+        assert steps.curvature_images(config, mesh) == images
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Cuts the files of a checkpoint at random bytes, and restores: `FOLDER`.
+"""Checkpoints whose files are cut, or whose folder takes none: `cut|unwritable FOLDER`.
 
-Prints how often it was restored (with the right bits) and how often refused.
+In a process of its own: where a write or a read fails, Orbax leaves coroutines behind,
+which warn when they are collected, at any time.
 """
 
 import json
@@ -20,7 +21,9 @@ def state(seed):
     return {"w": jnp.asarray(w), "count": jnp.int32(seed), "none": None}
 
 
-def main(folder):
+def cut(folder):
+    """Cuts the files of one at random bytes: prints how often it was restored, with
+    the right bits, and how often refused."""
     checkpoints = Checkpoints(folder, keep=2)
     for step in (3, 4):
         checkpoints.save(step, state(step))
@@ -46,9 +49,28 @@ def main(folder):
             outcomes["restored"] += 1
         checkpoints.close()
         path.write_bytes(data)
-    print()
-    print(json.dumps(outcomes), flush=True)
+    print(json.dumps(outcomes))
+
+
+def unwritable(folder):
+    """A file in its place stands for one that takes no files: root may write all."""
+    checkpoints = Checkpoints(folder, keep=2)
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
+    (folder / "checkpoints").rename(folder / "away")
+    (folder / "checkpoints").write_text("")
+    try:
+        checkpoints.save(2, state(2))
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error)
+    (folder / "checkpoints").unlink()
+    (folder / "away").rename(folder / "checkpoints")
+    fresh = Checkpoints(folder, keep=2)
+    assert fresh.latest_step() == 1
+    jax.tree.map(np.testing.assert_array_equal, fresh.restore(state(0)), state(1))
+    fresh.close()
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    {"cut": cut, "unwritable": unwritable}[sys.argv[1]](pathlib.Path(sys.argv[2]))
