@@ -167,6 +167,12 @@ def simple_params(dtype=jnp.float32):
 # --- Optax's alias tests ------------------------------------------------------------
 
 
+@functools.cache
+def trained(name, dtype=jnp.float32):
+    """Parameters and state after four steps: what many tests compare with."""
+    return train(name, make(name), simple_params(dtype))
+
+
 def abs_sq(x):
     return jnp.real(x * jnp.conj(x))
 
@@ -223,8 +229,7 @@ def test_reaches_the_minimum(solver, problem, dtype):
 @every_transformation
 def test_tree_map_params(name):
     tx = make(name)
-    params = simple_params()
-    _, state = train(name, tx, params)
+    _, state = trained(name)
     assert_close(optax.tree.map_params(tx, lambda v: v, state), state)
     # Whatever is shaped like the parameters is found, and nothing else.
     marked = optax.tree.map_params(tx, lambda v: jnp.full_like(v, 7), state)
@@ -257,9 +262,8 @@ def test_inject_hyperparams(name, dtype):
     factory, options = FACTORIES[name]
     static = ["history", "residuals"] if factory is scale_by_quadratic_model else []
     tx = optax.inject_hyperparams(factory, static)(**options)
-    params = simple_params(dtype)
-    _, state = train(name, make(name), params)
-    _, injected = train(name, tx, params)
+    _, state = trained(name, dtype)
+    _, injected = train(name, tx, simple_params(dtype))
     # An injected hyperparameter has the precision of the parameters.
     rtol = 0.1 if dtype == jnp.bfloat16 else 1e-3
     assert_close(injected.inner_state, state, rtol, atol=rtol)
@@ -361,6 +365,7 @@ def test_vmap_is_a_loop(name):
         return train(name, tx, params, 3)
 
     batched = jax.jit(jax.vmap(run))(params)
+    run = compiled(name, run)
     for i in range(3):
         one = run(jax.tree.map(lambda x, i=i: x[i], params))
         assert_close(jax.tree.map(lambda x, i=i: x[i], batched), one, 1e-4, 1e-5)
@@ -377,7 +382,7 @@ def test_scan_is_a_loop(name):
 
         return jax.lax.scan(body, (params, tx.init(params)), length=4)[0]
 
-    assert_close(run(params), train(name, tx, params), 1e-4, 1e-5)
+    assert_close(run(params), trained(name), 1e-4, 1e-5)
 
 
 @every_transformation
@@ -401,12 +406,11 @@ def test_the_second_step_does_not_recompile(name):
 @each_public
 def test_donation(name):
     tx = make(name)
-    params = simple_params()
-    expected, _ = train(name, tx, params, 5)
+    expected, _ = trained(name)
     one = jax.jit(lambda p, s: step(name, tx, p, s)[:2], donate_argnums=(0, 1))
-    params = jax.tree.map(jnp.copy, params)
+    params = simple_params()
     state = tx.init(params)
-    for _ in range(5):
+    for _ in range(4):
         kept = params
         params, state = one(params, state)
         assert all(x.is_deleted() for x in jax.tree.leaves(kept))
@@ -702,8 +706,7 @@ def test_lars_norms_of_bfloat16_are_summed_in_float32():
 
 @every_transformation
 def test_state_is_a_tree_of_arrays_that_travels(name):
-    tx, params = make(name), simple_params()
-    params, state = train(name, tx, params)
+    tx, (params, state) = make(name), trained(name)
     leaves, structure = jax.tree.flatten(state)
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     copies = {
