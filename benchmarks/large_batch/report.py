@@ -367,7 +367,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             *table(header, rows_of(basin_cell)),
             "",
         ]
-    if len(sizes) > 1:
+    if len({size for _, size in groups}) > 1:
         lines += [f"![Steps to the target against batch size](steps_{name}.png)", ""]
     return [*lines, f"![Loss against learning rate](sensitivity_{name}.png)", ""]
 
