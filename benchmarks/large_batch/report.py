@@ -7,6 +7,7 @@ import argparse
 import math
 import pathlib
 import statistics
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -548,6 +549,9 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
 
 
 def finish(figure: Any, axes: Any, path: pathlib.Path) -> None:
+    title = axes.get_title()
+    axes.set_title("")
+    axes.set_title(textwrap.fill(title, 52), loc="left")  # clear of the legend
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right upper")
