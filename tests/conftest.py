@@ -54,9 +54,9 @@ def run_on_devices():
     Devices are counted when JAX starts, so this needs a process of its own.
     """
 
-    def run(program, count):
+    def run(program, count, *args):
         done = subprocess.run(
-            [sys.executable, "-W", "error", program],
+            [sys.executable, "-W", "error", program, *args],
             env={
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",

@@ -149,9 +149,13 @@ def compiled(name, function):
     return jax.jit(function) if name.startswith("quadratic_model") else function
 
 
-def train(name, tx, params, steps=4, *, jit=compiled):
+def stepper(name, tx):
+    return compiled(name, functools.partial(step, name, tx))
+
+
+def train(name, tx, params, steps=4, one=None):
     state = tx.init(params)
-    one = jit(name, functools.partial(step, name, tx))
+    one = one or stepper(name, tx)
     for _ in range(steps):
         params, state, _ = one(params, state)
     return params, state
@@ -250,7 +254,7 @@ def test_unexpected_extra_arguments_are_ignored(name):
     tx = make(name)
     params = simple_params()
     state = tx.init(params)
-    one = compiled(name, functools.partial(step, name, tx))
+    one = stepper(name, tx)
     _, expected, _ = one(params, state)
     _, got, _ = one(params, state, nobody_expects=1, grad=None)
     assert_close(got, expected)
@@ -274,7 +278,7 @@ def test_updates_keep_the_dtype_of_the_gradient(name):
     for dtype in (jnp.bfloat16, jnp.float32):
         params = simple_params(dtype)
         tx = make(name)
-        one = compiled(name, functools.partial(step, name, tx))
+        one = stepper(name, tx)
         _, _, updates = one(params, jax.jit(tx.init)(params))
         assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
 
@@ -349,8 +353,9 @@ def test_multi_steps(name, dtype):
 @each_public
 def test_jit_changes_nothing(name):
     tx, params = make(name), simple_params()
-    eager = train(name, tx, params, jit=lambda name, function: function)
-    jitted = train(name, tx, params, jit=lambda name, function: jax.jit(function))
+    one = functools.partial(step, name, tx)
+    eager = train(name, tx, params, one=one)
+    jitted = train(name, tx, params, one=jax.jit(one))
     assert_close(jitted, eager, 1e-4, 1e-5)
 
 
@@ -555,7 +560,7 @@ def test_any_tree(name, tree):
     tx = make(name)
     params = TREES[tree]()
     state = tx.init(params)
-    one = compiled(name, functools.partial(step, name, tx))
+    one = stepper(name, tx)
     for _ in range(3):
         updates_shape = shapes_and_dtypes(params)
         params, new_state, updates = one(params, state)
@@ -719,7 +724,7 @@ def test_state_is_a_tree_of_arrays_that_travels(name):
             tx.init(params), flax.serialization.to_state_dict(state)
         ),
     }
-    one = compiled(name, functools.partial(step, name, tx))
+    one = stepper(name, tx)
     expected = one(params, state)
     for copy in copies.values():
         assert_close(copy, state, rtol=0)

@@ -77,23 +77,12 @@ def test_a_damaged_checkpoint_is_an_error_that_tells_the_way_out(complete, tmp_p
     assert rows(workdir) == rows(complete)
 
 
-def broken(scenario, folder):
-    """What a program that meets broken checkpoints has printed, its warnings apart."""
-    program = tiny.ROOT / "tests" / "workers" / "broken_checkpoints.py"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, str(program), scenario, str(folder)],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout
+BROKEN = tiny.ROOT / "tests" / "workers" / "broken_checkpoints.py"
 
 
-def test_a_checkpoint_cut_at_any_byte_is_whole_or_an_error(tmp_path):
+def test_a_checkpoint_cut_at_any_byte_is_whole_or_an_error(run_on_devices, tmp_path):
     """A hundred files of one, each cut somewhere: never is anything made up."""
-    outcomes = json.loads(broken("cut", tmp_path))
+    outcomes = json.loads(run_on_devices(BROKEN, 1, "cut", tmp_path).stdout)
     assert min(outcomes.values()) > 10 and sum(outcomes.values()) == 100, outcomes
 
 
@@ -139,8 +128,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         loop.train_and_evaluate(config, tmp_path / "file")
 
 
-def test_a_folder_that_becomes_unwritable(tmp_path):
-    told = broken("unwritable", tmp_path)
+def test_a_folder_that_becomes_unwritable(run_on_devices, tmp_path):
+    told = run_on_devices(BROKEN, 1, "unwritable", tmp_path).stdout
     assert re.match("Cannot write a checkpoint to .*points", told), told
 
 

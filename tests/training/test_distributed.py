@@ -40,13 +40,14 @@ OF_DIRECTION = {"beta", "cosine", "update_norm"}
 
 
 def assert_same_run(workdir, expected, rtol=1e-4, of_direction=None):
+    of_direction = of_direction or rtol
     found, wanted = rows(workdir), rows(expected)
     keys = [(row["step"], row["split"]) for row in wanted]
     assert [(row["step"], row["split"]) for row in found] == keys
     for x, y in zip(found, wanted, strict=True):
         assert x.keys() == y.keys()
         for key in x.keys() - {"split"}:
-            bound = of_direction or rtol if key in OF_DIRECTION else rtol
+            bound = of_direction if key in OF_DIRECTION else rtol
             np.testing.assert_allclose(x[key], y[key], rtol=bound, atol=1e-6)
 
 

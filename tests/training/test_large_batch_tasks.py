@@ -239,11 +239,11 @@ def test_embedding_and_head_are_left_to_adam(modules, tmp_path):
     params = task.init(0)
 
     @jax.jit
-    def update(params):
+    def first_updates(params):
         grads = jax.grad(lambda p: task.loss(task.outputs(p, task.data), task.data))
         return tx.update(grads(params), tx.init(params), params, value=3.0)[0]
 
-    updates = update(params)
+    updates = first_updates(params)
     flat = dict(nnx.to_flat_state(updates))
     for part in ("embedding", "position", "head"):
         for path, update in flat.items():
