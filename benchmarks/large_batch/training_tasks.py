@@ -250,7 +250,7 @@ class FunctionTask(NamedTuple):
             batch = jax.tree.map(lambda x: x[indices], arrays)
             loss, grads = self.value_and_grad(state.params, batch, batch_size)
             given = {}
-            if uses_quadratic_model(config) and not words[0].startswith("peer."):
+            if uses_quadratic_model(config):
                 few = jax.tree.map(lambda x: x[::stride], batch)
                 given["curvature"] = nlcg_optax.gauss_newton(
                     lambda params: self.outputs(params, few),

@@ -178,6 +178,18 @@ def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
     assert row["accuracy"] == pytest.approx(result.metrics["test"]["accuracy"])
 
 
+@pytest.mark.parametrize("name", ["soap", "schedule-free adamw"])
+def test_peers_train_in_the_trainer_too(sweep, name, monkeypatch):
+    monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
+    workload = sweep.WORKLOADS["digits"](None)
+    workload.config.num_epochs = 5.0
+    workload.config.dataset.max_train_examples = 100
+    (schedule, *_) = workload.schedules_of(name)
+    row = sweep.Trainer(workload).run(name, 1437, sweep.Cell("test", 0.01, schedule, 0))
+    assert row["steps"] == 5 and not row["diverged"]
+    assert row["curve"][-1] < row["curve"][0]
+
+
 @pytest.mark.parametrize("name", ["digits", "cifar10_jpeg", "cifar10_jpeg_ablation"])
 def test_recorded_rows_are_found_as_done(sweep, name, monkeypatch, tmp_path):
     """Whatever words they state their optimizer in; what is new may be missing."""
