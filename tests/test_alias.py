@@ -442,13 +442,14 @@ def test_the_quadratic_model_is_the_piece():
     )
     tx = nlcg_optax.nlcg(0.5, step_rule="quadratic_model")
     ours, theirs = tx.init(params), piece.init(params)
+    update, update_piece = jax.jit(tx.update), jax.jit(piece.update)
     for _ in range(2):
         loss, grads = jax.value_and_grad(loss_fn)(params)
         given = {"value": loss, "curvature": curvature}
-        updates, ours = tx.update(grads, ours, params, **given)
-        expected, theirs = piece.update(grads, theirs, params, **given)
-        for name, update in updates.items():
-            np.testing.assert_array_equal(update, -expected[name])
+        updates, ours = update(grads, ours, params, **given)
+        expected, theirs = update_piece(grads, theirs, params, **given)
+        for name, found in updates.items():
+            np.testing.assert_array_equal(found, -expected[name])
         params = optax.apply_updates(params, updates)
 
 

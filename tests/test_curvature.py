@@ -71,7 +71,7 @@ def flat(tree):
 
 def jacobian(outputs_fn, params):
     """Rows × outputs × parameters, the leaves in the order of `flat`."""
-    leaves = jax.tree.leaves(jax.jacrev(outputs_fn)(params))
+    leaves = jax.tree.leaves(jax.jit(jax.jacrev(outputs_fn))(params))
     return np.concatenate([np.reshape(x, (ROWS, CLASSES, -1)) for x in leaves], -1)
 
 
@@ -129,7 +129,7 @@ def test_hessian_is_the_dense_matrix(loss, x64):
     def value_fn(params):
         return LOSSES[loss][0](model(params))
 
-    blocks = jax.hessian(value_fn)(PARAMS)
+    blocks = jax.jit(jax.hessian(value_fn))(PARAMS)
     sizes = {name: x.size for name, x in PARAMS.items()}
     names = sorted(PARAMS)
     dense = np.block(
@@ -263,16 +263,19 @@ def test_complex_parameters_and_outputs(x64):
         wave = jax.lax.complex(*jnp.split(y[:4], 2))
         return complex_loss({"wave": wave, "power": y[4:]})
 
-    jac = jax.jacfwd(real_outputs)(x)
-    dense = jac.T @ jax.hessian(real_loss)(real_outputs(x)) @ jac
+    @jax.jit
+    def dense_gauss_newton(x):
+        jac = jax.jacfwd(real_outputs)(x)
+        return jac.T @ jax.hessian(real_loss)(real_outputs(x)) @ jac
+
     curvature = nlcg_optax.gauss_newton(complex_outputs, complex_loss, l2=0.2)
     close(
         curvature,
         COMPLEX,
         directions,
-        np.asarray(d @ (dense + 0.2 * np.eye(6)) @ d.T),
+        np.asarray(d @ (dense_gauss_newton(x) + 0.2 * np.eye(6)) @ d.T),
     )
-    dense = jax.hessian(lambda v: real_loss(real_outputs(v)))(x)
+    dense = jax.jit(jax.hessian(lambda v: real_loss(real_outputs(v))))(x)
     curvature = nlcg_optax.hessian(lambda p: complex_loss(complex_outputs(p)))
     close(curvature, COMPLEX, directions, np.asarray(d @ dense @ d.T))
 

@@ -13,6 +13,8 @@ _FLAGS = {
     # collectives, fusion) stays as it is.
     "xla_backend_optimization_level": 0,
     "xla_cpu_use_fusion_emitters": "false",
+    # Nor is a small program worth 32 modules, to be compiled side by side.
+    "xla_cpu_parallel_codegen_split_count": 1,
     # Devices of one process, and several processes, wait for each other. By default XLA
     # gives up after 40 seconds.
     "xla_cpu_collective_call_warn_stuck_timeout_seconds": HANGING_SECONDS,

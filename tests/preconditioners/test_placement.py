@@ -19,6 +19,9 @@ from nlcg_optax.preconditioners._placement import (
     join,
 )
 
+# One process measures for all the tests of a group, which xdist leaves together.
+pytestmark = pytest.mark.xdist_group("placement")
+
 WORKER = pathlib.Path(__file__).parents[1] / "workers" / "placement.py"
 
 

@@ -374,8 +374,9 @@ def test_a_gradient_that_is_not_finite_is_the_steps_fault():
     x = jnp.array([1.0, -2.0])
     curvature = nlcg_optax.hessian(lambda x: jnp.sum(x**2))
     given = {"value": 5.0, "curvature": curvature}
-    first, state = tx.update(2 * x, tx.init(x), x, **given)
-    back, state = tx.update(jnp.nan * x, state, x - first, **given)
+    update = jax.jit(tx.update)
+    first, state = update(2 * x, tx.init(x), x, **given)
+    back, state = update(jnp.nan * x, state, x - first, **given)
     np.testing.assert_allclose(back, -0.75 * first, rtol=1e-6)
     assert state.rejected == 1 and state.nonfinite == 0
 

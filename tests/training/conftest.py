@@ -2,6 +2,7 @@ import os
 
 import jax
 import pytest
+import tiny
 
 
 def pytest_collection_modifyitems(items):
@@ -21,3 +22,10 @@ def compilation_cache(tmp_path_factory):
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def saved_digits(tmp_path_factory):
+    """For the processes that tests start."""
+    os.environ[tiny.DIGITS] = str(tmp_path_factory.mktemp("digits") / "digits.npz")
+    tiny.save_digits(os.environ[tiny.DIGITS])

@@ -1,6 +1,7 @@
 """A run small enough for tests: a tiny model on a few digits.
 
-As a program it is `nlcg-train` with that model:
+As a program it is `nlcg-train` with that model, without curves, and with the digits
+from a file, since scikit-learn and Matplotlib take longer to import than all the rest:
 `python tiny.py --workdir=FOLDER [--config.FIELD=VALUE ...]`.
 """
 
@@ -11,10 +12,13 @@ import subprocess
 import sys
 
 import flax.linen as nn
+import numpy as np
 import xla
 from waiting import HANGING_SECONDS
 
-from nlcg_optax.training import cli, models
+from nlcg_optax.training import cli, metrics, models
+from nlcg_optax.training.data import digits
+from nlcg_optax.training.data.sources import Arrays
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "digits_resnet8.py"
@@ -34,6 +38,8 @@ OVERRIDES = (
     "optimizer.nlcg.preconditioner=diagonal_bfgs",
 )
 _LIMIT = "TINY_FILE_SIZE_LIMIT"
+#: Names the file of :func:`save_digits`, for the processes that tests start.
+DIGITS = "TINY_DIGITS"
 
 
 class Tiny(nn.Module):
@@ -50,6 +56,20 @@ class Tiny(nn.Module):
         )
         x = nn.relu(norm(x, mask=mask))
         return nn.Dense(self.num_classes)(x.reshape(len(x), -1))
+
+
+def save_digits(path):
+    """What `digits.load` gives, but for the names of the classes."""
+    train, test, _ = digits.load(0)
+    np.savez(path, train.images, train.labels, test.images, test.labels)
+
+
+def load_saved(split_seed):
+    assert split_seed == 0
+    with np.load(os.environ[DIGITS]) as file:
+        arrays = list(file.values())
+    names = tuple(map(str, range(10)))
+    return Arrays(*arrays[:2]), Arrays(*arrays[2:]), names
 
 
 create_model = models.create_model
@@ -104,6 +124,8 @@ def main():
         limit = int(os.environ[_LIMIT])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     models.create_model = create_tiny_model
+    metrics.plot_curves = lambda *args, **options: None
+    digits.load = load_saved
     overrides = [f"--config.{override}" for override in OVERRIDES]
     return cli.main([f"--config={CONFIG}", *overrides, *sys.argv[1:]])
 
