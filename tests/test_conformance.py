@@ -96,6 +96,7 @@ PUBLIC = (
 each_public = pytest.mark.parametrize("name", PUBLIC)
 
 
+@functools.cache
 def make(name):
     factory, options = FACTORIES[name]
     return optax.with_extra_args_support(factory(**options))
@@ -144,6 +145,7 @@ def step(name, tx, params, state, **extra_args):
     return apply(name, params, updates), state, updates
 
 
+@functools.cache  # so that tests that take the same steps share the program
 def stepper(name, tx):
     return jax.jit(functools.partial(step, name, tx))
 
