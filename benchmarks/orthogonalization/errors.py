@@ -3,7 +3,7 @@
     python benchmarks/orthogonalization/errors.py
 
 For Gaussian matrices, and for the singular values of gradients that were recorded in
-two trainings (`results/spectra.npz`, by matrix and step), all after five steps:
+two trainings (`results/spectra.npz`, by matrix and step), after five steps or four:
 
 - error: the root mean square of f(σ) - 1 over the singular values of at least a
   millionth of the largest; and over those of at least a hundredth;
@@ -23,15 +23,20 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 from nlcg_optax.preconditioners._newton_schulz import coefficients_of  # noqa: E402
 
-NORMS = {"muon": 2, "polar_express": 8}
+# The coefficients, and the order of the Schatten norm that the iteration starts from.
+VARIANTS = {
+    "`muon`": (coefficients_of("muon", 5), 2),
+    "`polar_express`": (coefficients_of("polar_express", 5), 8),
+    "`polar_express`, four steps": (coefficients_of("polar_express", 4), 8),
+}
 GAUSSIAN = ((768, 768), (768, 2304), (64, 576), (256, 1024))
 
 
 def iterate(sigma, name):
     """f(σ): what the iteration makes of singular values."""
-    norm = NORMS[name]
+    steps, norm = VARIANTS[name]
     sigma = sigma / np.sum(sigma**norm) ** (1 / norm)
-    for a, b, c in coefficients_of(name, 5):
+    for a, b, c in steps:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
     return sigma
 
@@ -70,7 +75,7 @@ def main():
     print("| gradients | coefficients | error | σ ≥ 1% | magnified |")
     print("|---|---|---:|---:|---:|")
     for kind, members in matrices(rng).items():
-        for name in NORMS:
+        for name in VARIANTS:
             rows = []
             for sigma, shape in members:
                 kept = sigma[sigma > 1e-6 * sigma[0]]
@@ -79,7 +84,7 @@ def main():
                 rms = [np.sqrt(np.mean((y - 1) ** 2)) for y in (ends, large)]
                 rows.append([*rms, magnified(sigma, shape, name, rng)])
             error, large, times = np.mean(rows, axis=0)
-            print(f"| {kind} | `{name}` | {error:.3f} | {large:.3f} | {times:.0f} |")
+            print(f"| {kind} | {name} | {error:.3f} | {large:.3f} | {times:.0f} |")
 
 
 if __name__ == "__main__":

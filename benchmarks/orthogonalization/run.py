@@ -62,6 +62,12 @@ from nlcg_optax.training import models  # noqa: E402
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-4),
     "nlcg": lambda: nlcg_optax.nlcg(1e-4),
+    "nlcg, four steps": lambda: nlcg_optax.nlcg(
+        1e-4,
+        preconditioner=nlcg_optax.scale_by_orthogonalization(
+            iterations=4, coefficients="polar_express"
+        ),
+    ),
     "muon": lambda: optax.contrib.muon(
         1e-4, muon_weight_dimension_numbers=models.muon_matrices
     ),

@@ -33,6 +33,7 @@ VARIANTS = {
         "precision": "float16",
     },
     "Polar Express, 7 steps": {"coefficients": "polar_express", "iterations": 7},
+    "Polar Express, 4 steps": {"coefficients": "polar_express", "iterations": 4},
 }
 RATE, SCHEDULE = 0.04, "cosine, warm-up 10%"
 

@@ -11,8 +11,9 @@ Coefficients = Sequence[tuple[float, float, float]]
 
 # Of a x + b x³ + c x⁵. Muon's maps (0, 1] towards 1, and small values fast. Those of
 # Polar Express (Amsel et al., arXiv:2505.16932) are each the best that can follow the
-# ones before, here for five steps and singular values of at least 1/500 of the bound
-# (`benchmarks/orthogonalization/coefficients.py` computes them).
+# ones before, here for five steps and singular values of at least 1/500 of the bound,
+# and for four and those of 1/100 (`benchmarks/orthogonalization/coefficients.py`
+# computes them).
 MUON = ((3.4445, -4.7750, 2.0315),)
 POLAR_EXPRESS = (
     (8.253595227743643, -23.50322074147463, 17.233118511300717),
@@ -21,6 +22,12 @@ POLAR_EXPRESS = (
     (2.808983598362529, -2.0965465180030503, 0.46591534682373165),
     (2.0027032206820636, -1.385578578850389, 0.3887952625970629),
     (1.875, -1.25, 0.375),
+)
+POLAR_EXPRESS_IN_FOUR = (
+    (7.989906545828694, -22.75233181040092, 16.682548949777498),
+    (3.6433823852176985, -2.726839433373312, 0.5371049566023567),
+    (2.671214024452903, -1.985272532208051, 0.4535177515384369),
+    (1.958878649729896, -1.3403422800688176, 0.384142670433097),
 )
 # By so much all steps but the last allow for values that rounding leaves above 1.
 SAFETY = 1.01
@@ -37,7 +44,8 @@ def coefficients_of(name: str | Coefficients, iterations: int) -> Coefficients:
     if name == "muon":
         return MUON * iterations
     if isinstance(name, str):
-        known = POLAR_EXPRESS + POLAR_EXPRESS[-1:] * iterations
+        known = POLAR_EXPRESS_IN_FOUR if iterations == 4 else POLAR_EXPRESS
+        known += known[-1:] * iterations
         safe = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in known]
         return (*safe[: iterations - 1], known[iterations - 1])
     known = tuple((a, b, c) for a, b, c in name)

@@ -10,6 +10,8 @@ from nlcg_optax.preconditioners import _newton_schulz
 from nlcg_optax.preconditioners._newton_schulz import (
     MUON,
     POLAR_EXPRESS,
+    POLAR_EXPRESS_IN_FOUR,
+    SAFETY,
     Method,
     coefficients_of,
     newton_schulz,
@@ -31,7 +33,7 @@ def literal(x, steps, norm=8):
 
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4), (12, 20)])
 @pytest.mark.parametrize("name", ["muon", "polar_express"])
-@pytest.mark.parametrize("iterations", [1, 5])
+@pytest.mark.parametrize("iterations", [1, 4, 5])
 def test_it_is_the_iteration_on_the_matrix(x64, monkeypatch, shape, name, iterations):
     # So that products of stacks of the largest of them are taken apart.
     monkeypatch.setattr(_newton_schulz, "HERMITIAN_BLOCK", 6)
@@ -46,6 +48,13 @@ def test_it_is_the_iteration_on_the_matrix(x64, monkeypatch, shape, name, iterat
 
 def test_the_coefficients_are_the_best(x64):
     np.testing.assert_allclose(polar_express(5, 0.002), POLAR_EXPRESS[:5], rtol=1e-9)
+    in_four = polar_express(4, 0.01)
+    np.testing.assert_allclose(in_four, POLAR_EXPRESS_IN_FOUR, rtol=1e-9)
+    # The last step has no safety factor.
+    powers = SAFETY ** np.array([1, 3, 5])
+    used = coefficients_of("polar_express", 4)
+    np.testing.assert_allclose(used[:3], np.array(in_four[:3]) / powers, rtol=1e-9)
+    np.testing.assert_allclose(used[3], in_four[3], rtol=1e-9)
     # Those of the paper, for other steps and another interval (its published code).
     published = polar_express(2, 1e-3, 0.02407327424182761)
     expected = [
@@ -63,19 +72,20 @@ def test_the_coefficients_are_the_best(x64):
     assert (signs == 1).all()
 
 
-def test_it_comes_nearer_than_muons_by_as_many_products(x64):
+def test_it_comes_nearer_than_muons_by_no_more_products(x64):
     rng = np.random.default_rng(1)
     u, _, vt = np.linalg.svd(rng.normal(size=(40, 60)), full_matrices=False)
     x = jnp.asarray(u * np.geomspace(1, 1e-2, 40) @ vt)
     errors = {}
-    for name in ("muon", "polar_express"):
-        got = np.asarray(polar_factor(x, coefficients=name))
+    for name, steps in (("muon", 5), ("polar_express", 5), ("polar_express", 4)):
+        got = np.asarray(polar_factor(x, steps, coefficients=name))
         # In the same singular vectors: U·f(Σ)·Vᵀ.
         inner = u.T @ got @ vt.T
         np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-11)
-        errors[name] = np.sqrt(np.mean((np.diag(inner) - 1) ** 2))
-    assert errors["polar_express"] < errors["muon"] / 5
-    assert errors["polar_express"] < 0.03
+        errors[name, steps] = np.sqrt(np.mean((np.diag(inner) - 1) ** 2))
+    for steps in (4, 5):
+        assert errors["polar_express", steps] < errors["muon", 5] / 5
+        assert errors["polar_express", steps] < 0.03
 
 
 def test_the_factor_multiplies_the_matrix(x64):
@@ -98,9 +108,12 @@ def test_operations_are_those_of_the_products():
     assert operations(100, 300, half) == (5 * 2e6, 5 * 2 * 2 * 100**2 * 300)
 
 
-@pytest.mark.parametrize(("name", "most"), [("muon", 1.22), ("polar_express", 1.1)])
+@pytest.mark.parametrize(
+    ("name", "steps", "most"),
+    [("muon", 5, 1.22), ("polar_express", 5, 1.1), ("polar_express", 4, 1.1)],
+)
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
-def test_half_precision_does_not_blow_up(precision, name, most):
+def test_half_precision_does_not_blow_up(precision, name, steps, most):
     # With one Gram matrix for three steps one in some hundred of these did.
     rng = np.random.default_rng(0)
     found = []
@@ -108,7 +121,7 @@ def test_half_precision_does_not_blow_up(precision, name, most):
         u, _, vt = np.linalg.svd(rng.normal(size=(27, 8)), full_matrices=False)
         found.append((u * np.sort(rng.uniform(size=8) ** 6)) @ vt)
     x = jnp.asarray(np.stack(found), jnp.float32)
-    y = jax.jit(lambda x: polar_factor(x, 5, 1.0, name, precision))(x)
+    y = jax.jit(lambda x: polar_factor(x, steps, 1.0, name, precision))(x)
     assert np.linalg.svd(y, compute_uv=False).max() < most
 
 
