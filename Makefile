@@ -52,10 +52,10 @@ lint: $(TEST_INSTALLED)
 # A dot is a test that has passed.
 test: lint
 	@echo "The tests take some minutes on two cores, and several times that beside other work."
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest --numprocesses=3 --dist=loadgroup -m "" $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup -m "" $(ARGS)
 
 # Warnings are errors; links within the documentation are checked.
 docs: $(TEST_INSTALLED)
