@@ -17,14 +17,15 @@ import xla
 from waiting import HANGING_SECONDS
 
 from nlcg_optax.training import cli, metrics, models
-from nlcg_optax.training.data import digits
+from nlcg_optax.training.data import digits, load
 from nlcg_optax.training.data.sources import Arrays
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "digits_resnet8.py"
 
+TRAIN_EXAMPLES = 96
 OVERRIDES = (
-    "dataset.max_train_examples=96",
+    f"dataset.max_train_examples={TRAIN_EXAMPLES}",
     "batch_size=40",  # no divisor of 96: batches straddle epochs
     "num_epochs=5",  # 12 steps
     "eval_batch_size=100",  # no divisor of 360
@@ -59,9 +60,10 @@ class Tiny(nn.Module):
 
 
 def save_digits(path):
-    """What `digits.load` gives, but for the names of the classes."""
-    train, test, _ = digits.load(0)
-    np.savez(path, train.images, train.labels, test.images, test.labels)
+    """The examples that a run sees: to choose them takes scikit-learn too."""
+    found = load("digits", max_train_examples=TRAIN_EXAMPLES)
+    parts = found.train.images, found.train.labels, found.test.images, found.test.labels
+    np.savez(path, *parts)
 
 
 def load_saved(split_seed):
