@@ -168,8 +168,9 @@ PEERS: dict[str, Callable[..., Any]] = {
 def configured(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     """A copy of the config with what of the words concerns it."""
     config = config.copy_and_resolve_references()
-    apply_overrides(config, [word for word in words if not word.startswith("peer.")])
-    if any(word.startswith("peer.") for word in words):
+    own = [word for word in words if not word.startswith("peer.")]
+    apply_overrides(config, own)
+    if len(own) < len(words):
         # By the name of `nlcg` the trainer would look for its state, to report of it.
         config.optimizer.name = "adamw"
     return config
