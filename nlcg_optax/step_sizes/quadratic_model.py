@@ -21,7 +21,7 @@ class QuadraticModelState(NamedTuple):
 
     Attributes:
       count: updates made, int32 scalar.
-      stored: steps taken and not left out, int32 scalar.
+      stored: steps taken, neither left out nor of length zero, int32 scalar.
       preconditioner_states: states of the nested preconditioners, a tuple.
       prev_updates: the last steps, with their sign turned, stacked along a leading
         axis, the newest at ``(stored - 1) % history``. Once noise rules, the last step
@@ -233,6 +233,7 @@ def scale_by_quadratic_model(
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
+    _check.floating_dtype("state_dtype", state_dtype)
     inner = _preconditioners(preconditioner)
     # At least the last step, to take it back, and NLCG's direction if need be.
     may_coast = horizon is not None
@@ -398,10 +399,11 @@ def scale_by_quadratic_model(
 
         # The best length along the preconditioned gradient alone.
         steep = plan.products[0, 0] > 0
+        steep &= plan.slopes[0] > 0  # elsewhere there is none
         length = plan.slopes[0] / jnp.where(steep, plan.products[0, 0], 1)
-        length = jnp.log(jnp.maximum(length, jnp.finfo(dtype).tiny))
+        length = jnp.log(jnp.where(steep, length, 1))
         length = _noise.average(state.log_length, length, state.stored)
-        log_length = jnp.where(coasted, state.log_length, length)
+        log_length = jnp.where(coasted | ~steep, state.log_length, length)
         course = _noise.set_course(
             jnp.where(rejected, 1, signal),
             state.rate,
@@ -437,7 +439,7 @@ def scale_by_quadratic_model(
         (norm,) = jnp.sqrt(reduce(squares, step))
         longest = jnp.max(state.prev_norms)
         longest = longest * _tree.real_scalar(max_growth, dtype)
-        too_long = (state.stored > 0) & (norm > longest)
+        too_long = (longest > 0) & (norm > longest)
         ratio = jnp.where(too_long, longest / jnp.where(too_long, norm, 1), 1)
         slope = jnp.sum(plan.slopes * coefficients)
         curved = _small_system.inner(coefficients, products, coefficients)
@@ -451,6 +453,8 @@ def scale_by_quadratic_model(
         finite = jnp.isfinite(loss) & jnp.isfinite(slope) & jnp.isfinite(curved)
         accepted = finite & jnp.isfinite(norm) & ~rejected
         moved = accepted | rejected
+        # A step of length zero, as at the start of a warm-up, is none to remember.
+        stored = accepted & (coasts | (norm > 0))
 
         def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
             step = _tree.scalar_like(ratio, step) * step
@@ -468,7 +472,7 @@ def scale_by_quadratic_model(
             kept = memory[place]
             shortened = (_CUT * _tree.lift(kept)).astype(kept.dtype)
             kept = jnp.where(rejected, shortened, kept)
-            new = jnp.where(accepted, new.astype(kept.dtype), kept)
+            new = jnp.where(stored, new.astype(kept.dtype), kept)
             return memory.at[place].set(new)
 
         def remember(memory: Any, u: jax.Array, z: jax.Array, *past: jax.Array) -> Any:
@@ -498,7 +502,7 @@ def scale_by_quadratic_model(
             conjugacy = _cosine(coefficients, products, kinds)
         return output, QuadraticModelState(
             count=jnp.where(moved, optax.safe_increment(state.count), state.count),
-            stored=state.stored + accepted.astype(jnp.int32),
+            stored=state.stored + stored.astype(jnp.int32),
             preconditioner_states=_tree.where(
                 accepted, preconditioner_states, state.preconditioner_states
             ),

@@ -399,6 +399,34 @@ def test_a_step_is_at_most_three_times_the_last_ones():
     assert state.bounded == 3
 
 
+def test_a_step_of_length_zero_is_none(x64):
+    """The first of a warm-up from zero, and where the gradient is exactly zero."""
+
+    def run_of(grads, rates):
+        tx = scale_by_quadratic_model(fixed, multiplier=lambda t: jnp.array(rates)[t])
+        curvature = nlcg_optax.hessian(quadratic)
+        x = jnp.asarray(START)
+        state = tx.init(x)
+        for factor in grads:
+            grad = factor * (MATRIX @ x - OFFSET)
+            given = {"value": quadratic(x), "curvature": curvature}
+            step, state = tx.update(grad, state, x, **given)
+            x = x - step
+        return x, state
+
+    expected, found = run_of([1.0] * 3, [1.0] * 3)
+    assert found.stored == 3
+    for grads, rates in (([1.0] * 4, [0.0, 1, 1, 1]), ([0.0, 1, 1, 1], [1.0] * 4)):
+        x, state = run_of(grads, rates)
+        np.testing.assert_allclose(x, expected, rtol=1e-10)
+        assert state.count == 4 and state.stored == 3 and state.bounded == 0
+    # Nor does the average best length take it for one.
+    np.testing.assert_allclose(state.log_length, found.log_length, rtol=1e-10)
+    # As long as it likes.
+    frozen, _ = run_of([0.0] * 5 + [1.0] * 20, [1.0] * 25)
+    np.testing.assert_allclose(frozen, MINIMUM, rtol=1e-6)
+
+
 def test_a_loss_cannot_fall_far_below_zero():
     """The curvature of the examples that it is taken of is next to nothing."""
     tx = scale_by_quadratic_model(residuals=0, **PURE)
