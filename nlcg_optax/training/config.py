@@ -60,6 +60,7 @@ def base_config() -> ConfigDict:
     config.dataset.split_seed = 0
     config.dataset.max_train_examples = config_dict.placeholder(int)
     config.dataset.normalization = "per_image"  # per_image, imagenet
+    # Of no effect where images are streamed with image_size: those have other crops.
     config.dataset.crop_padding = 4  # random crop after padding; 0 for none
     config.dataset.flip = True  # random horizontal flip
 

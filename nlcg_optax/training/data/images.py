@@ -59,12 +59,12 @@ def central_crop(image: np.ndarray, size: int, rng: None) -> np.ndarray:
 
 
 def random_resized_crop(
-    image: np.ndarray, size: int, rng: np.random.Generator
+    image: np.ndarray, size: int, rng: np.random.Generator, flip: bool
 ) -> np.ndarray:
-    """For training: a box of random size and shape, flipped half the time."""
+    """For training: a box of random size and shape, if wanted flipped half the time."""
     top, left, height, width = random_box(image.shape[0], image.shape[1], rng)
     image = resize(image[top : top + height, left : left + width], (size, size))
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    return image[:, ::-1] if flip and rng.random() < 0.5 else image
 
 
 def random_box(

@@ -87,7 +87,7 @@ def load(
             name, data_dir, "known: " + "; ".join(DATASETS)
         )
 
-    height, width, channels = first_shape(train)
+    (height, width, channels), first = first_shape(train)
     if image_size is not None:
         height = width = image_size
     shape = (height, width, channels)
@@ -102,7 +102,7 @@ def load(
 
     if keep and len(train) * math.prod(shape) < _MEMORY_LIMIT:
         # Before the split, as only decoding shows the labels of a TFDS data set.
-        train, test = decode((train, test), shape, image_size)
+        train, test = decode((train, test), shape, image_size, first)
     order_labels = getattr(train, "labels", None)
     validation = None
     if num_held_out:
@@ -116,7 +116,7 @@ def load(
         train = take(train, kept)
     if keep:
         parts = [train, test] + ([validation] if validation else [])
-        train, test, *rest = decode(parts, shape, image_size)
+        train, test, *rest = decode(parts, shape, image_size, first)
         validation = rest[0] if rest else None
     return Dataset(
         name=name,

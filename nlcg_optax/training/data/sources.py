@@ -183,8 +183,8 @@ def split_indices(
     return np.sort(first), np.sort(second)
 
 
-def first_shape(source: Source) -> tuple[int, int, int]:
-    """Height, width and channels of the first image that can be decoded.
+def first_shape(source: Any) -> tuple[tuple[int, int, int], str]:
+    """Shape of the first image that can be decoded, and where it comes from.
 
     Raises:
       DataError: if none can.
@@ -192,22 +192,31 @@ def first_shape(source: Source) -> tuple[int, int, int]:
     broken = []
     for i in range(len(source)):
         try:
-            return source[i]["image"].shape
+            return source[i]["image"].shape, source.describe(i)
         except BrokenImage as error:
             broken.append(error)
     raise broken_images(broken, f"{len(source):,} images")
 
 
 def decode(
-    sources: Sequence[Any], shape: tuple[int, int, int], image_size: int | None
+    sources: Sequence[Any],
+    shape: tuple[int, int, int],
+    image_size: int | None,
+    first: str,
 ) -> list[Arrays]:
     """Reads whole sources into memory, by all cores.
+
+    Args:
+      sources: the examples.
+      shape: of every image in memory.
+      image_size: height and width that images are resized to; None: they are not.
+      first: for messages, where the image comes from that told the shape.
 
     Raises:
       DataError: for images of differing sizes; for all the images that are broken.
     """
     broken: list[BrokenImage] = []
-    arrays = [_decode(source, shape, image_size, broken) for source in sources]
+    arrays = [_decode(source, shape, image_size, first, broken) for source in sources]
     if broken:
         raise broken_images(broken, f"{sum(map(len, sources)):,} images")
     return arrays
@@ -217,6 +226,7 @@ def _decode(
     source: Any,
     shape: tuple[int, int, int],
     image_size: int | None,
+    first: str,
     broken: list[BrokenImage],
 ) -> Arrays:
     if isinstance(source, Arrays) and source.images.shape[1:] == shape:
@@ -229,7 +239,7 @@ def _decode(
         if image_size is not None:
             image = resize_and_crop(image, image_size, image_size)
         elif image.shape != shape:
-            raise differing_sizes(source, i, image.shape, 0, shape)
+            raise differing_sizes(source.describe(i), image.shape, first, shape)
         images[i], labels[i] = image, example["label"]
 
     broken += _visit(source, range(len(source)), read)
@@ -272,15 +282,14 @@ def _visit(
 
 
 def differing_sizes(
-    source: Any,
-    index: int,
+    description: str,
     shape: tuple[int, ...],
-    first_index: int,
+    first_description: str,
     first_shape: tuple[int, ...],
 ) -> DataError:
     """The error for two images that cannot be in one batch."""
     return DataError(
         f"the images differ in size, so image_size is needed: "
-        f"{source.describe(first_index)} is {first_shape[0]}x{first_shape[1]} and "
-        f"{source.describe(index)} is {shape[0]}x{shape[1]} (height x width)"
+        f"{first_description} is {first_shape[0]}x{first_shape[1]} and "
+        f"{description} is {shape[0]}x{shape[1]} (height x width)"
     )

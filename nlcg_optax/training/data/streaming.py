@@ -1,6 +1,7 @@
 """Batches on the host, from memory or read ahead by threads."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ def stream(
     start_step: int = 0,
     places: np.ndarray | None = None,
     image_size: int | None = None,
+    flip: bool = True,
     train: bool = True,
     num_threads: int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -35,10 +37,10 @@ def stream(
 
     For training the iterator is infinite, and the examples of a step are those of
     :func:`batch_indices`. With ``image_size``, images are ImageNet's random resized
-    crops: 8% to 100% of the area, an aspect ratio from 3/4 to 4/3, flipped half the
-    time; a draw follows from the seed and the example's position in the sequence of all
-    epochs. Without it they come as they are, and :func:`augment` is there for the
-    device.
+    crops: 8% to 100% of the area, an aspect ratio from 3/4 to 4/3, and with ``flip``
+    half of them flipped; a draw follows from the seed and the example's position in the
+    sequence of all epochs. Without it they come as they are, and :func:`augment` is
+    there for the device.
 
     For evaluation it is one pass in order, and the batches have a ``mask`` too, float32
     [B]: 1 for an example and 0 for what fills up the last batch. With ``image_size``
@@ -55,6 +57,7 @@ def stream(
         all of them by default. Several processes read a batch together so, each its
         own places.
       image_size: height and width of the images. Needed where sizes differ.
+      flip: whether the random crops are flipped. Mirrored digits are no digits.
       train: for training or for evaluation.
       num_threads: threads that read ahead, about two batches; by default one for each
         core, up to 16. More compete with each other, unless the disk is slow.
@@ -76,12 +79,13 @@ def stream(
     if start_step < 0:
         raise ValueError(f"the step must not be negative, and is {start_step}")
     places = _check_places(places, batch_size)
+    random_crop = functools.partial(random_resized_crop, flip=flip)
     visits = _Visits(
         split.source,
         batch_size=batch_size,
         places=places,
         seed=seed if train else None,
-        transform=image_size and (random_resized_crop if train else central_crop),
+        transform=image_size and (random_crop if train else central_crop),
         image_size=image_size,
     )
     if num_threads is None:
@@ -224,10 +228,9 @@ def _batch(source: Any) -> Callable[[Any], dict[str, np.ndarray]]:
         for example in examples:
             if example["image"].shape != first["image"].shape:
                 raise differing_sizes(
-                    source,
-                    example["index"],
+                    source.describe(example["index"]),
                     example["image"].shape,
-                    first["index"],
+                    source.describe(first["index"]),
                     first["image"].shape,
                 )
         return {

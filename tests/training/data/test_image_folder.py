@@ -65,6 +65,23 @@ def test_differing_sizes_need_an_image_size(tmp_path):
     np.testing.assert_array_equal(dataset.train.images[1], np.array(resized)[:, 1:7])
 
 
+def test_of_differing_sizes_that_of_the_first_image_read_is_named(tmp_path):
+    """Which lies in another split, and is not the first where that one is broken."""
+    write_folder(tmp_path, splits=("train",))
+    write_folder(tmp_path, splits=("test",), sizes=[(8, 10)])
+    first, second = (tmp_path / "train" / "ant" / f"{i}.png" for i in range(2))
+    other = tmp_path / "test" / "ant" / "0.png"
+
+    def read():
+        with pytest.raises(data.DataError) as error:
+            data.load("folder", data_dir=tmp_path)
+        return str(error.value)
+
+    assert f"{first} is 6x6 and {other} is 8x10" in read()
+    first.write_bytes(b"text")
+    assert f"{second} is 6x6 and {other} is 8x10" in read()
+
+
 def test_folder_errors_name_the_path(tmp_path):
     def error(path=tmp_path):
         with pytest.raises(data.DataError) as info:

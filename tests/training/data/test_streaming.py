@@ -84,6 +84,19 @@ def test_random_crops_are_boxes_of_the_image():
     assert len(np.unique(images.reshape(512, -1), axis=0)) > 500
 
 
+def test_crops_may_stay_unflipped():
+    """The same boxes: left is darker than right, but in what is flipped."""
+    image = np.mgrid[:60, :80][1].astype(np.uint8)[..., None]
+    split = data.Split.from_arrays([image] * 64, [0] * 64)
+    options = {"batch_size": 64, "image_size": 16, "seed": 0}
+    flipped = next(data.stream(split, **options))["image"]
+    plain = next(data.stream(split, **options, flip=False))["image"]
+    assert (plain[:, 0, 0] < plain[:, 0, -1]).all()
+    differ = (flipped != plain).any((1, 2, 3))
+    assert 16 < differ.sum() < 48
+    np.testing.assert_array_equal(flipped[differ], plain[differ, :, ::-1])
+
+
 def test_epochs_have_new_crops():
     split = data.load("digits", max_train_examples=10).train
     first, second = take(data.stream(split, batch_size=10, image_size=8, seed=0), 2)
