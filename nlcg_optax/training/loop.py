@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import operator
 import pathlib
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -126,6 +128,7 @@ def _run(
     def begin() -> None:
         make_folder(workdir)
         held.enter_context(locked(workdir))
+        check_config(config, workdir)  # another run may have been here meanwhile
         save_config(config, workdir)
 
     distributed.first_alone(begin, "begin in --workdir")
@@ -195,9 +198,10 @@ def _run(
 
     results: dict[str, dict[str, float]] = {}
     step, saved, stopping = start, start, False
+    pending: tuple[int, Any] | None = None
+    go_on = put_replicated(np.array(True), mesh)
     try:
         with distributed.Interrupts() as interrupts, jax.transfer_guard("disallow"):
-            pending = None
             clock = time.monotonic()
             while step < total_steps and not stopping:
                 batch = next_batch(step)
@@ -205,7 +209,7 @@ def _run(
                 if step == start:
                     told.compiling()
                     clock = time.monotonic()
-                    memory = step_fn.compile(state, batch)
+                    memory = step_fn.compile(state, batch, go_on)
                     seconds = time.monotonic() - clock
                     told_rows = [report.memory_row(memory, mesh.local_devices[0])]
                     if distributed.is_first() and optimizers.uses_quadratic_model(
@@ -216,15 +220,17 @@ def _run(
                         told_rows.append(report.curvature_row(images, *counts))
                     told.compiled(told_rows, seconds)
                     clock = time.monotonic() - waited
-                state, values = step_fn(state, batch)
+                state, values = step_fn(state, batch, go_on)
+                go_on = values.pop("go_on")
                 step += 1
                 # Reading the metrics of the step before keeps the device busy.
-                shown = record(*pending) if pending else None
-                pending = (step, values)
+                before, pending = pending, (step, values)
+                shown = record(*before) if before else None
                 evaluation = due(step, config.eval_every_epochs)
                 saving = due(step, config.checkpoint_every_epochs)
                 if evaluation or saving:
-                    shown, pending = record(*pending), None
+                    pending = None
+                    shown = record(step, values)
                 told.update(shown, time.monotonic() - clock, waited)
                 if evaluation:
                     results = evaluate(state)
@@ -239,7 +245,8 @@ def _run(
                 clock = time.monotonic()
                 stopping = interrupts.reached(step)
             if pending:
-                record(*pending)
+                last, pending = pending, None
+                record(*last)
         if step > saved:
             writer.flush()
             checkpoints.save(step, state)
@@ -256,6 +263,9 @@ def _run(
             with contextlib.suppress(*ignored), contextlib.ExitStack() as stack:
                 stack.callback(finish)
                 if whole and not isinstance(error, CheckpointError):
+                    if pending and not isinstance(error, NonFiniteLossError):
+                        with contextlib.suppress(NonFiniteLossError):
+                            record(*pending)
                     checkpoints.save(int(state.step), state)
         raise
     received = interrupts.received if stopping else None
@@ -333,6 +343,22 @@ def _check_without_data(config: ConfigDict, mesh: Mesh) -> None:
             f"batch_norm_statistics={config.batch_norm_statistics!r} is unknown: "
             f"expected one of {', '.join(map(repr, known))}."
         )
+    for name, least in (
+        ("seed", 0),
+        ("dataset.crop_padding", 0),
+        ("eval_batch_size", 1),
+        ("log_every_steps", 1),
+        ("keep_checkpoints", 1),
+    ):
+        value = operator.attrgetter(name)(config)
+        if value < least:
+            raise ConfigError(f"{name}={value} is not valid: expected {least} or more.")
+    for name in ("eval_every_epochs", "checkpoint_every_epochs"):
+        if not config[name] > 0:
+            raise ConfigError(
+                f"{name}={config[name]} is not valid: expected more than 0. At the end "
+                "of the run it happens in any case: num_epochs is for no other time."
+            )
     if (config.precise_batch_norm_batches or 0) < 0:
         raise ConfigError(
             f"precise_batch_norm_batches={config.precise_batch_norm_batches} is not "
@@ -402,8 +428,9 @@ class Update:
     It returns the new state and the metrics. The state is donated.
 
     Args:
-      step: the function.
-      constants: what it takes beside the state and its input.
+      step: the function, of the state, its input, `go_on` and the constants; see
+        :func:`nlcg_optax.training.steps.make_train_step`.
+      constants: what it takes beside these.
     """
 
     def __init__(self, step: Callable[..., Any], *constants: Any):
@@ -412,21 +439,21 @@ class Update:
         self._run: Callable[..., Any] = self._jitted
         self._constants = constants
 
-    def compile(self, state: steps.TrainState, batch: Any) -> Any:
+    def compile(self, state: steps.TrainState, batch: Any, go_on: jax.Array) -> Any:
         """Compiles the step for calls with such arguments, and runs nothing.
 
         Returns:
           What the compiler says of its memory on each device, or None.
         """
-        compiled = self._jitted.lower(state, batch, *self._constants).compile()
+        compiled = self._jitted.lower(state, batch, go_on, *self._constants).compile()
         self._run = compiled
         return compiled.memory_analysis()
 
     def __call__(
-        self, state: steps.TrainState, batch: Any
+        self, state: steps.TrainState, batch: Any, go_on: jax.Array
     ) -> tuple[steps.TrainState, steps.Metrics]:
         """Takes the step."""
-        return self._run(state, batch, *self._constants)
+        return self._run(state, batch, go_on, *self._constants)
 
 
 def make_input(
@@ -461,15 +488,16 @@ def make_input(
             start_step=start,
             places=layout.places,
             image_size=config.dataset.image_size,
+            flip=config.dataset.flip,
             train=True,
         )
         return lambda step: layout.put(next(batches)), Update(train_step)
 
     images, labels = put_replicated((split.images, split.labels), mesh)
 
-    def gathering_step(state, indices, images, labels):
+    def gathering_step(state, indices, go_on, images, labels):
         batch = {"image": images[indices], "label": labels[indices]}
-        return train_step(state, batch)
+        return train_step(state, batch, go_on)
 
     def indices(step: int) -> jax.Array:
         chosen = data.batch_indices(step, config.batch_size, len(split), config.seed)
@@ -505,8 +533,9 @@ def make_evaluation(
         return iter(held[name])
 
     def batches(name: str, split: data.Split) -> Iterator[Any]:
-        # At least an image for each device; what there is not is masked.
-        size = max(min(config.eval_batch_size, len(split)), mesh.size)
+        # As many images for each device; what there is not is masked.
+        size = min(config.eval_batch_size, len(split))
+        size = math.ceil(size / mesh.size) * mesh.size
         layout = BatchLayout(mesh, size)
         source = data.eval_batches(
             split, size, places=layout.places, image_size=config.dataset.image_size
@@ -526,6 +555,7 @@ def make_evaluation(
         options: Any = dict(batch_size=size, seed=config.seed)
         if dataset.streamed:
             options |= dict(places=layout.places, image_size=image_size)
+            options |= dict(flip=config.dataset.flip)
             return data.stream(split, **options)
         order = (
             data.batch_indices(step, num_examples=len(split), **options)[layout.places]

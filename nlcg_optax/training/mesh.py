@@ -132,8 +132,12 @@ class BatchLayout:
 
     @functools.cached_property
     def places(self) -> np.ndarray:
-        """Places in the batch of the examples that this process reads, ascending."""
+        """Places in the batch of the examples that this process reads, ascending.
+
+        A process whose rows hold no example reads the first, which fills one of them.
+        """
         rows = self.local_rows[self.local_rows < self.examples]
+        rows = rows if len(rows) else np.zeros(1, self.local_rows.dtype)
         first = np.arange(self.microbatches)[:, None] * self.examples
         return (first + rows).reshape(-1)
 
@@ -145,7 +149,8 @@ class BatchLayout:
             axis.
 
         Returns:
-          Global arrays [microbatches, rows, ...]; zero in the rows without an example.
+          Global arrays [microbatches, rows, ...]; what the rows without an example hold
+          is to be masked.
         """
 
         def put(x: np.ndarray) -> jax.Array:

@@ -143,7 +143,7 @@ def make_train_step(
     *,
     augment: bool,
     seed: jax.typing.ArrayLike | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     r"""One update of the parameters, to be jitted with its state donated.
 
     The loss is the mean cross-entropy of the global batch plus
@@ -159,8 +159,9 @@ def make_train_step(
     saved by computing each of its blocks a second time in the backward pass.
 
     A step whose loss or gradient is not finite leaves the state as it was, so that the
-    run can stop with everything that came before. But where the quadratic model chooses
-    the steps, it takes the one back that led there, and the metric ``taken_back`` is 1.
+    run can stop with everything that came before; so do those after it that are given
+    its ``go_on``. But where the quadratic model chooses the steps, it takes the one
+    back that led there, and the metric ``taken_back`` is 1.
 
     The curvature that the model is given is that of some of the batch, evenly spaced
     over it: of those images, cropped and flipped as they are for the gradient, as one
@@ -178,9 +179,10 @@ def make_train_step(
         compiled program is to serve several seeds.
 
     Returns:
-      A function of the state and a batch (``image`` [M, R, H, W, C] and ``label``
-      [M, R], as :class:`nlcg_optax.training.mesh.BatchLayout` lays it out) to the new
-      state and the metrics: scalars in float32.
+      A function of the state, a batch (``image`` [M, R, H, W, C] and ``label`` [M, R],
+      as :class:`nlcg_optax.training.mesh.BatchLayout` lays it out) and the ``go_on`` of
+      the step before (True by default), to the new state and the metrics: scalars in
+      float32, and ``go_on``, a boolean.
     """
     normalize = normalizer(config)
     draws: jax.typing.ArrayLike = config.seed if seed is None else seed
@@ -320,7 +322,9 @@ def make_train_step(
         # and to nothing else.
         return add_penalty(params, ((loss, (accuracy, batch_stats)), grads))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, go_on: jax.Array | bool = True
+    ) -> tuple[TrainState, Metrics]:
         (loss, (accuracy, batch_stats)), grads = whole_batch(state, batch)
         given = {"curvature": curvature(state, batch)} if quadratic else {}
         # The devices over which orthogonalization may share out its work.
@@ -335,23 +339,27 @@ def make_train_step(
             ramp = (1 + state.step) / (10 + state.step)
             decay = jnp.minimum(config.average_decay, ramp)
             average = optax.incremental_update(params, average, 1 - decay)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            average=average,
-        )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        guarded = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), new_state, state
-        )
-        if quadratic:  # it guards parameters and state itself, and steps back
-            guarded = guarded.replace(
-                step=new_state.step, params=params, opt_state=opt_state
+        kept, taken_back = go_on & finite, jnp.zeros([], jnp.int32)
+        if quadratic:  # where it steps back it has seen to parameters and state itself
+            after, before = (
+                nlcg_optax.diagnostics(tree)["rejected_steps"]
+                for tree in (opt_state, state.opt_state)
             )
-        new_state = guarded
+            taken_back = after - before
+            kept = go_on & (finite | (taken_back > 0))
+
+        def guard(keep: jax.Array, new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
+
+        new_state = TrainState(
+            step=guard(kept, state.step + 1, state.step),
+            params=guard(kept, params, state.params),
+            batch_stats=guard(kept & finite, batch_stats, state.batch_stats),
+            opt_state=guard(kept, opt_state, state.opt_state),
+            average=guard(kept & finite, average, state.average),
+        )
         rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics = {
             "loss": loss,
@@ -359,6 +367,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
             "learning_rate": rate,
+            "go_on": kept,
         }
         if config.optimizer.name in ("nlcg", "nlcg_paper"):
             report = nlcg_optax.diagnostics(opt_state)
@@ -369,8 +378,7 @@ def make_train_step(
                     report[f"coefficient_past_{i}"] = b
                 report["coefficient_residual_1"] = one
                 report["coefficient_residual_2"] = two
-                before = nlcg_optax.diagnostics(state.opt_state)["rejected_steps"]
-                report["taken_back"] = report["rejected_steps"] - before
+                report["taken_back"] = taken_back
             metrics |= report
             metrics["step_size"] = rate * report.get("base_step", 1.0)
         return constrain(new_state), whole(metrics)

@@ -146,6 +146,18 @@ def test_two_processes_stream_each_its_share(tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one", of_direction=5e-4)
 
 
+def test_a_process_without_an_example_takes_part(tmp_path):
+    """Of 4 images on three devices each has two rows, and the third no image."""
+    args = *make_images(tmp_path / "images"), "--config.num_epochs=1"
+    args += "--config.batch_size=4", "--config.eval_batch_size=4"
+    port = free_port()
+    tiny.finish(
+        *(tiny.start(tmp_path / "three", *args, process=(port, 3, i)) for i in range(3))
+    )
+    tiny.finish(tiny.start(tmp_path / "one", *args))
+    assert_same_run(tmp_path / "three", tmp_path / "one")
+
+
 def test_a_broken_image_in_one_process_ends_all(tmp_path):
     args = make_images(tmp_path / "images", broken="train/dark/7.png")
     processes = start_two(tmp_path / "run", *args)

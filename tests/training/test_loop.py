@@ -1,6 +1,7 @@
 """Whole runs on a few digits: what they leave, and how they stop and go on."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from waiting import HANGING_SECONDS, wait_for
 
 from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
 from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
+from nlcg_optax.training.data.sources import Arrays, Subset
 from nlcg_optax.training.mesh import create_mesh
 
 # Runs of one config compile once, and some tests share one: xdist leaves them together.
@@ -160,6 +162,63 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
     second = loop.train_and_evaluate(tiny_config(), tmp_path)
     assert second.signal is None
     assert_same_bits(second.state, expected.state)
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
+        whole / "metrics.jsonl"
+    )
+
+
+def test_an_error_loses_no_row(uninterrupted, tmp_path, monkeypatch):
+    """What reads a batch fails, while the metrics of the step before are unread."""
+    whole, expected = uninterrupted
+    make_input = loop.make_input
+
+    def failing(*args):
+        next_batch, step_fn = make_input(*args)
+
+        def fail(step):
+            if step == 7:
+                raise OSError("the disk is gone")
+            return next_batch(step)
+
+        return fail, step_fn
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is gone"):
+        patch.setattr(loop, "make_input", failing)
+        loop.train_and_evaluate(tiny_config(), tmp_path)
+    result = loop.train_and_evaluate(tiny_config(), tmp_path)
+    assert_same_bits(result.state, expected.state)
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
+        whole / "metrics.jsonl"
+    )
+
+
+def test_a_batch_that_is_not_finite_is_not_skipped(
+    uninterrupted, tmp_path, monkeypatch
+):
+    """The step after it is finite again, and under way before its loss is read."""
+    whole, expected = uninterrupted
+    load_dataset, config = loop.load_dataset, tiny_config()
+
+    def with_a_broken_label(config):
+        dataset = load_dataset(config)
+        labels = dataset.train.labels.copy()
+        broken, after = (
+            data.batch_indices(step, config.batch_size, len(labels), config.seed)
+            for step in (1, 2)
+        )
+        labels[np.setdiff1d(broken, after)[0]] = 10  # there are ten classes, from 0
+        train = data.Split.from_arrays(dataset.train.images, labels)
+        return dataclasses.replace(dataset, train=train)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "load_dataset", with_a_broken_label)
+        with pytest.raises(loop.NonFiniteLossError, match="At step 2 the loss was nan"):
+            loop.train_and_evaluate(config, tmp_path)
+    saved = loop.Checkpoints(tmp_path, 2)
+    assert saved.latest_step() == 1
+    saved.close()
+    result = loop.train_and_evaluate(config, tmp_path)
+    assert_same_bits(result.state, expected.state)
     assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
         whole / "metrics.jsonl"
     )
@@ -324,6 +383,13 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
         ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
         ("mesh.data=3", "mesh.data=3 and mesh.fsdp=1 do not fit 1 device"),
         ("precise_batch_norm_batches=-1", "precise_batch_norm_batches=-1 is not valid"),
+        ("seed=-1", "seed=-1 is not valid: expected 0 or more"),
+        ("dataset.crop_padding=-1", "dataset.crop_padding=-1 is not valid"),
+        ("eval_batch_size=0", "eval_batch_size=0 is not valid: expected 1 or more"),
+        ("log_every_steps=0", "log_every_steps=0 is not valid: expected 1 or more"),
+        ("keep_checkpoints=0", "keep_checkpoints=0 is not valid: expected 1 or more"),
+        ("eval_every_epochs=0", "eval_every_epochs=0.* is not valid: .* more than 0"),
+        ("checkpoint_every_epochs=0", "checkpoint_every_epochs=0.* is not valid"),
         ("model.name=resnet9", "model: .*'resnet9'.*resnet8"),
         ("model.dtype=float8", "model: .*'float8'.*bfloat16"),
     ],
@@ -364,6 +430,24 @@ def test_what_needs_no_data_is_checked_before_they_are_loaded(
         loop.train_and_evaluate(tiny_config(override), tmp_path)
     with pytest.raises(AssertionError, match="too late"):
         loop.train_and_evaluate(tiny_config(), tmp_path)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_streamed_crops_are_flipped_if_the_config_says_so(flip):
+    """Left is darker than right, but in what is flipped."""
+    config = tiny_config("dataset.image_size=8", f"dataset.flip={flip}")
+    image = np.mgrid[:16, :16][1].astype(np.uint8)[..., None]
+    arrays = Arrays(np.stack([image] * 40), np.zeros(40, np.int32))
+    split = data.Split(Subset(arrays, np.arange(40)))
+    dataset = data.Dataset("ramps", 2, ("a", "b"), (8, 8, 1), split, split)
+    mesh, schedule = create_mesh(config), optax.constant_schedule(0.1)
+    model = models.create_model(config.model.name, 2)
+    next_batch, _ = loop.make_input(
+        config, dataset, model, optax.identity(), schedule, mesh, 0
+    )
+    images = np.asarray(next_batch(0)["image"]).reshape(40, 8, 8)
+    flipped = images[:, 0, 0] > images[:, 0, -1]
+    assert (10 < flipped.sum() < 30) if flip else not flipped.any()
 
 
 def test_streamed_images_train_and_resume(tmp_path):

@@ -36,6 +36,14 @@ def test_the_layout_of_an_uneven_batch():
     np.testing.assert_array_equal(whole, np.arange(3))
 
 
+def test_a_process_without_an_example():
+    """The last of three in a batch of 4, of which each device has two rows."""
+    mesh = create_mesh(base_config())
+    layout = BatchLayout(mesh, batch_size=4)
+    vars(layout)["local_rows"] = np.array([4, 5])
+    np.testing.assert_array_equal(layout.places, [0])  # an array has to have a shape
+
+
 def test_large_leaves_are_split_along_their_longest_dimension():
     mesh = jax.sharding.AbstractMesh((1, 4), ("data", "fsdp"))
     shapes = {
