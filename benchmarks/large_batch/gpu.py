@@ -141,6 +141,7 @@ class Trainer:
             "test": splits["test"],
         }
         self._compiled: tuple[Any, Any] = (None, None)
+        self._score = jax.jit(self.score)
 
     def parts(self, batch_size: int) -> int:
         """The fewest microbatches of one size that are small enough."""
@@ -165,8 +166,10 @@ class Trainer:
         out, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
         return out, updated["batch_stats"]
 
-    def train_step(self, name, horizon, parts, state, indices, images, labels, rate):
-        key = jax.random.fold_in(jax.random.key(0), state.step)
+    def train_step(
+        self, name, horizon, parts, state, indices, images, labels, rate, seed
+    ):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = Images(data.augment(key, images[indices]), labels[indices])
 
         def loss_of(params, batch_stats, part):
@@ -207,23 +210,23 @@ class Trainer:
         new = State(params, batch_stats, opt_state, state.step + 1)
         return new, jnp.where(finite, loss, jnp.nan)
 
-    def evaluate(self, state: State, images: np.ndarray, labels: np.ndarray) -> dict:
-        """Under BatchNorm's statistics of 10,000 training images and the last weights.
+    def score(self, params, batch_stats, few, images, labels):
+        """Loss and accuracy, under BatchNorm's statistics of a few training images."""
+        forgetful = self.model.clone(batch_norm_momentum=0.0)
+        _, stats = self.logits(params, batch_stats, few, True, forgetful)
+        logits, _ = self.logits(params, stats, images, train=False)
+        hits = jnp.argmax(logits, -1) == labels
+        return cross_entropy(logits, labels), jnp.mean(hits.astype(jnp.float32))
+
+    def evaluate(self, state: State, phase: str) -> dict:
+        """With the last weights, and statistics of at most 10,000 images trained on.
 
         All at once, for a state that has not seen many steps.
         """
-        forgetful = self.model.clone(batch_norm_momentum=0.0)
-        step = max(len(self.train.labels) // 10_000, 1)
-
-        @jax.jit
-        def run(params, batch_stats, images, labels):
-            few = self.train.images[::step]
-            _, stats = self.logits(params, batch_stats, few, True, forgetful)
-            logits, _ = self.logits(params, stats, images, train=False)
-            hits = jnp.argmax(logits, -1) == labels
-            return cross_entropy(logits, labels), jnp.mean(hits.astype(jnp.float32))
-
-        loss, accuracy = run(state.params, state.batch_stats, images, labels)
+        kept = self.kept[phase]
+        few = self.train.images[kept[:: math.ceil(len(kept) / 10_000)]]
+        judged = self.judged[phase]
+        loss, accuracy = self._score(state.params, state.batch_stats, few, *judged)
         return {"loss": float(loss), "accuracy": float(accuracy)}
 
     def compiled(self, name: str, size: int, num_kept: int, num_steps: int) -> tuple:
@@ -247,7 +250,7 @@ class Trainer:
 
         start = time.monotonic()
         init = jax.jit(init).lower(np.int32(0)).compile()
-        example = (np.zeros(size, np.int32), *self.train, np.float32(0))
+        example = np.zeros(size, np.int32), *self.train, np.float32(0), np.int32(0)
         step = jax.jit(step, donate_argnums=0).lower(init(np.int32(0)), *example)
         programs = init, step.compile(), time.monotonic() - start
         self._compiled = key, programs
@@ -262,13 +265,14 @@ class Trainer:
         rates = np.ones(num_steps, np.float32)
         if OPTIMIZERS[name][0] is not None:
             rates = learning_rates(cell.learning_rate, num_steps)
-        state = init(np.int32(cell.seed))
+        seed = np.int32(cell.seed)
+        state = init(seed)
         jax.block_until_ready(state)
         start, losses = time.monotonic(), []
         for i in range(num_steps):
             places = data.batch_indices(i, size, len(kept), cell.seed)
             indices = kept[places].astype(np.int32)
-            state, loss = step(state, indices, *self.train, rates[i])
+            state, loss = step(state, indices, *self.train, rates[i], seed)
             losses.append(loss)
             if i and not math.isfinite(losses[-2]):
                 break
@@ -277,7 +281,7 @@ class Trainer:
         finite = [float(x) for x in losses if math.isfinite(x)]
         scores = {}
         if len(finite) == num_steps:
-            scores = self.evaluate(state, *self.judged[cell.phase])
+            scores = self.evaluate(state, cell.phase)
         diverged = not math.isfinite(scores.get("loss", math.nan))
         return {
             "workload": "cifar10_jpeg_gpu",

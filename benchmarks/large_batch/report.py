@@ -100,7 +100,8 @@ def section(name: str, rows: Rows) -> list[str]:
         return [*lines, f"Not measured; `{command}` does.", ""]
     groups = group(rows, workload)
     if workload.steps:
-        return [*lines, *growth(name, groups, workload), *footer(command, rows)]
+        lines += growth(name, groups, workload)
+        return [*lines, *footer(command, rows, workload)]
     curves = {key: curve(of_group) for key, of_group in groups.items()}
 
     def target(size: int) -> float | None:
@@ -117,12 +118,14 @@ def section(name: str, rows: Rows) -> list[str]:
             return "diverged"
         found = accuracy(of_group)
         if found is None:
-            return "–"
+            return "not run"
         error = "(one seed)" if math.isnan(found[1]) else f"± {100 * found[1]:.2f}"
         return f"{100 * found[0]:.2f} {error}"
 
     def setting_cell(of_group: Rows, size: int) -> str:
         chosen = tested(of_group)[:1]
+        if chosen and chosen[0]["optimizer"] in UNTUNED:
+            return "nothing to tune"
         return (
             "".join(f"{r['learning_rate']:.3g}; {r['schedule']}" for r in chosen) or "–"
         )
@@ -199,12 +202,15 @@ def section(name: str, rows: Rows) -> list[str]:
         ]
     if compares_batch_sizes(workload):
         lines += growth(name, groups, workload)
-    return [*lines, *footer(command, rows)]
+    return [*lines, *footer(command, rows, workload)]
 
 
-def footer(command: str, rows: Rows) -> list[str]:
+def footer(command: str, rows: Rows, workload: Workload) -> list[str]:
     hours = sum(row["seconds"] for row in rows) / 3600
+    found = {row["optimizer"] for row in rows}
+    missing = [name for name in workload.optimizers if name not in found]
     return [
+        *([f"Not run at any batch size: {', '.join(missing)}.", ""] if missing else []),
         f"`{command}`; {len(rows)} runs, {hours:.1f} hours of training; "
         f"{environments(rows)}.",
         "",
@@ -250,7 +256,9 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             return "not run"
         mark = "" if complete(n, size) else " (tuning not complete)"
         at = best[n, size]
-        return (f"{at.steps:,.0f}" if at else f"> {rows[0]['steps']:,}") + mark
+        # Tuning runs are shorter where they train on fewer examples.
+        most = (tested(rows) or rows)[0]["steps"]
+        return (f"{at.steps:,.0f}" if at else f"> {most:,}") + mark
 
     def loss_cell(n: str, size: int) -> str:
         rows = tested(groups.get((n, size), []))
@@ -295,7 +303,9 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         ]
         share = f", {max(1 - min(plain) / seconds, 0):.0%}" if plain else ""
         total = f"{at.seconds:.3g} s" if at and at.seconds else "not reached"
-        return f"{total} ({1000 * seconds:.3g} ms{share})"
+        milliseconds = 1000 * seconds
+        digits = ",.0f" if milliseconds >= 100 else ".3g"
+        return f"{total} ({milliseconds:{digits}} ms{share})"
 
     def basin_cell(n: str, size: int) -> str:
         width = None
@@ -362,8 +372,8 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             "",
             *table(header, rows_of(seconds_cell)),
             "",
-            "By which factor the learning rate may be off for a loss within 1% of the "
-            "best (of those tried with the first schedule):",
+            "Width of the range of learning rates, the highest over the lowest, with a "
+            "loss within 1% of the best (of those tried with the first schedule):",
             "",
             *table(header, rows_of(basin_cell)),
             "",
@@ -374,7 +384,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
 
 
 def draws(results: pathlib.Path) -> list[str]:
-    """How far the draw of the validation split, by which is tuned, moves the result."""
+    """How far another draw of training images, and of their split, moves the result."""
     names = ["cifar10_jpeg", *(n for n in WORKLOADS if "_draw_" in n)]
     size = WORKLOADS[names[-1]](None).batch_sizes[-1]
     found: dict[str, list[str]] = {}
@@ -398,9 +408,9 @@ def draws(results: pathlib.Path) -> list[str]:
         if len(x) > 1
     }
     return [
-        f"Of three draws of the validation split, batch {size:,}: test accuracy (the "
-        "mean of the three test seeds) and what was chosen, and the mean of the draws "
-        "with their standard deviation:",
+        "Of three draws of the training images and of their validation split, batch "
+        f"{size:,}: test accuracy (the mean of the three test seeds) and what was "
+        "chosen, and the mean of the draws with their standard deviation:",
         "",
         *table(
             ["optimizer", "draw 0", "draw 1", "draw 2", "all"],

@@ -111,12 +111,15 @@ def reached(rows: Rows, target: float) -> Reached | None:
 def step_seconds(rows: Rows) -> float | None:
     """Of a processor, the median over runs; None where it was not measured.
 
+    What was timed alone goes before the tests, and these before the tuning, whose
+    steps are shorter where a batch is all of the training set but what is held out.
     Runs on a GPU share it with others: of these only what was timed alone counts.
     """
     measured = [row for row in rows if "step_seconds" in row]
     alone = [row for row in measured if row["phase"] == TIMING]
     shared = [row for row in measured if row.get("device", "cpu") == "cpu"]
-    seconds = [row["step_seconds"] for row in alone or shared]
+    of_tests = [row for row in shared if row["phase"] == "test"]
+    seconds = [row["step_seconds"] for row in alone or of_tests or shared]
     return statistics.median(seconds) if seconds else None
 
 
@@ -176,7 +179,7 @@ def critical_batch_size(steps: dict[int, float | None]) -> str:
 
 
 def basin(rows: Rows, tolerance: float = 0.01) -> float | None:
-    """By which factor the rate may be off: where the loss is within 1% of the best.
+    """The highest over the lowest rate at which the loss is within 1% of the best.
 
     Of the tuning runs with the first schedule. Between two rates the loss counts as
     linear in the logarithm of the rate.

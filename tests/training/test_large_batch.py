@@ -278,6 +278,16 @@ def test_steps_to_the_loss_of_the_best_peer(modules):
         assert line in table
 
 
+def test_a_target_is_missed_in_the_steps_of_a_test(modules):
+    """Tuning holds examples out, so that its runs are shorter."""
+    _, report = modules
+    test = curve_row("nlcg", [4.0, 3.0, 2.5, 2.0])
+    tuning = test | {"phase": "tuning", "seed": 100, "steps": 6}
+    rows = [tuning, test, curve_row("momentum", [4.0, 3.0, 2.0, 1.0])]
+    steps = "\n".join(report.section("digits", rows)).split("Steps to a training")[1]
+    assert "| nlcg | > 8 | not run | not run |" in steps
+
+
 def test_an_ablation_is_one_table(modules):
     """Without plots: there is one batch size."""
     _, report = modules

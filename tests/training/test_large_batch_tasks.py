@@ -177,6 +177,22 @@ def test_a_sweep_needs_only_a_task(modules, name, tmp_path):
         assert tests[0]["loss"] < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_only_on_a_cpu_the_time_of_the_processor_counts(modules, backend, monkeypatch):
+    """Where a GPU computes, that of the host does not tell how long a step takes."""
+    sweep = modules["sweep"]
+    monkeypatch.setattr(sweep.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(sweep.time, "process_time", lambda: 0.0)
+    trainer = sweep.Trainer(regression(modules))
+    cell = sweep.Cell("test", 0.01, "cosine, no warm-up", 0)
+    timed, run = trainer.time("adamw", 8, steps=2), trainer.run("adamw", 8, cell)
+    for row in (timed, run):
+        assert (row["step_seconds"] > 0) == (backend == "gpu")
+    device = {"cpu": "cpu", "gpu": "NVIDIA H100"}[backend]
+    text = sweep.line(run | {"device": device}, 1, 1, 0.0)
+    assert ("of processor" in text) == (backend == "cpu")
+
+
 def test_time_that_is_up_ends_a_sweep_and_the_next_goes_on(modules, tmp_path, capsys):
     sweep = modules["sweep"]
     workload = regression(modules, test_seeds=(0,))
@@ -485,6 +501,48 @@ def test_gpu_program_learns(gpu, tmp_path):
         row = trainer.run(name, 40, cell)
         assert row["accuracy"] == 1.0, name
         assert row["curve"][-1] < 0.5 * row["curve"][0]
+
+
+@pytest.mark.standard_promotion
+def test_a_seed_of_the_gpu_program_draws_its_own_crops(gpu, tmp_path):
+    write_images(tmp_path / "images", np.random.default_rng(0))
+    trainer = make_tiny_trainer(gpu, tmp_path / "images", epochs=1, microbatch=20)
+    init, step, _ = trainer.compiled("momentum", 8, 40, 5)
+
+    def loss(seed):
+        state = init(np.int32(0))  # a step consumes it
+        indices, rate = np.arange(8, dtype=np.int32), np.float32(0.1)
+        return float(step(state, indices, *trainer.train, rate, np.int32(seed))[1])
+
+    assert loss(0) == loss(0) != loss(1)
+
+
+@pytest.mark.standard_promotion
+def test_tuning_on_a_gpu_sees_no_statistics_of_held_out_images(
+    gpu, tmp_path, monkeypatch
+):
+    """And one program of each phase serves all its cells."""
+    write_images(tmp_path / "images", np.random.default_rng(0))
+    trainer = make_tiny_trainer(gpu, tmp_path / "images", microbatch=20)
+    init, _, _ = trainer.compiled("momentum", 8, 40, 5)
+    state, traced, logits = init(np.int32(0)), [], trainer.logits
+
+    def counted(*args, **options):
+        traced.append(args)
+        return logits(*args, **options)
+
+    monkeypatch.setattr(trainer, "logits", counted)
+    phases = ("tuning", "test")
+    before = [trainer.evaluate(state, phase) for phase in phases]
+    held_out = np.setdiff1d(np.arange(40), trainer.kept["tuning"])
+    assert len(held_out) == 8
+    train = trainer.train
+    changed = train._replace(images=train.images.at[held_out].set(255))
+    monkeypatch.setattr(trainer, "train", changed)
+    after = [trainer.evaluate(state, phase) for phase in phases]
+    assert before[0] == after[0]
+    assert before[1]["loss"] != after[1]["loss"]
+    assert len(traced) == 2 * len(phases)  # for the statistics, and for the scores
 
 
 def test_gpu_program_needs_few_packages():
