@@ -1,7 +1,8 @@
 """Small tasks without noise: every step sees all the data, and there are 150 of them.
 
 Each is a tree of parameters by seed, a model's outputs, and the loss of the outputs.
-Those of `HELD_OUT` were not looked at while the model's constants were chosen.
+Those of `HELD_OUT` were not looked at while the model's constants were chosen; for
+the Helmholtz equation one was changed.
 """
 
 import functools
@@ -208,6 +209,6 @@ def heat() -> Task:
     return _physics((2, 32, 32, 32, 1), (1.0, 1.0, 1.0), residuals)
 
 
-CHOSEN_ON = (autoencoder, burgers, poisson)
-HELD_OUT = (heat, helmholtz, deep_narrow, patches)
+CHOSEN_ON = (autoencoder, burgers, poisson, helmholtz)
+HELD_OUT = (heat, deep_narrow, patches)
 TASKS = {task.__name__: task for task in (*CHOSEN_ON, *HELD_OUT)}
