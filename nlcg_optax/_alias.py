@@ -54,8 +54,9 @@ def nlcg(
     is a learning rate to try first, then a factor of 4 to either side.
 
     As parts of one optimizer they share the previous direction, of which the chain of
-    the three has two copies. (So after a loss that is not finite, part of the direction
-    taken then may be taken back, not of the one before.)
+    the three has two copies. So where the loss rises, part of :math:`d_{t-1}` is taken
+    back, and in the chain part of its last step, which looked ahead; and after a loss
+    that is not finite it is the direction taken then, not the one before.
 
     With ``step_rule="quadratic_model"`` there is no learning rate to choose: the
     curvature of the loss, which `update` is given, chooses the length of the step and β
@@ -157,6 +158,8 @@ def nlcg(
                     f"{name}={value!r} is not valid with step_rule='quadratic_model', "
                     "which chooses β by itself: leave it out."
                 )
+        if learning_rate is not None and not callable(learning_rate):
+            _check.number("learning_rate", learning_rate, minimum=0)
         # A transformation is a (named) tuple itself.
         one = isinstance(preconditioner, str | optax.GradientTransformation | None)
         several: Any = [preconditioner] if one else preconditioner

@@ -5,6 +5,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
+
 
 def number(
     name: str,
@@ -19,7 +21,7 @@ def number(
     Arrays pass unseen: `optax.inject_hyperparams` turns numbers into arrays, which
     have no value while they are traced.
     """
-    if not isinstance(value, numbers.Number | str | bool | None):
+    if hasattr(value, "dtype") and not isinstance(value, numbers.Number | str):
         return
     kind = numbers.Integral if integer else numbers.Real
     valid = False
@@ -31,6 +33,19 @@ def number(
         if minimum > -math.inf:
             bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
         raise ValueError(f"{name}={value!r} is not valid: expected {what}{bound}.")
+
+
+def floating_dtype(name: str, value: Any) -> None:
+    """Raises unless `value` is a real or complex floating-point dtype, or None."""
+    try:
+        valid = value is None or jnp.issubdtype(jnp.dtype(value), jnp.inexact)
+    except TypeError:  # no dtype at all
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"{name}={value!r} is not valid: expected a floating-point dtype, such as "
+            "jnp.bfloat16, or None."
+        )
 
 
 def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> None:

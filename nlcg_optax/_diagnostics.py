@@ -76,8 +76,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``nonfinite_products``: steps so far that were left out because an inner product
         (or the first loss) was not finite.
 
-      If a piece occurs several times (say under ``optax.partition``), the path of its
-      state precedes the name: ``"['decoder'].inner_state[0]/beta"``.
+      If a name occurs several times (say under ``optax.partition``), the path of the
+      state that it comes from precedes it: ``"['decoder'].inner_state[0]/beta"``.
 
     Raises:
       ValueError: if the state holds none of our pieces.
@@ -118,10 +118,11 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
             "nlcg_optax. Pass the state that `init` or `update` of a transformation "
             "containing one of its pieces returned."
         )
-    kinds = [type(node) for _, node in found]
+    # Two kinds of state may share a name, so names are counted and not kinds.
+    names = [name for _, node in found for name in _FIELDS[type(node)]]
     report = {}
     for where, node in found:
-        prefix = f"{where}/" if kinds.count(type(node)) > 1 else ""
         for name, field in _FIELDS[type(node)].items():
-            report[prefix + name] = jnp.asarray(getattr(node, field))
+            key = f"{where}/{name}" if names.count(name) > 1 else name
+            report[key] = jnp.asarray(getattr(node, field))
     return report

@@ -241,8 +241,9 @@ def minimize(
 
     Args:
       fun: the objective, called as ``fun(params, *args)``; returns a real scalar, or,
-        with `has_aux`, a scalar and anything else. Outside `jit` the compiled solver is
-        kept for the function object and the options: pass what varies through `args`.
+        with `has_aux`, a scalar and any tree of arrays. Outside `jit` the compiled
+        solver is kept for the function object and the options: pass what varies
+        through `args`.
       params: where to start, any tree of real or complex floating-point arrays. The
         result is sharded like them. A list of numbers is one array of them, as for
         scipy.
@@ -371,7 +372,14 @@ def minimize(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _minimize(fun, options, params, args, gtol):
-    fun, closed_over = jax.closure_convert(fun, params, *args)
+    @functools.wraps(fun)
+    def checked(*given):
+        # Before JAX sees it, whose messages about what is no array are not clear.
+        out = fun(*given)
+        _check_output(out, options.has_aux)
+        return out
+
+    fun, closed_over = jax.closure_convert(checked, params, *args)
     return _solution(fun, options, params, args, closed_over, gtol)
 
 
@@ -455,8 +463,8 @@ def _from_real(real: Any, like: Any) -> Any:
     )
 
 
-def _check_value(out: Any, has_aux: bool) -> Any:
-    """The value that the objective returned, if it is one."""
+def _check_output(out: Any, has_aux: bool) -> None:
+    """Raises unless an objective may return this."""
     pair = isinstance(out, tuple) and len(out) == 2
     if has_aux and not pair:
         raise TypeError(
@@ -464,7 +472,16 @@ def _check_value(out: Any, has_aux: bool) -> Any:
             f"{_described(out)}."
         )
     if has_aux:
-        out = out[0]
+        out, aux = out
+        for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+            try:
+                jax.typeof(leaf)
+            except TypeError:
+                where = jax.tree_util.keystr(path)
+                raise TypeError(
+                    f"The objective returns {leaf!r} in aux{where}: expected arrays "
+                    "or numbers, since the solver is compiled. Leave it out."
+                ) from None
     elif pair:
         raise TypeError(
             f"The objective returns {_described(out)}: a second output beside the "
@@ -476,12 +493,13 @@ def _check_value(out: Any, has_aux: bool) -> Any:
             f"The objective returns {_described(out)}: expected a real scalar, such as "
             "the sum or the mean of its elements."
         )
-    return out
 
 
 def _described(out: Any) -> str:
     if hasattr(out, "dtype"):
         return f"an array of shape {jnp.shape(out)} and dtype {out.dtype}"
+    if out is None or jax.tree_util.all_leaves([out]):
+        return f"{out!r}, which is no array"
     return f"a {type(out).__name__} of {len(jax.tree.leaves(out))} arrays"
 
 
@@ -493,7 +511,7 @@ def _solve(objective, options, params, gtol):
 
     def value_fn(x):
         out = objective(x)
-        return _check_value(out, options.has_aux)
+        return out[0] if options.has_aux else out
 
     def norm(grad):
         return _tree.max_abs(grad, dtype=dtype)

@@ -466,6 +466,10 @@ def test_the_quadratic_model_is_the_piece():
             {"step_rule": "quadratic_model", "nesterov": True},
             ["nesterov=True", "chooses β by itself"],
         ),
+        (
+            {"step_rule": "quadratic_model", "learning_rate": -0.1},
+            ["learning_rate=-0.1", "at least 0"],
+        ),
         ({"step_rule": "quadratic"}, ["'quadratic'", "'quadratic_model'", "'step'"]),
         (
             {"step_rule": "quadratic_model", "preconditioner": ["rms"]},

@@ -17,6 +17,7 @@ from nlcg_optax import (
     scale_by_diagonal_bfgs,
     scale_by_lars,
     scale_by_loss_feedback,
+    scale_by_quadratic_model,
 )
 
 X = np.array([1.0, 2.0], np.float32)
@@ -128,6 +129,23 @@ def test_beta_bounds(make, bounds):
     with pytest.raises(ValueError) as error:
         make(beta_bounds=bounds)
     check(error, f"beta_bounds={bounds!r}", "lower <= upper")
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, bool, "int16", "wide", 3], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        scale_by_conjugate_direction,
+        scale_by_diagonal_bfgs,
+        scale_by_loss_feedback,
+        scale_by_quadratic_model,
+        lambda **kw: nlcg(0.1, **kw),
+    ],
+)
+def test_state_dtype_that_is_not_floating(make, dtype):
+    with pytest.raises(ValueError) as error:
+        make(state_dtype=dtype)
+    check(error, f"state_dtype={dtype!r}", "floating-point dtype")
 
 
 def test_numpy_numbers_are_numbers():
@@ -242,7 +260,7 @@ def test_diagnostics_of_a_state_that_is_not_ours(state):
     check(error, type(state).__name__, "nlcg_optax")
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True])
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1], (0.1,), {}])
 def test_learning_rate(value):
     with pytest.raises(ValueError) as error:
         nlcg_paper(value)

@@ -133,6 +133,23 @@ def test_several_of_a_kind_are_told_apart_by_their_path():
     assert {key.rsplit("/")[-1] for key in report} == ALL
 
 
+def test_two_kinds_that_share_a_name_are_told_apart_by_their_path():
+    tx = nlcg_optax.scale_by_quadratic_model(
+        [
+            nlcg_optax.scale_by_diagonal_bfgs(),
+            nlcg_optax.scale_by_limited_memory_bfgs(),
+        ]
+    )
+    state = tx.init(jnp.ones(2))
+    diagonal, memory = state.preconditioner_states
+    states = diagonal._replace(skipped=1), memory._replace(skipped=2)
+    report = diagnostics(state._replace(preconditioner_states=states))
+    for i in range(2):
+        key = f".preconditioner_states[{i}]/skipped_curvature"
+        assert report.pop(key) == i + 1
+    assert not any("skipped" in key or "/" in key for key in report)
+
+
 def test_under_jit_and_vmap():
     tx = optimizer()
     state = feed(tx)

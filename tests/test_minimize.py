@@ -524,6 +524,10 @@ def test_a_list_of_numbers_is_an_array(start):
         (lambda x: x**2, False, "array of shape (2,) and dtype float32: expected a re"),
         (lambda x: {"loss": jnp.sum(x)}, False, "returns a dict of 1 arrays: expected"),
         (lambda x: jnp.sum(x**2), True, "to return (value, aux), and returns an array"),
+        (lambda x: 1.0, False, "returns 1.0, which is no array: expected a real sc"),
+        (lambda x: (1.0, x), True, "returns 1.0, which is no array: expected a real"),
+        (lambda x: None, False, "returns None, which is no array: expected a real"),
+        (lambda x: (jnp.sum(x), {"a": "b"}), True, "returns 'b' in aux['a']: expected"),
         (
             lambda x: (x, x),
             True,
@@ -540,6 +544,12 @@ def test_what_the_objective_returns_is_checked(fun, has_aux, said):
     with pytest.raises(TypeError) as info:
         minimize(fun, jnp.ones(2), has_aux=has_aux)
     assert said in str(info.value)
+
+
+@pytest.mark.parametrize("aux", [None, {"a": 3, "b": (None, 2.0)}], ids=str)
+def test_aux_may_be_none_or_numbers(aux):
+    found = minimize(lambda x: (jnp.sum(x**2), aux), jnp.ones(2), has_aux=True)
+    assert found.aux == aux
 
 
 def test_a_result_is_printed_in_a_few_lines():

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from nlcg_optax import _check, _tree, _xla
 from nlcg_optax.directions import beta as beta_rules
@@ -139,6 +141,7 @@ def scale_by_conjugate_direction(
     )
     needs_slope = rule.needs_slope or restart_on_ascent or track_cosine
     _check.number("epsilon", epsilon, minimum=0)
+    _check.floating_dtype("state_dtype", state_dtype)
     if preconditioner is None:
         preconditioner = optax.identity()
     elif not isinstance(preconditioner, optax.GradientTransformation):
@@ -207,7 +210,8 @@ def scale_by_conjugate_direction(
             dtype=dtype,
             axis_name=axis_name,
         )
-        nan = jnp.asarray(jnp.nan, dtype)
+        # Of NumPy: an operation that gives NaN raises under `jax_debug_nans`.
+        nan: Any = np.asarray(np.nan, dtype)
         rest = iter(sums)
         g_z = next(rest)
         g_u = next(rest) if needs_slope else nan
@@ -224,7 +228,9 @@ def scale_by_conjugate_direction(
 
         first = state.count == 0
         beta = jnp.asarray(rule.function(products, epsilon)).astype(dtype)
-        beta = jnp.clip(beta, lower, upper)
+        # Bounds of a wider dtype, such as NumPy's, would widen β and the state.
+        ends = _tree.real_scalar(lower, dtype), _tree.real_scalar(upper, dtype)
+        beta = jnp.clip(beta, *ends)
         restart = jnp.zeros([], bool)
         if restart_every is not None:
             restart |= state.count % restart_every == 0
@@ -277,7 +283,9 @@ def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
         lower, upper = beta_bounds
         for end in (lower, upper):
             _check.number("beta_bounds", end)
-        if isinstance(beta_bounds, tuple | list) and lower <= upper:
+        # Traced arrays have no values to compare.
+        traced = isinstance(lower, Tracer) or isinstance(upper, Tracer)
+        if isinstance(beta_bounds, tuple | list) and (traced or lower <= upper):
             return lower, upper
     except (TypeError, ValueError):
         pass  # said below

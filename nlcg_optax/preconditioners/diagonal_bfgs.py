@@ -93,6 +93,7 @@ def scale_by_diagonal_bfgs(
     [0.9661 1.0287 3.7449]
     """
     _check.number("epsilon", epsilon, minimum=0)
+    _check.floating_dtype("state_dtype", state_dtype)
 
     def init_fn(params: optax.Params) -> Any:
         def ones(x: jax.Array) -> jax.Array:
@@ -119,6 +120,7 @@ def scale_by_diagonal_bfgs(
         _tree.check_match(updates, state.diagonal, "the optimizer's state")
         _tree.check_params(updates, params, "the diagonal of BFGS")
 
+        params = jax.tree.map(jnp.asarray, params)  # a leaf may be a Python number
         dtype = _tree.scalar_dtype(state.diagonal)
         eps = _tree.real_scalar(epsilon, dtype)
         first = state.count == 0

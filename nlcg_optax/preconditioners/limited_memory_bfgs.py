@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nlcg_optax import _check, _tree
 from nlcg_optax.preconditioners import _two_loop
@@ -88,12 +89,19 @@ def scale_by_limited_memory_bfgs(
     >>> print([f"{u:.4f}" for u in update], bool(abs(x).max() < 1e-6))
     ['0.5000', '-0.1667'] True
     """
+    if isinstance(memory_size, Tracer):
+        raise ValueError(
+            "memory_size is a traced array, but shapes follow from it. Call "
+            "`optax.inject_hyperparams(..., static_args=('memory_size',))`."
+        )
     _check.number("memory_size", memory_size, minimum=1, integer=True)
 
     def init_fn(params: optax.Params) -> LimitedMemoryBfgsState:
         def memory(x: jax.Array) -> jax.Array:
             # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
-            return jnp.zeros_like(x, shape=(memory_size, *jnp.shape(x)))
+            # The dtype is named because that of a Python number is weak.
+            shape = (memory_size, *jnp.shape(x))
+            return jnp.zeros_like(x, dtype=jnp.result_type(x), shape=shape)
 
         dtype = _tree.scalar_dtype(params)
         return LimitedMemoryBfgsState(
@@ -117,6 +125,7 @@ def scale_by_limited_memory_bfgs(
         del extra_args
         _tree.check_params(updates, params, "limited-memory BFGS")
         _tree.check_match(updates, state.prev_grad, "the optimizer's state")
+        params = jax.tree.map(jnp.asarray, params)  # a leaf may be a Python number
         dtype = state.scale.dtype
 
         def reduce(integrand, *trees):

@@ -1,5 +1,6 @@
 """Which leaves are matrices, and how: functions for `scale_by_orthogonalization`."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -108,8 +109,14 @@ def describe(
     shapes = jax.eval_shape(lambda tree: tree, params)
     state = jax.eval_shape(what.init, shapes)
     kind = orthogonalization.OrthogonalizationState
+    place = orthogonalization.NoSecondMoment
+    # One for each orthogonalizer, which may see a part of the parameters only.
     found = [
-        node.second_moment
+        dict(
+            jax.tree_util.tree_leaves_with_path(
+                node.second_moment, is_leaf=lambda x: isinstance(x, place)
+            )
+        )
         for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
         if isinstance(node, kind)
     ]
@@ -118,14 +125,14 @@ def describe(
             "This optimizer has no state of `scale_by_orthogonalization`: it "
             "orthogonalizes nothing."
         )
-    leaves = dict(jax.tree_util.tree_leaves_with_path(shapes))
-    place = orthogonalization.NoSecondMoment
     method = _newton_schulz.Method(((0.0, 0.0, 0.0),) * iterations)
     rows = [("path", "shape", "treatment", "operations", "bytes")]
-    for path, node in jax.tree_util.tree_leaves_with_path(
-        found[0], is_leaf=lambda x: isinstance(x, place)
+    for (path, leaf), nodes in itertools.product(
+        jax.tree_util.tree_leaves_with_path(shapes), found
     ):
-        leaf = leaves[path]
+        if path not in nodes:
+            continue
+        node = nodes[path]
         treatment, operations = "second moment", 0.0
         if isinstance(node, place):
             count, m, n = sides(node.matrix, leaf.shape)

@@ -95,8 +95,9 @@ def scale_by_orthogonalization(
     et al. (arXiv:2502.16982), done to the gradient; it is also Shampoo
     (arXiv:1802.09568) without memory. The metric is
     :math:`M = (G G^\top)^{1/2} / (0.2 \sqrt{\max(m, n)})`, so that
-    :math:`g^\top z` is a nuclear norm. The result does not change when the loss is
-    multiplied by a constant.
+    :math:`g^\top z` is a nuclear norm. When the loss is multiplied by a constant the
+    result of a matrix does not change, and that of other leaves hardly while √v is far
+    above ε.
 
     The polar factor is approximated by five steps of a Newton–Schulz iteration,
     :math:`X \leftarrow P X` with :math:`P = a + b A + c A^2` and :math:`A = X X^\top`,
@@ -167,8 +168,15 @@ def scale_by_orthogonalization(
     if not isinstance(decay, jax.Array) and decay >= 1:
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
     _check.number("epsilon", epsilon, minimum=0)
-    _check.number("iterations", iterations, minimum=1, integer=True)
-    _check.number("batch_axes", batch_axes, minimum=0, integer=True)
+    counts = (("iterations", iterations, 1), ("batch_axes", batch_axes, 0))
+    for name, count, minimum in counts:
+        if isinstance(count, Tracer):
+            raise ValueError(
+                f"{name} is a traced array, but what is compiled follows from it. Call "
+                "`optax.inject_hyperparams(..., "
+                "static_args=('iterations', 'batch_axes'))`."
+            )
+        _check.number(name, count, minimum=minimum, integer=True)
 
     if mesh is not None and not isinstance(
         mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh

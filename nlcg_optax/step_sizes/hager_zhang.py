@@ -183,9 +183,12 @@ def scale_by_hager_zhang_linesearch(
     """
     _check.number("max_linesearch_steps", max_linesearch_steps, minimum=1, integer=True)
     _check.number("delta", delta, minimum=0, exclusive=True)
-    _check.number("sigma", sigma, minimum=delta)
+    # `optax.inject_hyperparams` makes arrays, which have no value while traced.
+    delta_known = not isinstance(delta, jax.Array)
+    _check.number("sigma", sigma, minimum=delta if delta_known else 0)
     _check.number("epsilon", epsilon, minimum=0)
-    if delta >= 0.5 or sigma >= 1:
+    sigma_known = not isinstance(sigma, jax.Array)
+    if (delta_known and delta >= 0.5) or (sigma_known and sigma >= 1):
         raise ValueError(
             f"delta={delta!r}, sigma={sigma!r} are not valid: expected delta < 1/2 and "
             "sigma < 1."

@@ -114,6 +114,7 @@ def scale_by_loss_feedback(
     _check.one_of("rule", rule, _GROWTH)
     _check.number("period", period, minimum=1, integer=True)
     _check.number("threshold", threshold, minimum=0, exclusive=True)
+    _check.floating_dtype("state_dtype", state_dtype)
 
     def init_fn(params: optax.Params) -> Any:
         dtype = _tree.scalar_dtype(params)
@@ -166,10 +167,10 @@ def scale_by_loss_feedback(
         rise = new - old
         relative = jnp.where(
             old == 0,
-            jnp.inf * jnp.sign(rise),
+            jnp.where(rise > 0, jnp.inf, -jnp.inf),
             rise / jnp.abs(jnp.where(old == 0, 1, old)),
         )
-        relative = jnp.where(rise == 0, 0, relative)  # 0/0 and inf·0
+        relative = jnp.where(rise == 0, 0, relative)  # even where the old loss is 0
 
         tau = _tree.real_scalar(threshold, dtype)
         exceeded = relative > tau * jnp.asarray(_RISE, dtype)

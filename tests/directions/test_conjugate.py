@@ -288,6 +288,39 @@ def test_state_dtype(dtype, state_dtype):
             assert kept.dtype == state_dtype
 
 
+def test_wide_bounds_do_not_widen_the_state():
+    bounds = np.float64(0.0), np.float64(0.5)
+    tx = scale_by_conjugate_direction(beta_bounds=bounds)
+    state = tx.init(jnp.ones(2, jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):  # where NumPy's numbers would promote
+        update, new_state = tx.update(jnp.ones(2, jnp.float32), state)
+    assert update.dtype == jnp.float32
+    for before, after in zip(*map(jax.tree.leaves, (state, new_state)), strict=True):
+        assert before.dtype == after.dtype
+
+
+def test_bounds_may_be_traced():
+    @jax.jit
+    def last_beta(lower, upper):
+        tx = scale_by_conjugate_direction(beta_bounds=(lower, upper), epsilon=0.0)
+        return run(tx, [jnp.ones(2), 2 * jnp.ones(2)])[-1][1].beta
+
+    assert last_beta(0.0, 0.5) == 0.5
+    assert last_beta(0.0, 9.0) == 4.0
+    with pytest.raises(ValueError, match="lower <= upper"):
+        scale_by_conjugate_direction(beta_bounds=(jnp.ones([]), jnp.zeros([])))
+
+
+@pytest.mark.parametrize("make", [nlcg_optax.nlcg, nlcg_optax.nlcg_paper])
+def test_debug_nans_has_nothing_to_find(make):
+    tx = make(0.1)
+    params = jnp.ones((2, 2))
+    state = tx.init(params)
+    with jax.debug_nans(True):
+        for _ in range(2):
+            _, state = tx.update(params, state, params, value=1.0)
+
+
 def test_complex_history_stays_complex():
     tx = nlcg_optax.nlcg_paper(0.1, state_dtype=jnp.bfloat16)
     x = jnp.array([1 + 2j, 3 - 1j], jnp.complex64)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import nlcg_optax
 
@@ -34,3 +35,22 @@ def test_limited_memory_bfgs_skips_negative_curvature():
     update, state = tx.update(jnp.array([0.7, 0.0]), state, jnp.array([-1.5, 0.0]))
     assert state.pairs == 1 and state.skipped == 1
     np.testing.assert_allclose(update, [1.4, 0.0])
+
+
+def test_a_traced_memory_size_is_to_be_static():
+    with pytest.raises(ValueError, match="memory_size is a traced .*static_args=") as e:
+        jax.jit(lambda n: nlcg_optax.scale_by_limited_memory_bfgs(n).init(1.0))(3)
+    assert "'memory_size'" in str(e.value)
+
+
+def test_parameters_may_be_python_numbers():
+    tx = nlcg_optax.scale_by_limited_memory_bfgs(2)
+    numbers, arrays = tx.init({"a": 1.0}), tx.init({"a": jnp.float32(1.0)})
+    for x in (1.0, 0.5, 0.25):
+        g = {"a": jnp.float32(3 * x)}
+        update, numbers = tx.update(g, numbers, {"a": x})
+        expected, arrays = tx.update(g, arrays, {"a": jnp.float32(x)})
+        assert update == expected
+    for leaf, other in zip(*map(jax.tree.leaves, (numbers, arrays)), strict=True):
+        np.testing.assert_array_equal(leaf, other)
+        assert (leaf.dtype, leaf.weak_type) == (other.dtype, other.weak_type)

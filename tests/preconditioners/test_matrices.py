@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from jax.tree_util import DictKey, GetAttrKey
@@ -118,3 +119,16 @@ def test_the_table(capsys):
     assert "8×2×4" in capsys.readouterr().out
     with pytest.raises(ValueError, match="orthogonalizes nothing"):
         nlcg_optax.describe(nlcg_optax.nlcg_paper(0.1), params)
+
+
+def test_the_table_of_several_optimizers(capsys):
+    groups = {"few": nlcg_optax.nlcg(0.1), "many": nlcg_optax.nlcg(0.2)}
+    labels = {"a": "many", "b": "few", "c": "many"}
+    params = {"a": jnp.ones((4, 5)), "b": jnp.ones((5, 6)), "c": jnp.ones(7)}
+    nlcg_optax.describe(optax.partition(groups, labels), params)
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:] == [
+        ["['a']", "4×5", "4×5"],
+        ["['b']", "5×6", "5×6"],
+        ["['c']", "7", "second"],
+    ]

@@ -201,6 +201,13 @@ def test_bad_arguments(options, words):
     assert next(iter(options)) in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["iterations", "batch_axes"])
+def test_traced_counts_are_to_be_static(name):
+    with pytest.raises(ValueError, match=f"{name} is a traced .*static_args=") as error:
+        jax.jit(lambda count: once(jnp.ones((2, 2)), **{name: count}))(1)
+    assert f"'{name}'" in str(error.value)
+
+
 @pytest.mark.standard_promotion  # optax's Adam promotes
 def test_other_leaves_by_partition():
     # The first layer by Adam's second moment, the rest orthogonalized.

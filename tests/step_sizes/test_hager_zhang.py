@@ -257,6 +257,18 @@ def test_steps_follow_the_scale_of_the_objective(x64):
     np.testing.assert_allclose(run(2.0**20), run(1.0), rtol=1e-9)
 
 
+@pytest.mark.parametrize("static", [(), ("delta",), ("sigma",)])
+def test_injected_hyperparameters_may_be_traced(static):
+    def value_fn(x):
+        return jnp.sum((x - 1.0) ** 2)
+
+    x, u = jnp.zeros(2), jnp.full(2, 2.0)
+    expected, _ = search_once(value_fn, x, u)
+    tx = optax.inject_hyperparams(SEARCH, static_args=static)()
+    update, _ = search_once(value_fn, x, u, tx)
+    np.testing.assert_allclose(update, expected, rtol=1e-6)
+
+
 def test_arguments_are_checked():
     for options in (
         {"max_linesearch_steps": 0},

@@ -155,6 +155,16 @@ def test_a_first_loss_that_is_nan_is_as_if_never_seen(rule):
 
 
 @pytest.mark.parametrize("rule", ["step", "online"])
+def test_a_loss_of_zero_makes_no_nan(rule):
+    tx = scale_by_loss_feedback(rule, 1)
+    with jax.debug_nans(True):
+        rows = feed(tx, [0.0, 0.0, 1.0])
+    assert [state.base_step for _, state in rows] == [1, 1, 0.5]
+    *_, (_, state) = feed(tx, [0.0, -1.0])
+    assert state.base_step == 1
+
+
+@pytest.mark.parametrize("rule", ["step", "online"])
 def test_the_scale_of_the_loss_does_not_matter(rule):
     tx = scale_by_loss_feedback(rule, 2)
     losses = 3 + np.random.default_rng(0).normal(size=30)
