@@ -24,7 +24,7 @@ from PIL import Image
 
 from nlcg_optax.training import data, loop, models, optimizers, steps
 from nlcg_optax.training.config import apply_overrides, base_config
-from nlcg_optax.training.mesh import create_mesh, put_replicated
+from nlcg_optax.training.mesh import create_mesh
 
 HERE = pathlib.Path(__file__).resolve().parent
 REPEATS = 3
@@ -76,14 +76,12 @@ def step_rate(data_dir: str, in_memory: str, batch_size: int) -> tuple[float, fl
     state = steps.create_state(model, tx, config, dataset.image_shape, mesh)
     next_batch, step = loop.make_input(config, dataset, model, tx, schedule, mesh, 0)
     rates, waits, pending = [], [], None
-    go_on = put_replicated(np.array(True), mesh)
     for i in range(3 + 6 * REPEATS):
         # As the loop does: the input of a step while the one before runs.
         start = time.perf_counter()
         batch = next_batch(i)
         waited = time.perf_counter() - start
-        state, metrics = step(state, batch, go_on)
-        go_on = metrics.pop("go_on")
+        state, metrics = step(state, batch)
         if pending is not None:
             jax.block_until_ready(pending)
         pending = metrics

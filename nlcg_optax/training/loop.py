@@ -199,7 +199,6 @@ def _run(
     results: dict[str, dict[str, float]] = {}
     step, saved, stopping = start, start, False
     pending: tuple[int, Any] | None = None
-    go_on = put_replicated(np.array(True), mesh)
     try:
         with distributed.Interrupts() as interrupts, jax.transfer_guard("disallow"):
             clock = time.monotonic()
@@ -209,7 +208,7 @@ def _run(
                 if step == start:
                     told.compiling()
                     clock = time.monotonic()
-                    memory = step_fn.compile(state, batch, go_on)
+                    memory = step_fn.compile(state, batch)
                     seconds = time.monotonic() - clock
                     told_rows = [report.memory_row(memory, mesh.local_devices[0])]
                     if distributed.is_first() and optimizers.uses_quadratic_model(
@@ -220,8 +219,7 @@ def _run(
                         told_rows.append(report.curvature_row(images, *counts))
                     told.compiled(told_rows, seconds)
                     clock = time.monotonic() - waited
-                state, values = step_fn(state, batch, go_on)
-                go_on = values.pop("go_on")
+                state, values = step_fn(state, batch)
                 step += 1
                 # Reading the metrics of the step before keeps the device busy.
                 before, pending = pending, (step, values)
@@ -263,10 +261,11 @@ def _run(
             with contextlib.suppress(*ignored), contextlib.ExitStack() as stack:
                 stack.callback(finish)
                 if whole and not isinstance(error, CheckpointError):
+                    # Even where the metrics cannot be written.
+                    stack.callback(checkpoints.save, int(state.step), state)
                     if pending and not isinstance(error, NonFiniteLossError):
                         with contextlib.suppress(NonFiniteLossError):
                             record(*pending)
-                    checkpoints.save(int(state.step), state)
         raise
     received = interrupts.received if stopping else None
     if received and step < total_steps:
@@ -425,35 +424,41 @@ def create_model(config: ConfigDict, num_classes: int) -> Any:
 class Update:
     """A jitted training step: a function of the state and its input.
 
-    It returns the new state and the metrics. The state is donated.
+    It returns the new state and the metrics. The state is donated. After a step that
+    was not finite all later ones leave the state as it is.
 
     Args:
       step: the function, of the state, its input, `go_on` and the constants; see
         :func:`nlcg_optax.training.steps.make_train_step`.
+      mesh: the devices.
       constants: what it takes beside these.
     """
 
-    def __init__(self, step: Callable[..., Any], *constants: Any):
+    def __init__(self, step: Callable[..., Any], mesh: Mesh, *constants: Any):
         """Compiles nothing yet."""
         self._jitted = jax.jit(step, donate_argnums=0)
         self._run: Callable[..., Any] = self._jitted
+        self._go_on = put_replicated(np.array(True), mesh)
         self._constants = constants
 
-    def compile(self, state: steps.TrainState, batch: Any, go_on: jax.Array) -> Any:
+    def compile(self, state: steps.TrainState, batch: Any) -> Any:
         """Compiles the step for calls with such arguments, and runs nothing.
 
         Returns:
           What the compiler says of its memory on each device, or None.
         """
-        compiled = self._jitted.lower(state, batch, go_on, *self._constants).compile()
+        inputs = state, batch, self._go_on, *self._constants
+        compiled = self._jitted.lower(*inputs).compile()
         self._run = compiled
         return compiled.memory_analysis()
 
     def __call__(
-        self, state: steps.TrainState, batch: Any, go_on: jax.Array
+        self, state: steps.TrainState, batch: Any
     ) -> tuple[steps.TrainState, steps.Metrics]:
         """Takes the step."""
-        return self._run(state, batch, go_on, *self._constants)
+        state, metrics = self._run(state, batch, self._go_on, *self._constants)
+        self._go_on = metrics.pop("go_on")
+        return state, metrics
 
 
 def make_input(
@@ -491,7 +496,7 @@ def make_input(
             flip=config.dataset.flip,
             train=True,
         )
-        return lambda step: layout.put(next(batches)), Update(train_step)
+        return lambda step: layout.put(next(batches)), Update(train_step, mesh)
 
     images, labels = put_replicated((split.images, split.labels), mesh)
 
@@ -503,7 +508,7 @@ def make_input(
         chosen = data.batch_indices(step, config.batch_size, len(split), config.seed)
         return layout.put(chosen[layout.places])
 
-    return indices, Update(gathering_step, images, labels)
+    return indices, Update(gathering_step, mesh, images, labels)
 
 
 def make_evaluation(
@@ -554,8 +559,8 @@ def make_evaluation(
         split, image_size = dataset.train, config.dataset.image_size
         options: Any = dict(batch_size=size, seed=config.seed)
         if dataset.streamed:
-            options |= dict(places=layout.places, image_size=image_size)
-            options |= dict(flip=config.dataset.flip)
+            options |= dict(places=layout.places, flip=config.dataset.flip)
+            options |= dict(image_size=image_size)
             return data.stream(split, **options)
         order = (
             data.batch_indices(step, num_examples=len(split), **options)[layout.places]

@@ -341,14 +341,13 @@ def make_train_step(
             average = optax.incremental_update(params, average, 1 - decay)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        kept, taken_back = go_on & finite, jnp.zeros([], jnp.int32)
+        report, kept = {}, go_on & finite
+        if config.optimizer.name in ("nlcg", "nlcg_paper"):
+            report = nlcg_optax.diagnostics(opt_state)
         if quadratic:  # where it steps back it has seen to parameters and state itself
-            after, before = (
-                nlcg_optax.diagnostics(tree)["rejected_steps"]
-                for tree in (opt_state, state.opt_state)
-            )
-            taken_back = after - before
-            kept = go_on & (finite | (taken_back > 0))
+            before = nlcg_optax.diagnostics(state.opt_state)["rejected_steps"]
+            report["taken_back"] = report["rejected_steps"] - before
+            kept = go_on & (finite | (report["taken_back"] > 0))
 
         def guard(keep: jax.Array, new: Any, old: Any) -> Any:
             return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
@@ -369,8 +368,7 @@ def make_train_step(
             "learning_rate": rate,
             "go_on": kept,
         }
-        if config.optimizer.name in ("nlcg", "nlcg_paper"):
-            report = nlcg_optax.diagnostics(opt_state)
+        if report:
             if quadratic:
                 a, *past, one, two = report.pop("coefficients")
                 report["coefficient_gradient"] = a
@@ -378,7 +376,6 @@ def make_train_step(
                     report[f"coefficient_past_{i}"] = b
                 report["coefficient_residual_1"] = one
                 report["coefficient_residual_2"] = two
-                report["taken_back"] = taken_back
             metrics |= report
             metrics["step_size"] = rate * report.get("base_step", 1.0)
         return constrain(new_state), whole(metrics)

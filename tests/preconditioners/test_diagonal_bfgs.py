@@ -173,16 +173,3 @@ def test_displacement_is_what_the_parameters_really_did(name, learning_rate):
         x = optax.apply_updates(x, update)
         x = x.at[0].add(0.01)  # someone else moves them too
     assert np.ptp(oracle.diagonal) > 0.1
-
-
-def test_parameters_may_be_python_numbers():
-    tx = scale_by_diagonal_bfgs()
-    numbers, arrays = tx.init({"a": 1.0}), tx.init({"a": jnp.float64(1.0)})
-    for x in (1.0, 0.5, 0.25):
-        g = {"a": jnp.float64(3 * x)}
-        update, numbers = tx.update(g, numbers, {"a": x})
-        expected, arrays = tx.update(g, arrays, {"a": jnp.float64(x)})
-        assert update == expected
-    for leaf, other in zip(*map(jax.tree.leaves, (numbers, arrays)), strict=True):
-        np.testing.assert_array_equal(leaf, other)
-        assert (leaf.dtype, leaf.weak_type) == (other.dtype, other.weak_type)

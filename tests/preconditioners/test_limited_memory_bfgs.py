@@ -43,14 +43,21 @@ def test_a_traced_memory_size_is_to_be_static():
     assert "'memory_size'" in str(e.value)
 
 
-def test_parameters_may_be_python_numbers():
-    tx = nlcg_optax.scale_by_limited_memory_bfgs(2)
-    numbers, arrays = tx.init({"a": 1.0}), tx.init({"a": jnp.float32(1.0)})
-    for x in (1.0, 0.5, 0.25):
-        g = {"a": jnp.float32(3 * x)}
-        update, numbers = tx.update(g, numbers, {"a": x})
-        expected, arrays = tx.update(g, arrays, {"a": jnp.float32(x)})
-        assert update == expected
-    for leaf, other in zip(*map(jax.tree.leaves, (numbers, arrays)), strict=True):
-        np.testing.assert_array_equal(leaf, other)
-        assert (leaf.dtype, leaf.weak_type) == (other.dtype, other.weak_type)
+@pytest.mark.parametrize("enable_x64", [False, True])
+@pytest.mark.parametrize(
+    "tx",
+    [nlcg_optax.scale_by_diagonal_bfgs(), nlcg_optax.scale_by_limited_memory_bfgs(2)],
+    ids=["diagonal", "limited_memory"],
+)
+def test_parameters_may_be_python_numbers(tx, enable_x64):
+    with jax.enable_x64(enable_x64):
+        array = jnp.float64 if enable_x64 else jnp.float32
+        numbers, arrays = tx.init({"a": 1.0}), tx.init({"a": array(1.0)})
+        for x in (1.0, 0.5, 0.25):
+            g = {"a": array(3 * x)}
+            update, numbers = tx.update(g, numbers, {"a": x})
+            expected, arrays = tx.update(g, arrays, {"a": array(x)})
+            assert update == expected
+        for leaf, other in zip(*map(jax.tree.leaves, (numbers, arrays)), strict=True):
+            np.testing.assert_array_equal(leaf, other)
+            assert (leaf.dtype, leaf.weak_type) == (other.dtype, other.weak_type)

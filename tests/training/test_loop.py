@@ -140,56 +140,60 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
+def assert_same_run(result, workdir, expected, whole):
+    """The state at its end, and every row of its metrics."""
+    assert_same_bits(result.state, expected.state)
+    assert metrics.read_metrics(workdir / "metrics.jsonl") == metrics.read_metrics(
+        whole / "metrics.jsonl"
+    )
+
+
+def before_each_batch(patch, happens):
+    """Patches the loop, so that `happens(step)` is called before it reads a batch."""
+    make_input = loop.make_input
+
+    def make(*args):
+        next_batch, step_fn = make_input(*args)
+
+        def read(step):
+            happens(step)
+            return next_batch(step)
+
+        return read, step_fn
+
+    patch.setattr(loop, "make_input", make)
+
+
 def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypatch):
     """Stopped by SIGTERM in the middle of the run, and gone on with."""
     whole, expected = uninterrupted
-    make_input = loop.make_input
 
-    def stopping(*args):
-        next_batch, step_fn = make_input(*args)
-
-        def counted(step):
-            if step == 7:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return next_batch(step)
-
-        return counted, step_fn
+    def stop(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_input", stopping)
+        before_each_batch(patch, stop)
         first = loop.train_and_evaluate(tiny_config(), tmp_path)
     assert first.signal == signal.SIGTERM and first.step == 8
     second = loop.train_and_evaluate(tiny_config(), tmp_path)
     assert second.signal is None
-    assert_same_bits(second.state, expected.state)
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
-        whole / "metrics.jsonl"
-    )
+    assert_same_run(second, tmp_path, expected, whole)
 
 
 def test_an_error_loses_no_row(uninterrupted, tmp_path, monkeypatch):
     """What reads a batch fails, while the metrics of the step before are unread."""
     whole, expected = uninterrupted
-    make_input = loop.make_input
 
-    def failing(*args):
-        next_batch, step_fn = make_input(*args)
-
-        def fail(step):
-            if step == 7:
-                raise OSError("the disk is gone")
-            return next_batch(step)
-
-        return fail, step_fn
+    def fail(step):
+        if step == 7:
+            raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is gone"):
-        patch.setattr(loop, "make_input", failing)
+        before_each_batch(patch, fail)
         loop.train_and_evaluate(tiny_config(), tmp_path)
     result = loop.train_and_evaluate(tiny_config(), tmp_path)
-    assert_same_bits(result.state, expected.state)
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
-        whole / "metrics.jsonl"
-    )
+    assert_same_run(result, tmp_path, expected, whole)
 
 
 def test_a_batch_that_is_not_finite_is_not_skipped(
@@ -218,37 +222,25 @@ def test_a_batch_that_is_not_finite_is_not_skipped(
     assert saved.latest_step() == 1
     saved.close()
     result = loop.train_and_evaluate(config, tmp_path)
-    assert_same_bits(result.state, expected.state)
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
-        whole / "metrics.jsonl"
-    )
+    assert_same_run(result, tmp_path, expected, whole)
 
 
 def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, monkeypatch):
     """Set forward by years, then back: what a run does depends on its steps alone."""
     whole, expected = uninterrupted
-    make_input, clock, offset = loop.make_input, time.time, [0.0]
+    clock, offset = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: clock() + offset[0])
 
-    def jumping(*args):
-        next_batch, step_fn = make_input(*args)
+    def jump(step):
+        # While the checkpoint of the step before is being written.
+        offset[0] = {5: 1e8, 9: -1e8}.get(step, offset[0])
 
-        def jump(step):
-            # While the checkpoint of the step before is being written.
-            offset[0] = {5: 1e8, 9: -1e8}.get(step, offset[0])
-            return next_batch(step)
-
-        return jump, step_fn
-
-    monkeypatch.setattr(loop, "make_input", jumping)
+    before_each_batch(monkeypatch, jump)
     result = loop.train_and_evaluate(tiny_config(), tmp_path)
     assert offset == [-1e8]
-    assert_same_bits(result.state, expected.state)
     saved = [sorted(p.name for p in w.glob("checkpoints/*")) for w in (tmp_path, whole)]
     assert saved[0] == saved[1]
-    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == metrics.read_metrics(
-        whole / "metrics.jsonl"
-    )
+    assert_same_run(result, tmp_path, expected, whole)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,7 @@ import numpy as np  # noqa: E402
 
 from nlcg_optax.training import data, loop, models, optimizers, steps  # noqa: E402
 from nlcg_optax.training.config import apply_overrides, base_config  # noqa: E402
-from nlcg_optax.training.mesh import (  # noqa: E402
-    BatchLayout,
-    create_mesh,
-    put_replicated,
-)
+from nlcg_optax.training.mesh import BatchLayout, create_mesh  # noqa: E402
 
 STEPS = 20
 rng = np.random.default_rng(0)
@@ -93,11 +89,9 @@ def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
 def train(*args, **options):
     config, mesh, model, schedule, tx, state = build(*args, **options)
     next_batch, step = loop.make_input(config, DATASET, model, tx, schedule, mesh, 0)
-    go_on = put_replicated(np.array(True), mesh)
     with jax.transfer_guard("disallow"):
         for i in range(STEPS):
-            state, metrics = step(state, next_batch(i), go_on)
-            go_on = metrics.pop("go_on")
+            state, metrics = step(state, next_batch(i))
     if config.mesh.fsdp > 1:
         split = [x for x in jax.tree.leaves(state) if not x.is_fully_replicated]
         whole = sum(x.nbytes for x in jax.tree.leaves(state))
