@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -105,6 +106,7 @@ class Checkpoints:
         # Orbax copies to the host in a way that a transfer guard takes as not meant.
         with self._writing(), jax.transfer_guard("allow"):
             if step not in self._manager.all_steps():
+                self._check_writable()
                 self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def wait(self) -> None:
@@ -128,6 +130,12 @@ class Checkpoints:
         finally:
             with self._writing():
                 self._manager.close()
+
+    def _check_writable(self) -> None:
+        # Where Orbax cannot make a folder, its threads hold up the program's end for
+        # five minutes.
+        self.path.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(tempfile.mkdtemp(prefix=".writable-", dir=self.path)).rmdir()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""Checkpoints whose files are cut, or whose folder takes none: `cut|unwritable FOLDER`.
+"""Checkpoints whose files are cut, in the folder of the command line.
 
-In a process of its own: where a write or a read fails, Orbax leaves coroutines behind,
-which warn when they are collected, at any time.
+In a process of its own: where a read fails, Orbax leaves coroutines behind, which warn
+when they are collected, at any time.
 """
 
 import json
@@ -52,25 +52,5 @@ def cut(folder):
     print(json.dumps(outcomes))
 
 
-def unwritable(folder):
-    """A file in its place stands for one that takes no files: root may write all."""
-    checkpoints = Checkpoints(folder, keep=2)
-    checkpoints.save(1, state(1))
-    checkpoints.wait()
-    (folder / "checkpoints").rename(folder / "away")
-    (folder / "checkpoints").write_text("")
-    try:
-        checkpoints.save(2, state(2))
-        checkpoints.wait()
-    except CheckpointError as error:
-        print(error)
-    (folder / "checkpoints").unlink()
-    (folder / "away").rename(folder / "checkpoints")
-    fresh = Checkpoints(folder, keep=2)
-    assert fresh.latest_step() == 1
-    jax.tree.map(np.testing.assert_array_equal, fresh.restore(state(0)), state(1))
-    fresh.close()
-
-
 if __name__ == "__main__":
-    {"cut": cut, "unwritable": unwritable}[sys.argv[1]](pathlib.Path(sys.argv[2]))
+    cut(pathlib.Path(sys.argv[1]))
