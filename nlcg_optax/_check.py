@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def number(
@@ -33,6 +34,23 @@ def number(
         if minimum > -math.inf:
             bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
         raise ValueError(f"{name}={value!r} is not valid: expected {what}{bound}.")
+
+
+def static_counts(**counts: tuple[Any, int]) -> None:
+    """Raises unless all are integers from a minimum on that are known when compiling.
+
+    `optax.inject_hyperparams` traces the numbers that it is not told to leave alone.
+
+    Args:
+      counts: by name a value, and the least that it may be.
+    """
+    for name, (value, minimum) in counts.items():
+        if isinstance(value, Tracer):
+            raise ValueError(
+                f"{name} is a traced array, but what is compiled follows from it. Call "
+                f"`optax.inject_hyperparams(..., static_args={tuple(counts)})`."
+            )
+        number(name, value, minimum=minimum, integer=True)
 
 
 def floating_dtype(name: str, value: Any) -> None:

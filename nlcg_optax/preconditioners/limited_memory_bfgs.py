@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from nlcg_optax import _check, _tree
 from nlcg_optax.preconditioners import _two_loop
@@ -89,12 +88,7 @@ def scale_by_limited_memory_bfgs(
     >>> print([f"{u:.4f}" for u in update], bool(abs(x).max() < 1e-6))
     ['0.5000', '-0.1667'] True
     """
-    if isinstance(memory_size, Tracer):
-        raise ValueError(
-            "memory_size is a traced array, but shapes follow from it. Call "
-            "`optax.inject_hyperparams(..., static_args=('memory_size',))`."
-        )
-    _check.number("memory_size", memory_size, minimum=1, integer=True)
+    _check.static_counts(memory_size=(memory_size, 1))
 
     def init_fn(params: optax.Params) -> LimitedMemoryBfgsState:
         def memory(x: jax.Array) -> jax.Array:

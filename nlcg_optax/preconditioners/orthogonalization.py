@@ -168,16 +168,7 @@ def scale_by_orthogonalization(
     if not isinstance(decay, jax.Array) and decay >= 1:
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
     _check.number("epsilon", epsilon, minimum=0)
-    counts = (("iterations", iterations, 1), ("batch_axes", batch_axes, 0))
-    for name, count, minimum in counts:
-        if isinstance(count, Tracer):
-            raise ValueError(
-                f"{name} is a traced array, but what is compiled follows from it. Call "
-                "`optax.inject_hyperparams(..., "
-                "static_args=('iterations', 'batch_axes'))`."
-            )
-        _check.number(name, count, minimum=minimum, integer=True)
-
+    _check.static_counts(iterations=(iterations, 1), batch_axes=(batch_axes, 0))
     if mesh is not None and not isinstance(
         mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh
     ):

@@ -218,13 +218,7 @@ def scale_by_quadratic_model(
     >>> print(x.round(3))
     [1. 1.]
     """
-    for name, number in (("history", history), ("residuals", residuals)):
-        if isinstance(number, jax.Array):
-            raise ValueError(
-                f"{name} is an array, but shapes follow from it. Call "
-                "`optax.inject_hyperparams(..., static_args=('history', 'residuals'))`."
-            )
-        _check.number(name, number, minimum=0, integer=True)
+    _check.static_counts(history=(history, 0), residuals=(residuals, 0))
     _check.number("damping", damping, minimum=0)
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)

@@ -531,6 +531,31 @@ def test_arguments_that_are_none():
         check(error, *needles)
 
 
+@pytest.mark.parametrize("name", ["history", "residuals"])
+def test_traced_counts_are_to_be_static(name):
+    with pytest.raises(ValueError, match=f"{name} is a traced .*static_args=") as error:
+        jax.jit(lambda n: scale_by_quadratic_model(**{name: n}).init(1.0))(2)
+    assert f"'{name}'" in str(error.value)
+
+
+def test_with_injected_hyperparams_the_steps_are_the_same():
+    static = ("history", "residuals")
+    injected = optax.inject_hyperparams(scale_by_quadratic_model, static_args=static)
+    txs = scale_by_quadratic_model(max_growth=2.0), injected(max_growth=2.0)
+    curvature = nlcg_optax.hessian(quadratic)
+    x = jnp.ones(N)
+
+    def two_steps(tx):
+        state = tx.init(x)
+        for g in (x, x[::-1]):
+            given = {"value": quadratic(g), "curvature": curvature}
+            updates, state = jax.jit(tx.update)(g, state, x, **given)
+        return updates
+
+    plain, same = map(two_steps, txs)
+    np.testing.assert_allclose(same, plain, rtol=1e-6)
+
+
 CALL = "curvature=nlcg_optax.gauss_newton("
 
 
