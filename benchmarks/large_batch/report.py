@@ -440,6 +440,7 @@ WARM = {
     "nlcg_paper": "orange",
     "nlcg β=0.9": "darkred",
     "nlcg by curvature": "deeppink",
+    "nlcg by full curvature": "purple",
 }
 COOL = (
     "tab:blue tab:green tab:purple tab:brown tab:gray tab:olive tab:cyan tab:pink "

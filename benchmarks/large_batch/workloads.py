@@ -26,6 +26,8 @@ NLCG = [
     "optimizer.nlcg.nesterov=True",
 ]
 
+CURVATURE = ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"]
+
 # L2 is in the loss, the same for all; none has decoupled weight decay.
 OPTIMIZERS: Optimizers = {
     # The rate is per step, and β = 0.9 makes up to ten of it: low for that reason.
@@ -52,14 +54,20 @@ OPTIMIZERS: Optimizers = {
     "soap": (["peer.name=soap"], 4e-3),
     "soap β=0.8": (["peer.name=soap", "peer.b1=0.8"], 4e-3),
     "schedule-free adamw": (["peer.name=schedule_free_adamw"], 8e-3),
-    "nlcg by curvature": (
-        ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"],
+    "nlcg by curvature": (CURVATURE, 1.0),
+    # Where data are few: more of the curvature, for a longer step.
+    "nlcg by full curvature": (
+        [
+            *CURVATURE,
+            "optimizer.nlcg.curvature_fraction=1.0",
+            "optimizer.nlcg.curvature_residuals=5",
+        ],
         1.0,
     ),
 }
 
 # The curvature chooses the step: there is nothing to tune, and no rate or schedule.
-UNTUNED = {"nlcg by curvature"}
+UNTUNED = {"nlcg by curvature", "nlcg by full curvature"}
 
 # Made for a constant rate: they have schedules of their own.
 SCHEDULE_FREE = {"schedule-free adamw"}
@@ -163,6 +171,7 @@ CONSTANT = [("warm-up 10%", 0.1), ("no warm-up", 0.0), ("warm-up 30%", 0.3)]
 # order in which they are run: of autoencoders, of physics, of language.
 CENTRES = {
     "nlcg by curvature": (1.0, 1.0, 1.0),
+    "nlcg by full curvature": (1.0, 1.0, 1.0),
     "nlcg": (0.02, 0.16, 0.02),
     "muon": (0.04, 0.08, 0.02),
     "muon β=0.8": (0.08, 0.16, 0.04),
@@ -186,6 +195,7 @@ AUTOENCODER, PHYSICS, LANGUAGE = (
 # a constant β).
 BEST_AT_5000 = {
     "nlcg by curvature": 1.0,
+    "nlcg by full curvature": 1.0,
     "muon β=0.8": 0.08,
     "soap β=0.8": 0.032,
     "nlcg": 0.04,

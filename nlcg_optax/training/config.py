@@ -104,6 +104,7 @@ def base_config() -> ConfigDict:
             # and of how many images at least (or all of a smaller batch).
             curvature_fraction=0.05,
             curvature_min_images=250,
+            curvature_residuals=2,  # residual directions: 5 where the part is all
         )
     )
     config.optimizer.nlcg_paper = _Group(

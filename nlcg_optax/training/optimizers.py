@@ -88,6 +88,7 @@ def _nlcg(
     options = config[config.name].to_dict()
     fraction = options.pop("curvature_fraction", 1.0)
     fewest = options.pop("curvature_min_images", 1)
+    residuals = options.pop("curvature_residuals", 2)
     if not 0 < fraction <= 1:
         raise ConfigError(
             f"optimizer.nlcg.curvature_fraction={fraction} is not valid: expected a "
@@ -97,6 +98,11 @@ def _nlcg(
         raise ConfigError(
             f"optimizer.nlcg.curvature_min_images={fewest} is not valid: expected at "
             "least 1 image."
+        )
+    if not isinstance(residuals, int) or residuals < 0:
+        raise ConfigError(
+            f"optimizer.nlcg.curvature_residuals={residuals} is not valid: expected an "
+            "integer of at least 0."
         )
     preconditioners = {
         "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
@@ -116,7 +122,7 @@ def _nlcg(
     if step_rule == "quadratic_model" and config.name == "nlcg":
         preconditioners["diagonal_bfgs"] = nlcg_optax.scale_by_diagonal_bfgs()
         model = nlcg_optax.scale_by_quadratic_model(
-            preconditioners[name], horizon=total_steps
+            preconditioners[name], residuals=residuals, horizon=total_steps
         )
         return optax.chain(model, optax.scale(-1.0))
     make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]

@@ -199,6 +199,7 @@ QUADRATIC = "optimizer.nlcg.step_rule=quadratic_model"
         ("optimizer.nlcg.curvature_fraction=0.0", ["curvature_fraction=0.0", "part"]),
         ("optimizer.nlcg.curvature_fraction=1.5", ["curvature_fraction=1.5", "part"]),
         ("optimizer.nlcg.curvature_min_images=0", ["min_images=0", "at least 1"]),
+        ("optimizer.nlcg.curvature_residuals=-1", ["residuals=-1", "at least 0"]),
         ("weight_decay=0.1", ["weight_decay=0.1", "quadratic_model", "l2_penalty"]),
         ("optimizer.layerwise_coefficient=0.1", ["layerwise_coefficient=0.1"]),
     ],
