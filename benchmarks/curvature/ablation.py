@@ -13,7 +13,6 @@ sweep.
 """
 
 import argparse
-import functools
 import importlib
 import pathlib
 import statistics
@@ -121,6 +120,9 @@ VARIANTS = {
     "products on a twentieth, 2 residual directions": Variant(
         ("curvature_fraction=0.05",), {"residuals": 2}
     ),
+    "products on a twentieth, 5 residual directions": Variant(
+        ("curvature_fraction=0.05",), {"residuals": 5}
+    ),
     "1 past step, no residual direction": Variant((), {"history": 1, "residuals": 0}),
     "Hessian": Variant((), {}, None, hessian_of),
     "Hessian, 1 past step, no residual direction": Variant(
@@ -139,11 +141,12 @@ def create_trainer(sweep, workload):
     class Trainer(sweep.Trainer):
         def compiled(self, optimizer, *arguments):
             variant = VARIANTS[optimizer]
-            model = functools.partial(
-                nlcg_optax.scale_by_quadratic_model,
-                **{"residuals": 1} | variant.options,
-            )
+            make = nlcg_optax.scale_by_quadratic_model
             create = self.task.create_optimizer
+
+            def model(preconditioner, **given):
+                options = given | {"residuals": 1} | variant.options
+                return make(preconditioner, **options)
 
             def create_optimizer(config, words, rate, horizon):
                 if variant.preconditioner is None:

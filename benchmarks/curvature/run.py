@@ -51,7 +51,8 @@ PEERS = {
     "nlcg": (nlcg_optax.nlcg, 0.02),
     "nlcg β=0.9": (lambda rate: nlcg_optax.nlcg(rate, beta_bounds=(0.9, 0.9)), 0.01),
 }
-OURS = "nlcg by curvature"
+# By name: residual directions.
+OURS = {"nlcg by curvature": 2, "nlcg by curvature, 5 residual directions": 5}
 
 
 def losses_of(task, tx, seed, curvature=None):
@@ -82,9 +83,12 @@ def run(name, optimizer, rate, seed):
         if (row["task"], row["optimizer"], row["rate"], row["seed"]) == known:
             return row
     task = tasks.TASKS[name]()
-    if optimizer == OURS:
+    if optimizer in OURS:
         curvature = nlcg_optax.gauss_newton(task.outputs, task.loss, l2=task.l2)
-        tx = nlcg_optax.nlcg(step_rule="quadratic_model")
+        model = nlcg_optax.scale_by_quadratic_model(
+            nlcg_optax.scale_by_orthogonalization(), residuals=OURS[optimizer]
+        )
+        tx = optax.chain(model, optax.scale(-1.0))
         losses = losses_of(task, tx, seed, curvature)
     else:
         decay = optax.cosine_decay_schedule(rate, tasks.STEPS)
@@ -117,7 +121,7 @@ def tune(name, optimizer):
 
 def report():
     rows, lines = protocol.read(ROWS), []
-    names = [OURS, *PEERS]
+    names = [*OURS, *PEERS]
     lines.append("| task | " + " | ".join(names) + " |")
     lines.append("|---" * (len(names) + 1) + "|")
     for name in tasks.TASKS:
@@ -151,15 +155,15 @@ def report():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default=",".join(tasks.TASKS))
-    parser.add_argument("--optimizers", default=",".join([OURS, *PEERS]))
+    parser.add_argument("--optimizers", default=";".join([*OURS, *PEERS]))
     parser.add_argument("--report", action="store_true")
     flags = parser.parse_args()
     if not flags.report:
-        for optimizer in flags.optimizers.split(","):
+        for optimizer in flags.optimizers.split(";"):
             for name in flags.tasks.split(","):
-                if optimizer == OURS:
+                if optimizer in OURS:
                     for seed in SEEDS:
-                        run(name, OURS, None, seed)
+                        run(name, optimizer, None, seed)
                 else:
                     tune(name, optimizer)
     report()
