@@ -218,3 +218,15 @@ def test_with_the_quadratic_model_no_learning_rate_counts():
     apply_overrides(config, [QUADRATIC, "schedule.name=cosine"])
     schedule = optimizers.create_schedule(config, 10.0)
     assert [schedule(t) for t in (0, 5, 9)] == [1.0] * 3
+
+
+def test_the_config_says_how_many_residual_directions():
+    sizes = []
+    for number in (0, 5):
+        config = base_config()
+        words = [QUADRATIC, f"optimizer.nlcg.curvature_residuals={number}"]
+        apply_overrides(config, words)
+        tx = optimizers.create_optimizer(config, optax.constant_schedule(1.0), True, 10)
+        report = nlcg_optax.diagnostics(tx.init({"w": jnp.ones((2, 3))}))
+        sizes.append(len(report["coefficients"]))
+    assert sizes[1] == sizes[0] + 5
