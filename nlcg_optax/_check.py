@@ -36,18 +36,20 @@ def number(
         raise ValueError(f"{name}={value!r} is not valid: expected {what}{bound}.")
 
 
-def static_counts(**counts: tuple[Any, int]) -> None:
+def static_counts(refused: type = Tracer, /, **counts: tuple[Any, int]) -> None:
     """Raises unless all are integers from a minimum on that are known when compiling.
 
     `optax.inject_hyperparams` traces the numbers that it is not told to leave alone.
 
     Args:
+      refused: the arrays that will not do: those that are traced, or all.
       counts: by name a value, and the least that it may be.
     """
     for name, (value, minimum) in counts.items():
-        if isinstance(value, Tracer):
+        if isinstance(value, refused):
+            array = "a traced array" if isinstance(value, Tracer) else "an array"
             raise ValueError(
-                f"{name} is a traced array, but what is compiled follows from it. Call "
+                f"{name} is {array}, but what is compiled follows from it. Call "
                 f"`optax.inject_hyperparams(..., static_args={tuple(counts)})`."
             )
         number(name, value, minimum=minimum, integer=True)

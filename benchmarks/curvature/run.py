@@ -155,7 +155,8 @@ def report():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", default=",".join(tasks.TASKS))
-    parser.add_argument("--optimizers", default=";".join([*OURS, *PEERS]))
+    everything = ";".join([*OURS, *PEERS])
+    parser.add_argument("--optimizers", default=everything, help="some of them: a;b")
     parser.add_argument("--report", action="store_true")
     flags = parser.parse_args()
     if not flags.report:

@@ -218,7 +218,7 @@ def scale_by_quadratic_model(
     >>> print(x.round(3))
     [1. 1.]
     """
-    _check.static_counts(history=(history, 0), residuals=(residuals, 0))
+    _check.static_counts(jax.Array, history=(history, 0), residuals=(residuals, 0))
     _check.number("damping", damping, minimum=0)
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)

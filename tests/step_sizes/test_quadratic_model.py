@@ -536,6 +536,8 @@ def test_traced_counts_are_to_be_static(name):
     with pytest.raises(ValueError, match=f"{name} is a traced .*static_args=") as error:
         jax.jit(lambda n: scale_by_quadratic_model(**{name: n}).init(1.0))(2)
     assert f"'{name}'" in str(error.value)
+    with pytest.raises(ValueError, match=f"{name} is an array, .*static_args="):
+        scale_by_quadratic_model(**{name: jnp.int32(2)})  # which a jit would trace
 
 
 def test_with_injected_hyperparams_the_steps_are_the_same():
