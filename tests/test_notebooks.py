@@ -1,4 +1,7 @@
-"""Every notebook runs, in short, and is committed tidy."""
+"""Every notebook runs, in short, and is committed tidy.
+
+Two of them run in `make test-all` alone.
+"""
 
 import os
 import pathlib
@@ -14,6 +17,8 @@ FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# Half a minute each.
+LONG = ("building_your_own", "full_batch_and_scientific_use")
 
 
 def test_notebooks_are_found():
@@ -28,7 +33,14 @@ def printed(cell):
     )
 
 
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] if path.stem in LONG else [])
+        for path in NOTEBOOKS
+    ],
+    ids=lambda path: path.stem,
+)
 def test_runs(path, tmp_path, monkeypatch):
     """A cell that raises fails, and so does one that warns."""
     notebook = nbformat.read(path, as_version=4)

@@ -407,11 +407,16 @@ def test_a_step_of_length_zero_is_none(x64):
         curvature = nlcg_optax.hessian(quadratic)
         x = jnp.asarray(START)
         state = tx.init(x)
-        for factor in grads:
+
+        @jax.jit
+        def one(x, state, factor):
             grad = factor * (MATRIX @ x - OFFSET)
             given = {"value": quadratic(x), "curvature": curvature}
             step, state = tx.update(grad, state, x, **given)
-            x = x - step
+            return x - step, state
+
+        for factor in grads:
+            x, state = one(x, state, factor)
         return x, state
 
     expected, found = run_of([1.0] * 3, [1.0] * 3)
@@ -594,6 +599,9 @@ def test_update_needs_the_parameters_and_gradients_like_them():
 
 # --- Several devices ----------------------------------------------------------------
 
+# One process measures for all the tests of a group, which xdist leaves together.
+on_eight_devices = pytest.mark.xdist_group("quadratic_model")
+
 
 @pytest.fixture(scope="module")
 def found(run_on_devices):
@@ -602,6 +610,7 @@ def found(run_on_devices):
     return json.loads(done.stdout)
 
 
+@on_eight_devices
 def test_on_several_devices_the_numbers_are_those_of_one(found):
     differences = found["numbers"]
     assert len(differences) == 13
@@ -609,11 +618,13 @@ def test_on_several_devices_the_numbers_are_those_of_one(found):
     assert differences[worst] < 1e-8, worst
 
 
+@on_eight_devices
 def test_a_lost_mean_is_noticed(found):
     for needle in ("each device's own", "'data'", "axis_name="):
         assert needle in found["lost_mean"]
 
 
+@on_eight_devices
 @pytest.mark.parametrize("door", ["jit", "shard_map"])
 def test_no_second_all_reduce_of_a_gradient(found, door):
     """Products are a matrix of three directions; a residual direction is a tree."""

@@ -17,7 +17,7 @@ def compilation_cache(tmp_path_factory):
     """Runs of one config, in this process or another, compile once a session."""
     options = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
     }
     for name, value in options.items():
         jax.config.update(name, value)

@@ -100,7 +100,10 @@ def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
     np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 0), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [("SIGTERM", 0), pytest.param("SIGINT", 130, marks=pytest.mark.long)],
+)
 def test_a_signal_to_one_process_saves_and_stops_all(tmp_path, number, code):
     processes = start_two(tmp_path, "--config.num_epochs=100000", devices=1)
     path = tmp_path / "metrics.jsonl"

@@ -8,15 +8,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG, OVERRIDES, ROOT, create_tiny_model
+import tiny
+from tiny import CONFIG, OVERRIDES, create_tiny_model
 from waiting import HANGING_SECONDS, wait_for
 
 from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
@@ -480,17 +479,7 @@ def test_streamed_images_train_and_resume(tmp_path):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
 )
 def test_signals_save_and_say_where(tmp_path, number, code):
-    command = [sys.executable, str(ROOT / "examples" / "train.py")]
-    command += [f"--config={CONFIG}", f"--workdir={tmp_path}"]
-    command += [f"--config.{override}" for override in OVERRIDES]
-    command += ["--config.num_epochs=100000"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+    process = tiny.start(tmp_path, "--config.num_epochs=100000")
     path = tmp_path / "metrics.jsonl"
     wait_for(lambda: path.exists() and '"test"' in path.read_text(), process)
     # A second run in its folder, meanwhile, is refused before it has written anything.

@@ -56,6 +56,8 @@ CURVED = (
 )
 # Two of the five images that each of eight devices has.
 SOME = (*CURVED, "optimizer.nlcg.curvature_min_images=13")
+# With the parameters whole, and split: evaluation compiles programs of its own.
+EVALUATED = ("batch 40", "the paper's")
 
 
 def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
@@ -99,8 +101,10 @@ def train(*args, **options):
         # Of the parameters, and of at least one array of the optimizer like them.
         assert len(split) >= 2 * 4, len(split)
         assert here < 1.3 * whole / config.mesh.fsdp, (here, whole)
-    evaluate = loop.make_evaluation(config, DATASET, model, mesh)
-    return jax.device_get((state.params, state.batch_stats)), evaluate(state), metrics
+    evaluate = functools.partial(
+        loop.make_evaluation(config, DATASET, model, mesh), state
+    )
+    return jax.device_get((state.params, state.batch_stats)), evaluate, metrics
 
 
 def difference(a, b):
@@ -124,14 +128,14 @@ def check_numbers():
         "by curvature": (True, CURVED, CURVED, (2, 4)),
     }
     for name, (batch_norm, reference, overrides, shape) in cases.items():
-        expected, evaluation, _ = train(1, 1, *reference, batch_norm=batch_norm)
-        found, result, metrics = train(*shape, *overrides, batch_norm=batch_norm)
+        expected, alone, _ = train(1, 1, *reference, batch_norm=batch_norm)
+        found, evaluate, metrics = train(*shape, *overrides, batch_norm=batch_norm)
         worst = difference(found, expected)
         print(f"{name}; data {shape[0]}, fsdp {shape[1]}: {worst:.1e}")
         assert worst < 1e-10, name
-        np.testing.assert_allclose(
-            result["test"]["loss"], evaluation["test"]["loss"], rtol=1e-6
-        )
+        if name in EVALUATED:
+            losses = [run()["test"]["loss"] for run in (evaluate, alone)]
+            np.testing.assert_allclose(*losses, rtol=1e-6)
         assert metrics["loss"] < 0.6  # it learns: 0.69 is chance
     # The statistics of microbatches are not those of the batch.
     assert difference(train(1, 1, *parts)[0], train(1, 1)[0]) > 1e-4
