@@ -6,8 +6,7 @@ WORKDIR ?= runs/digits
 ARGS ?=
 
 BIN := $(VENV)/bin
-# Python compiles what it imports, which is little of what is installed.
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 # What is installed into the environment: what the demo needs, and what the tests need.
 TRAIN_INSTALLED := $(VENV)/.installed-train
 TEST_INSTALLED := $(VENV)/.installed-test

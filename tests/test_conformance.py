@@ -464,21 +464,33 @@ def curvatures(params):
     )
 
 
+def beside(tx, wrapped):
+    """A compiled step of what is wrapped, and one of the piece that sees "w" alone."""
+
+    @jax.jit
+    def one(params, state, inner):
+        value, grads = value_and_grad(params)
+        whole, part = curvatures(params)
+        updates, state = wrapped.update(
+            grads, state, params, value=value, curvature=whole
+        )
+        expected, inner = tx.update(
+            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value, curvature=part
+        )
+        return grads, updates, state, expected, inner
+
+    return one
+
+
 @every_transformation
 def test_masked(name):
     tx = make(name)
     params = simple_params()
     masked = optax.masked(tx, {"w": True, "b": False})
     state, inner = masked.init(params), tx.init({"w": params["w"]})
+    one = beside(tx, masked)
     for _ in range(3):
-        value, grads = value_and_grad(params)
-        whole, part = curvatures(params)
-        updates, state = masked.update(
-            grads, state, params, value=value, curvature=whole
-        )
-        expected, inner = tx.update(
-            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value, curvature=part
-        )
+        grads, updates, state, expected, inner = one(params, state, inner)
         np.testing.assert_array_equal(updates["b"], grads["b"])
         np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
         params = {"w": apply(name, params["w"], updates["w"]), "b": params["b"] * 0.9}
@@ -491,15 +503,9 @@ def test_partition_with_an_empty_group(name):
     groups = {"ours": tx, "empty": make(name), "other": optax.sgd(0.01)}
     partition = optax.partition(groups, {"w": "ours", "b": "other"})
     state, inner = partition.init(params), tx.init({"w": params["w"]})
+    one = beside(tx, partition)
     for _ in range(3):
-        value, grads = value_and_grad(params)
-        whole, part = curvatures(params)
-        updates, state = partition.update(
-            grads, state, params, value=value, curvature=whole
-        )
-        expected, inner = tx.update(
-            {"w": grads["w"]}, inner, {"w": params["w"]}, value=value, curvature=part
-        )
+        grads, updates, state, expected, inner = one(params, state, inner)
         np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(updates["b"], -0.01 * grads["b"], rtol=1e-6)
         params = apply(name, params, updates)

@@ -16,7 +16,7 @@ RUN_BY = {
     "mesh_jit.py": ("tests/test_front_doors.py", '("mesh_jit", '),
     "mesh_pmap.py": ("tests/test_front_doors.py", '("mesh_pmap", '),
     "mesh_shard_map.py": ("tests/test_front_doors.py", '("mesh_shard_map", '),
-    "train.py": ("tests/training/test_loop.py", '"examples" / "train.py"'),
+    "train.py": ("tests/training/test_main_job.py", '"examples" / "train.py"'),
 }
 
 

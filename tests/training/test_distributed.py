@@ -140,6 +140,7 @@ def make_images(folder, broken=None):
     )
 
 
+@pytest.mark.long
 def test_two_processes_stream_each_its_share(tmp_path):
     args = make_images(tmp_path / "images")
     tiny.finish(*start_two(tmp_path / "two", *args))

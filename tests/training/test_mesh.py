@@ -19,9 +19,12 @@ from nlcg_optax.training.mesh import (
 WORKER = pathlib.Path(__file__).parents[1] / "workers" / "mesh.py"
 
 
-def test_the_training_step_on_eight_devices(run_on_devices):
-    done = run_on_devices(WORKER, 8)
-    assert len(done.stdout.splitlines()) == 11, done.stdout
+@pytest.mark.parametrize(
+    ("args", "lines"), [((), 7), pytest.param(("more",), 4, marks=pytest.mark.long)]
+)
+def test_the_training_step_on_eight_devices(run_on_devices, args, lines):
+    done = run_on_devices(WORKER, 8, *args)
+    assert len(done.stdout.splitlines()) == lines, done.stdout
     assert "rematerialization" not in done.stderr  # what XLA calls bad sharding
 
 
