@@ -29,6 +29,7 @@ import nlcg_optax  # noqa: E402
 from nlcg_optax import _parallel, _tree  # noqa: E402
 
 STEPS = 20
+DEVICES = (1, 8)  # and axes of 2 and 4 devices, in the meshes of two axes
 RNG = np.random.default_rng(0)
 
 
@@ -222,8 +223,13 @@ UNCHECKED_LAYOUTS = [
 
 
 def optimizer_alone():
-    cases = [("nlcg", *layout, 8) for layout in LAYOUTS + UNCHECKED_LAYOUTS]
-    cases.append(("nlcg", *LAYOUTS[3], 1))
+    # Where all is replicated the optimizer does not communicate: once will do.
+    cases = [
+        ("nlcg", *layout, devices)
+        for layout in LAYOUTS
+        for devices in (DEVICES if layout[2] != "replicated" else (8,))
+    ]
+    cases += [("nlcg", *layout, 8) for layout in UNCHECKED_LAYOUTS]
     cases.append(("nlcg", "jit explicit", through_explicit_jit, "mixed", 8))
     for name in OPTIMIZERS:
         if name == ORTHOGONALIZING:
@@ -446,7 +452,7 @@ def train_through(door, layout, devices):
 def models():
     found = {}
     cases = [(*layout, 8) for layout in LAYOUTS + UNCHECKED_LAYOUTS]
-    cases.append((*LAYOUTS[3], 1))  # by `shard_map`; of one device there is no more
+    cases += [(*layout, 1) for layout in LAYOUTS if layout[2] != "replicated"]
     for name, door, layout, devices in cases:
         out = train_through(door, layout, devices)
         found[f"{name}, {layout}, {devices}"] = difference(
