@@ -29,6 +29,22 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compilation_cache(tmp_path_factory):
+    """What this process or one that it starts compiles, it compiles once.
+
+    Every worker has a folder of its own: JAX's files are not written in one go, and
+    another worker might read half of one.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
     """Silent promotions between dtypes are bugs in an optimizer.

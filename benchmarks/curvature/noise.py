@@ -4,10 +4,11 @@
     python benchmarks/curvature/noise.py --report       # results/noise.md
 
 The sweep's `cifar10_jpeg` at batch 1,000, a fifth of the training images held out, with
-the quadratic model for as long as there is signal enough. What differs is the rate with
-which NLCG's own direction goes on from there, its warm-up, and its least β. One program
-is compiled, of which these are arguments. Every run is a line of `results/noise.jsonl`,
-and what is there is not run again. The images of the test were not looked at.
+the quadratic model for as long as there is signal enough. What differs is how much
+signal that is, the rate with which NLCG's own direction goes on from there, its
+warm-up, and its least β. One program is compiled, of which these are arguments. Every
+run is a line of `results/noise.jsonl`, and what is there is not run again. The images
+of the test were not looked at.
 """
 
 import argparse
@@ -42,12 +43,14 @@ class Variant(NamedTuple):
       start: when noise takes over; it grows linearly from there.
       warm_up: where the peak is, as a part of the run; a cosine falls to 0 after it.
       least_beta: β is at least this.
+      signal: noise takes over once the share of signal is below this.
     """
 
     rate: float = 1.0
     start: float = 1.0
     warm_up: float = 0.0
     least_beta: float = 0.0
+    signal: float = 0.4
 
 
 VARIANTS = {
@@ -58,6 +61,7 @@ VARIANTS = {
     "once, warm-up 30% from a quarter": Variant(1.0, 0.25, 0.3),
     "twice, warm-up 30% from a quarter": Variant(2.0, 0.25, 0.3),
     "the best length, β = 0.9": Variant(least_beta=0.9),
+    "once less than 0.6 is signal": Variant(signal=0.6),
 }
 
 
@@ -77,16 +81,9 @@ def varied(original, variant):
         known = prev_g_z > 0
         beta = g_z / jnp.where(known, prev_g_z, 1)
         beta = jnp.clip(beta, variant.least_beta, 0.9)
-        beta = jnp.where(starts | ~known, 0.9, beta)
-        # The last step over the first rate stands for the first direction.
-        beta_of_last = jnp.where(starts, beta / jnp.where(starts, size, 1), 0)
-        beta_of_direction = jnp.where(starts, 0, beta)
+        beta = jnp.where(starts | ~known, 0, beta)
         return course._replace(
-            gradient=size * (1 + beta),
-            last=size * beta * beta_of_last,
-            direction=size * beta * beta_of_direction,
-            beta_of_last=beta_of_last,
-            beta_of_direction=beta_of_direction,
+            gradient=size * (1 + beta), direction=size * beta**2, beta=beta
         )
 
     return set_course
@@ -104,10 +101,12 @@ def create_runner(data_dir):
     config.batch_size = BATCH_SIZE
     total = round(config.num_epochs * len(kept) / BATCH_SIZE)
     tx = optimizers.create_optimizer(config, lambda _: 1.0, models.l2_mask, total)
-    original = _noise.set_course
+    original, threshold = _noise.set_course, _noise._RULED_BY_NOISE
 
     def train_step(state, indices, images, labels, variant, seed):
-        _noise.set_course = varied(original, Variant(*variant))
+        variant = Variant(*variant)
+        _noise.set_course = varied(original, variant)
+        _noise._RULED_BY_NOISE = variant.signal
         try:
             step = steps.make_train_step(
                 task.model,
@@ -122,6 +121,7 @@ def create_runner(data_dir):
             state, metrics = step(state, batch)
         finally:
             _noise.set_course = original
+            _noise._RULED_BY_NOISE = threshold
         return state, metrics["loss"]
 
     images, labels = trainer.arrays

@@ -8,7 +8,8 @@ own direction takes over,
     d_t = z_t + \beta_t d_{t-1}, \qquad u_t = \alpha_t (z_t + \beta_t d_t), \qquad
     \beta_t = \min(g_t^\top z_t / g_{t-1}^\top z_{t-1},\, 0.9) ,
 
-whose rate is at first the average of the best lengths along z until then.
+whose rate is at first the average of the best lengths along z until then: of all of
+them, for the nearer the loss comes to where noise holds it, the shorter they get.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,11 @@ _MAX_BETA = 0.9
 _WEIGHT = 0.1
 # A smaller share of signal counts as this much.
 _LEAST_SHARE = 0.05
+
+
+def mean(old: jax.Array, new: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
+    """The mean of so many numbers, with one more."""
+    return old + (new - old) / (1 + jnp.asarray(count).astype(old.dtype))
 
 
 def average(old: jax.Array, new: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
@@ -70,20 +76,16 @@ class Course(NamedTuple):
       rate: α before it decays; 0 while it does not rule.
       since: the count when it took over.
       gradient: the coefficient of the preconditioned gradient z in the step.
-      last: that of the last step, of which the first direction is made.
       direction: that of the last direction.
-      beta_of_last: what the new direction has of the last step.
-      beta_of_direction: what it has of the last direction.
+      beta: what the new direction has of the last one.
     """
 
     active: jax.Array
     rate: jax.Array
     since: jax.Array
     gradient: jax.Array
-    last: jax.Array
     direction: jax.Array
-    beta_of_last: jax.Array
-    beta_of_direction: jax.Array
+    beta: jax.Array
 
 
 def set_course(
@@ -103,7 +105,7 @@ def set_course(
       signal: the average share of signal.
       rate: of a course that rules already; otherwise 0.
       since: the count when it took over.
-      log_length: average logarithm of the best length along z.
+      log_length: mean logarithm of the best length along z.
       measurements: how often the signal was measured.
       g_z: gᵀz.
       prev_g_z: gᵀz of the last step.
@@ -116,22 +118,17 @@ def set_course(
     starts &= jnp.asarray(count) + _STEPS_LEFT <= horizon
     rate = jnp.where(starts, jnp.exp(log_length), rate)
     since = jnp.where(starts, count, since)
-    done = (count - since) / jnp.maximum(horizon - since, 1)
-    done = jnp.clip(done.astype(rate.dtype), 0, 1)
+    done = (count - since).astype(rate.dtype)
+    done = jnp.clip(done / jnp.maximum(horizon - since, 1).astype(rate.dtype), 0, 1)
     size = 0.5 * rate * (1 + jnp.cos(jnp.pi * done))
     known = prev_g_z > 0
     beta = jnp.clip(g_z / jnp.where(known, prev_g_z, 1), 0, _MAX_BETA)
-    beta = jnp.where(starts | ~known, _MAX_BETA, beta)
-    # The last step over the rate stands for the first direction.
-    beta_of_last = jnp.where(starts, beta / jnp.where(starts, rate, 1), 0)
-    beta_of_direction = jnp.where(starts, 0, beta)
+    beta = jnp.where(starts | ~known, 0, beta)
     return Course(
         active=ruled | starts,
         rate=rate,
         since=since,
         gradient=size * (1 + beta),
-        last=size * beta * beta_of_last,
-        direction=size * beta * beta_of_direction,
-        beta_of_last=beta_of_last,
-        beta_of_direction=beta_of_direction,
+        direction=size * beta**2,
+        beta=beta,
     )

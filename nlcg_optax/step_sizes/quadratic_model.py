@@ -39,7 +39,7 @@ class QuadraticModelState(NamedTuple):
       model_error: average distance of the loss from the model's prediction.
       conjugacy: cosine between the last two steps in the metric of the curvature.
       signal: average share of the slope along a step that is no noise.
-      log_length: average logarithm of the best length along the preconditioned gradient
+      log_length: mean logarithm of the best length along the preconditioned gradient
         alone.
       rate: the rate with which NLCG goes on once noise rules; 0 before.
       rate_since: the count when it took over.
@@ -396,7 +396,7 @@ def scale_by_quadratic_model(
         steep &= plan.slopes[0] > 0  # elsewhere there is none
         length = plan.slopes[0] / jnp.where(steep, plan.products[0, 0], 1)
         length = jnp.log(jnp.where(steep, length, 1))
-        length = _noise.average(state.log_length, length, state.stored)
+        length = _noise.mean(state.log_length, length, state.stored)
         log_length = jnp.where(coasted | ~steep, state.log_length, length)
         course = _noise.set_course(
             jnp.where(rejected, 1, signal),
@@ -412,7 +412,6 @@ def scale_by_quadratic_model(
         coasts = course.active
         coasting = jnp.zeros_like(plan.coefficients).at[0].set(course.gradient)
         if may_coast:
-            coasting = coasting.at[kinds].set(course.last)
             coasting = coasting.at[kinds + 1].set(course.direction)
         products = jnp.where(coasts, 0, plan.products)
 
@@ -473,11 +472,9 @@ def scale_by_quadratic_model(
             memory = replace(memory, place, u)
             if not may_coast:
                 return memory
-            lifted = direction = _tree.lift(z)
-            betas = course.beta_of_last, course.beta_of_direction
-            for factor, d in zip(betas, past[:2], strict=True):
-                d = _tree.lift(d).astype(lifted.dtype)
-                direction += _tree.scalar_like(factor, d) * d
+            lifted = _tree.lift(z)
+            d = _tree.lift(past[1]).astype(lifted.dtype)
+            direction = lifted + _tree.scalar_like(course.beta, d) * d
             kept = memory[1]
             coasting = coasts & accepted
             return memory.at[1].set(
