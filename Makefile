@@ -6,12 +6,14 @@ WORKDIR ?= runs/digits
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# Byte code is made by all cores, and not by pip, which has one for it.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 # What is installed into the environment: what the demo needs, and what the tests need.
 TRAIN_INSTALLED := $(VENV)/.installed-train
 TEST_INSTALLED := $(VENV)/.installed-test
 
-.PHONY: help demo test test-all lint docs linkcheck dist clean
+.PHONY: help demo test tests test-all lint docs linkcheck dist clean
 
 help:
 	@echo "make demo      train a ResNet with NLCG on real images (digits), about 2 minutes"
@@ -33,12 +35,14 @@ $(TRAIN_INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing what training needs into $(VENV) (jax, flax and others, 1.2 GB):"
 	@echo "about a minute where the packages come fast. This is done once."
 	$(PIP) --editable '.[train]'
+	@$(COMPILE)
 	@touch $@
 
 $(TEST_INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "Installing what the tests need into $(VENV) (also Sphinx, pyright and"
 	@echo "Jupyter, 1.6 GB in all): some minutes. This is done once."
 	$(PIP) --editable '.[test]'
+	@$(COMPILE)
 	@touch $(TRAIN_INSTALLED) $@
 
 demo: $(TRAIN_INSTALLED)
@@ -49,8 +53,10 @@ lint: $(TEST_INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+test: lint tests
+
 # A dot is a test that has passed.
-test: lint
+tests: $(TEST_INSTALLED)
 	@echo "The tests take some minutes on two cores, and several times that beside other work."
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup $(ARGS)
 

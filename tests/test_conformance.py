@@ -80,7 +80,6 @@ FACTORIES = {
         {"learning_rate": 0.1, "preconditioner": optax.scale_by_rms()},
     ),
 }
-every_transformation = pytest.mark.parametrize("name", FACTORIES)
 # For tests that compile, or try many things.
 PUBLIC = (
     "diagonal_bfgs",
@@ -94,6 +93,17 @@ PUBLIC = (
     "nlcg_paper",
 )
 each_public = pytest.mark.parametrize("name", PUBLIC)
+
+
+def with_variants(names):
+    """Of these the variants of public ones are tried in the long run alone."""
+    return pytest.mark.parametrize(
+        "name",
+        [n if n in PUBLIC else pytest.param(n, marks=pytest.mark.long) for n in names],
+    )
+
+
+every_transformation = with_variants(FACTORIES)
 
 
 @functools.cache
@@ -578,7 +588,7 @@ def test_any_tree(name, tree):
 LEAF_BY_LEAF = ("lars", "nlcg", "nlcg-decay", "orthogonalization")
 
 
-@pytest.mark.parametrize("name", [n for n in FACTORIES if n not in LEAF_BY_LEAF])
+@with_variants(n for n in FACTORIES if n not in LEAF_BY_LEAF)
 def test_how_the_tree_is_cut_does_not_matter(name):
     # Inner products run over all the leaves together.
     rng = np.random.default_rng(0)
@@ -618,7 +628,7 @@ MIXED = {
 NOT_MIXED = ("nlcg-rms", "quadratic_model")
 
 
-@pytest.mark.parametrize("name", [n for n in FACTORIES if n not in NOT_MIXED])
+@with_variants(n for n in FACTORIES if n not in NOT_MIXED)
 def test_mixed_trees_keep_the_dtype_of_every_leaf(name, x64):
     tx = make(name)
     values = np.array([1.0, -0.5, 0.25])

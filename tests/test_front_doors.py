@@ -155,7 +155,7 @@ def one_device(printed):
     [
         ("mesh_jit", ["jit"]),
         ("mesh_shard_map", ["replicated", "sharded"]),
-        ("mesh_pmap", ["pmap"]),
+        pytest.param("mesh_pmap", ["pmap"], marks=pytest.mark.long),
     ],
 )
 def test_examples_print_the_losses_of_one_device(printed, one_device, example, runs):

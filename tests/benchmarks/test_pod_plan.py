@@ -63,6 +63,7 @@ def test_collectives_of_a_program(plan):
     }
 
 
+@pytest.mark.long
 def test_tiny_step():
     command = [sys.executable, str(PLAN), "--one", "--devices=8"]
     command += ["--config", str(ROOT / "configs" / "digits_resnet8.py")]

@@ -150,6 +150,7 @@ def test_two_processes_stream_each_its_share(tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "one", of_direction=5e-4)
 
 
+@pytest.mark.long
 def test_a_process_without_an_example_takes_part(tmp_path):
     """Of 4 images on three devices each has two rows, and the third no image."""
     args = *make_images(tmp_path / "images"), "--config.num_epochs=1"

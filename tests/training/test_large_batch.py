@@ -151,6 +151,7 @@ def test_sweep_and_report(modules, monkeypatch, tmp_path):
     assert (tmp_path / "accuracy_digits.png").exists()
 
 
+@pytest.mark.long
 def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
     """The same numbers, though rate and seed are arguments of one program here."""
     monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)

@@ -213,6 +213,7 @@ def text_task(modules, tmp_path):
     return modules["training_tasks"].tinyshakespeare(base_config(), path)
 
 
+@pytest.mark.long
 def test_language_model_sees_the_past_alone(modules, tmp_path):
     task = text_task(modules, tmp_path)
     params = task.init(0)
@@ -228,6 +229,7 @@ def test_language_model_sees_the_past_alone(modules, tmp_path):
     assert no_idea < loss < no_idea + 1
 
 
+@pytest.mark.long
 def test_chunks_of_a_batch_make_its_gradient(modules, tmp_path):
     task = text_task(modules, tmp_path)._replace(chunk=4)
     params, batch = task.init(0), jax.tree.map(lambda x: x[:12], task.data)
@@ -446,6 +448,7 @@ def test_images_are_read_from_a_folder_as_from_a_tar(gpu, tmp_path):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.long
 def test_gpu_program_goes_on_where_it_stopped(gpu, tmp_path, capsys):
     """The largest batch of all optimizers first, then smaller ones, then more seeds."""
     write_images(tmp_path / "images", np.random.default_rng(0))
@@ -493,6 +496,7 @@ def test_gpu_program_goes_on_where_it_stopped(gpu, tmp_path, capsys):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.long
 def test_gpu_program_learns(gpu, tmp_path):
     write_images(tmp_path / "images", np.random.default_rng(0))
     trainer = make_tiny_trainer(gpu, tmp_path / "images", epochs=20, microbatch=20)
@@ -504,6 +508,7 @@ def test_gpu_program_learns(gpu, tmp_path):
 
 
 @pytest.mark.standard_promotion
+@pytest.mark.long
 def test_a_seed_of_the_gpu_program_draws_its_own_crops(gpu, tmp_path):
     write_images(tmp_path / "images", np.random.default_rng(0))
     trainer = make_tiny_trainer(gpu, tmp_path / "images", epochs=1, microbatch=20)

@@ -476,7 +476,8 @@ def test_streamed_images_train_and_resume(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.long)],
 )
 def test_signals_save_and_say_where(tmp_path, number, code):
     process = tiny.start(tmp_path, "--config.num_epochs=100000")

@@ -224,7 +224,14 @@ def quadratic_setup(**fields):
     )
 
 
-@pytest.mark.parametrize(("fraction", "stride"), [(1.0, 1), (0.5, 2), (0.1, 6)])
+@pytest.mark.parametrize(
+    ("fraction", "stride"),
+    [
+        (0.1, 6),
+        pytest.param(0.5, 2, marks=pytest.mark.long),
+        pytest.param(1.0, 1, marks=pytest.mark.long),
+    ],
+)
 def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride):
     # Without a preconditioner, so that rounding stays what it is.
     config, model, state, step = quadratic_setup(
