@@ -267,7 +267,14 @@ def test_unexpected_extra_arguments_are_ignored(name):
     assert_close(got, expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.float32,
+        jnp.complex64,
+        pytest.param(jnp.bfloat16, marks=pytest.mark.long),
+    ],
+)
 @each_public
 def test_inject_hyperparams(name, dtype):
     factory, options = FACTORIES[name]
@@ -568,7 +575,15 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(
+    "tree",
+    [
+        pytest.param(tree, marks=pytest.mark.long)
+        if tree in ("array", "ranks")
+        else tree
+        for tree in TREES
+    ],
+)
 @each_public
 def test_any_tree(name, tree):
     tx = make(name)

@@ -603,19 +603,29 @@ def test_update_needs_the_parameters_and_gradients_like_them():
 on_eight_devices = pytest.mark.xdist_group("quadratic_model")
 
 
+WORKER = pathlib.Path(__file__).parents[1] / "workers" / "quadratic_model.py"
+
+
 @pytest.fixture(scope="module")
 def found(run_on_devices):
-    worker = pathlib.Path(__file__).parents[1] / "workers" / "quadratic_model.py"
-    done = run_on_devices(worker, 8)
-    return json.loads(done.stdout)
+    return json.loads(run_on_devices(WORKER, 8).stdout)
+
+
+def check_numbers(differences, count):
+    assert len(differences) == count
+    worst = max(differences, key=differences.__getitem__)
+    assert differences[worst] < 1e-8, worst
 
 
 @on_eight_devices
 def test_on_several_devices_the_numbers_are_those_of_one(found):
-    differences = found["numbers"]
-    assert len(differences) == 13
-    worst = max(differences, key=differences.__getitem__)
-    assert differences[worst] < 1e-8, worst
+    check_numbers(found["numbers"], 6)
+
+
+@pytest.mark.long
+def test_on_several_devices_by_other_ways_too(run_on_devices):
+    done = run_on_devices(WORKER, 8, "more")
+    check_numbers(json.loads(done.stdout)["numbers"], 7)
 
 
 @on_eight_devices

@@ -64,8 +64,10 @@ def test_two_processes_are_one_with_as_many_devices(four_devices, tmp_path):
     assert "4 × cpu, 2 processes; mesh data=4, fsdp=1" in first
     assert "40 images, 10 per device" in first
     assert "done: test accuracy" in first
-    # The second prints nothing of its own (Gloo tells what it is connected to).
-    assert not [line for line in second.splitlines() if "[Gloo]" not in line]
+    # The second prints nothing of its own. (Gloo tells how many it is connected to, by
+    # several threads: at times a number stands on a line of its own.)
+    told = [line for line in second.splitlines() if "[Gloo]" not in line]
+    assert not [line for line in told if not re.fullmatch(r"[\d\s]*", line)]
 
 
 def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
@@ -163,6 +165,7 @@ def test_a_process_without_an_example_takes_part(tmp_path):
     assert_same_run(tmp_path / "three", tmp_path / "one")
 
 
+@pytest.mark.long
 def test_a_broken_image_in_one_process_ends_all(tmp_path):
     args = make_images(tmp_path / "images", broken="train/dark/7.png")
     processes = start_two(tmp_path / "run", *args)

@@ -4,6 +4,7 @@ Prints, as JSON, how far orthogonalization on eight devices is from that on one,
 work was placed, and what the compiled programs send and compute.
 """
 
+import functools
 import json
 import math
 
@@ -189,29 +190,33 @@ def whole_optimizer():
     params = gradients(SHAPES)
     specs = {name: layout(shape) for name, shape in SHAPES.items()}
 
-    def steps(tx, params, state):
+    def step(tx, params, state, loss):
+        grads = jax.tree.map(lambda x: x + jax.numpy.sin(3 * x), params)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return jax.tree.map(lambda x, u: x + u, params, updates), state
+
+    def run(one, params, state):
+        one = jax.jit(one)
         for i in range(4):
-            grads = jax.tree.map(lambda x: x + jax.numpy.sin(3 * x), params)
-            updates, state = tx.update(grads, state, params, value=1.0 / (1 + i))
-            params = jax.tree.map(lambda x, u: x + u, params, updates)
-        return params, state
+            params, state = one(params, state, np.float64(1 / (1 + i)))
+        return params
 
     def spec(path, x):
         name = getattr(path[-1], "key", None)
         return specs[name] if x.shape == SHAPES.get(name) else P()
 
     alone = nlcg_optax.nlcg(0.05)
-    expected = jax.jit(lambda x: steps(alone, x, alone.init(x)))(params)[0]
+    expected = run(functools.partial(step, alone), params, alone.init(params))
     tx = nlcg_optax.nlcg(0.05, axis_name="fsdp")
     state = tx.init(params)
     where = jax.tree_util.tree_map_with_path(spec, state)
-    run = jax.shard_map(
-        lambda params, state: steps(tx, params, state),
+    sharded = jax.shard_map(
+        functools.partial(step, tx),
         mesh=mesh,
-        in_specs=(specs, where),
+        in_specs=(specs, where, P()),
         out_specs=(specs, where),
     )
-    got = jax.jit(run)(params, state)[0]
+    got = run(sharded, params, state)
     return difference(got, jax.tree.map(np.asarray, expected))
 
 
