@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import oracle
 import pytest
+from long_run import rest_long
 from problems import paper, quadratic
 
 import nlcg_optax
@@ -407,13 +408,7 @@ def test_a_line_search_is_a_step_rule(rule):
     np.testing.assert_allclose(x, np.linalg.solve(hessian, b), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        rule if rule == "dai_kou" else pytest.param(rule, marks=pytest.mark.long)
-        for rule in nlcg_optax.beta.BETA_RULES
-    ],
-)
+@pytest.mark.parametrize("rule", rest_long(nlcg_optax.beta.BETA_RULES, ["dai_kou"]))
 def test_the_scale_of_the_loss_does_not_matter_without_epsilon(rule):
     # A preconditioner that forgets the scale, and no absolute ε: same parameters.
     def tx():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from long_run import rest_long
 
 import nlcg_optax
 from nlcg_optax import (
@@ -97,10 +98,7 @@ each_public = pytest.mark.parametrize("name", PUBLIC)
 
 def with_variants(names):
     """Of these the variants of public ones are tried in the long run alone."""
-    return pytest.mark.parametrize(
-        "name",
-        [n if n in PUBLIC else pytest.param(n, marks=pytest.mark.long) for n in names],
-    )
+    return pytest.mark.parametrize("name", rest_long(names, PUBLIC))
 
 
 every_transformation = with_variants(FACTORIES)
@@ -269,11 +267,7 @@ def test_unexpected_extra_arguments_are_ignored(name):
 
 @pytest.mark.parametrize(
     "dtype",
-    [
-        jnp.float32,
-        jnp.complex64,
-        pytest.param(jnp.bfloat16, marks=pytest.mark.long),
-    ],
+    rest_long((jnp.float32, jnp.bfloat16, jnp.complex64), (jnp.float32, jnp.complex64)),
 )
 @each_public
 def test_inject_hyperparams(name, dtype):
@@ -575,15 +569,7 @@ TREES = {
 }
 
 
-@pytest.mark.parametrize(
-    "tree",
-    [
-        pytest.param(tree, marks=pytest.mark.long)
-        if tree in ("array", "ranks")
-        else tree
-        for tree in TREES
-    ],
-)
+@pytest.mark.parametrize("tree", rest_long(TREES, TREES.keys() - {"array", "ranks"}))
 @each_public
 def test_any_tree(name, tree):
     tx = make(name)

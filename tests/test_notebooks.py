@@ -11,12 +11,13 @@ import sys
 import nbclient
 import nbformat
 import pytest
+from long_run import rest_long
 from waiting import HANGING_SECONDS
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
-FIRST = "nlcg_in_five_minutes"
+FIRST = FOLDER / "nlcg_in_five_minutes.ipynb"
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -34,12 +35,7 @@ def printed(cell):
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=[pytest.mark.long] if path.stem != FIRST else [])
-        for path in NOTEBOOKS
-    ],
-    ids=lambda path: path.stem,
+    "path", rest_long(NOTEBOOKS, [FIRST]), ids=lambda path: path.stem
 )
 def test_runs(path, tmp_path, monkeypatch):
     """A cell that raises fails, and so does one that warns."""
