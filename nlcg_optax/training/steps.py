@@ -370,17 +370,27 @@ def make_train_step(
         }
         if report:
             if quadratic:
-                a, *past, one, two = report.pop("coefficients")
-                report["coefficient_gradient"] = a
-                for i, b in enumerate(past, 1):
-                    report[f"coefficient_past_{i}"] = b
-                report["coefficient_residual_1"] = one
-                report["coefficient_residual_2"] = two
+                coefficients = report.pop("coefficients")
+                report |= _by_name(coefficients, config.optimizer.nlcg)
             metrics |= report
             metrics["step_size"] = rate * report.get("base_step", 1.0)
         return constrain(new_state), whole(metrics)
 
     return train_step
+
+
+def _by_name(coefficients: jax.Array, options: ConfigDict) -> Metrics:
+    """The quadratic model's coefficients: gradient, past steps, residuals."""
+    past = len(coefficients) - 1 - options.curvature_residuals
+    names = [
+        "gradient",
+        *(f"past_{i}" for i in range(1, past + 1)),
+        *(f"residual_{i}" for i in range(1, options.curvature_residuals + 1)),
+    ]
+    return {
+        f"coefficient_{name}": coefficient
+        for name, coefficient in zip(names, coefficients, strict=True)
+    }
 
 
 def curvature_images(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
