@@ -243,7 +243,8 @@ def digits(data_dir: str | None = None) -> Workload:
     config.dataset.flip = False
     config.num_epochs = 60.0
     title = "ResNet-8 on handwritten digits"
-    return Workload(title, config, (64, 512, 1437), _schedules(config.num_epochs))
+    sizes = (64, 192, 512, 720, 1437)
+    return Workload(title, config, sizes, _schedules(config.num_epochs))
 
 
 def cifar10_jpeg(data_dir: str | None = None) -> Workload:
@@ -258,7 +259,8 @@ def cifar10_jpeg(data_dir: str | None = None) -> Workload:
     config.dataset.crop_padding = 1
     config.num_epochs = 30.0
     title = "ResNet-8 on 5,000 images of CIFAR-10"
-    return Workload(title, config, (250, 1000, 5000), _schedules(config.num_epochs))
+    sizes = (250, 500, 1000, 2500, 5000)
+    return Workload(title, config, sizes, _schedules(config.num_epochs))
 
 
 def cifar10_jpeg_ablation(data_dir: str | None = None) -> Workload:
@@ -326,7 +328,7 @@ def autoencoder(data_dir: str | None = None) -> Workload:
         "An autoencoder of handwritten digits",
         base_config(),
         training_tasks.digits_autoencoder,
-        {32: 1800, 128: 600, 512: 240, 1797: 150},
+        {32: 1800, 128: 600, 512: 240, 1024: 180, 1797: 150},
         AUTOENCODER,
         measured="loss of all training examples",
     )

@@ -392,9 +392,9 @@ def test_tables_of_growth(modules, tmp_path):
     assert steps.startswith("which is what the median of the tuned peers (muon) ends")
     assert "at batch 32:" in steps.splitlines()[0]
     # From 2 to 0.5 in half of the run, the logarithm being linear.
-    assert "| nlcg | 1,350 | not run | not run | 112 |" in steps
-    assert "| muon | 1,800 | not run | not run | > 150 |" in steps
-    assert "| momentum | > 1,800 | not run | not run | not run |" in steps
+    assert "| nlcg | 1,350 | not run | not run | not run | 112 |" in steps
+    assert "| muon | 1,800 | not run | not run | not run | > 150 |" in steps
+    assert "| momentum | > 1,800 | not run | not run | not run | not run |" in steps
     assert "| nlcg | 32 to 1,797 |" in steps  # 12 times fewer, 56 times the batch
     for cell in ("13.5 s (10 ms, 0%)", "36 s (20 ms, 50%)", "not measured"):
         assert cell in steps
