@@ -43,15 +43,20 @@ def rates_to_try(
 ) -> list[float]:
     """The grid, extended while the best of its finished rates is at its edge.
 
+    What was tried next to it belongs to the grid, whyever it was tried.
+
     Args:
       centre: rate number 0; number k is ``centre * FACTOR**k``.
       scores: by the number of the rate, larger is better; empty for a failure.
       num_rates: how many rates the grid has to begin with.
     """
     low, high = -(num_rates // 2), num_rates // 2
-    for _ in range(MAX_EXTENSIONS):
-        if not all(k in scores for k in range(low, high + 1)):
-            break
+    most = high - low + MAX_EXTENSIONS
+    while low - 1 in scores:
+        low -= 1
+    while high + 1 in scores:
+        high += 1
+    while high - low < most and all(k in scores for k in range(low, high + 1)):
         best = max(range(low, high + 1), key=lambda k: scores[k])
         if not scores[best] or best == low:  # where all fail, a lower one may not
             low -= 1

@@ -83,6 +83,19 @@ def test_grid_is_extended_at_its_edge(sweep, accuracy, extensions):
     assert [row["learning_rate"] for row in rows[5 : 5 + len(extensions)]] == extensions
 
 
+def test_rates_that_a_wider_grid_had_count_too(sweep):
+    """A grid of five was begun; of the three that are left the middle one is best."""
+    rows = [
+        row(cell, {0.25: 0.9, 1.0: 0.5}.get(cell.learning_rate, 0.1))
+        for cell in sweep.plan([], 1.0, SCHEDULES)
+    ]
+    (lower,) = sweep.plan(rows, 1.0, SCHEDULES, num_rates=3)
+    assert lower[:3] == ("tuning", 0.125, next(iter(SCHEDULES)))
+    rows.append(row(lower, 0.2))
+    (other,) = sweep.plan(rows, 1.0, SCHEDULES, num_rates=3)
+    assert other[:3] == ("tuning", 0.25, "other")
+
+
 def test_nothing_is_tested_where_every_rate_diverges(sweep):
     _, asked = run_all(sweep, lambda cell: None)
     assert asked == [5, 1, 1, 1]
@@ -210,6 +223,25 @@ def test_recorded_rows_are_found_as_done(sweep, name, monkeypatch, tmp_path):
     with pytest.raises(AssertionError, match="run again"):
         path.write_text("")
         sweep.sweep(name, workload, path, groups)
+
+
+def test_what_was_tested_is_the_best_of_what_was_tuned(protocol):
+    def setting(row):
+        return row["learning_rate"], row["schedule"]
+
+    for path in sorted((FOLDER / "results").glob("*.jsonl")):
+        groups = {}
+        for row in protocol.read(path):
+            key = row["optimizer"], row["batch_size"]
+            groups.setdefault(key, {}).setdefault(row["phase"], []).append(row)
+        for key, phases in groups.items():
+            if "tuning" not in phases or "test" not in phases:
+                continue
+            best = max(protocol.score([row]) for row in phases["tuning"])
+            winners = [r for r in phases["tuning"] if protocol.score([r]) == best]
+            tested = {setting(row) for row in phases["test"]}
+            assert len(tested) == 1, (path.name, key, tested)
+            assert tested <= set(map(setting, winners)), (path.name, key, tested)
 
 
 def test_other_overrides_than_recorded_are_refused(sweep, tmp_path):
