@@ -4,6 +4,7 @@ python benchmarks/large_batch/report.py
 """
 
 import argparse
+import functools
 import math
 import pathlib
 import statistics
@@ -242,7 +243,11 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     names = [
         n for n in workload.optimizers if any((n, size) in groups for size in sizes)
     ]
-    best = {key: targets.reached(of_group, wanted) for key, of_group in groups.items()}
+
+    def reached(loss: float) -> dict[tuple[str, int], targets.Reached | None]:
+        return {key: targets.reached(rows, loss) for key, rows in groups.items()}
+
+    best = reached(wanted)
 
     def rows_of(make: Any) -> list[list[str]]:
         return [[n, *(make(n, size) for size in sizes)] for n in names]
@@ -250,7 +255,9 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     def complete(n: str, size: int) -> bool:
         return bool(tested(groups.get((n, size), [])))
 
-    def steps_cell(n: str, size: int) -> str:
+    def steps_cell(
+        n: str, size: int, best: dict[tuple[str, int], targets.Reached | None] = best
+    ) -> str:
         rows = groups.get((n, size), [])
         if not rows:
             return "not run"
@@ -259,6 +266,15 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         # Tuning runs are shorter where they train on fewer examples.
         most = (tested(rows) or rows)[0]["steps"]
         return (f"{at.steps:,.0f}" if at else f"> {most:,}") + mark
+
+    def critical(
+        best: dict[tuple[str, int], targets.Reached | None],
+    ) -> list[list[str]]:
+        def steps_of(n: str) -> dict[int, float | None]:
+            found = {size: best[n, size] for size in sizes if complete(n, size)}
+            return {size: at.steps if at else None for size, at in found.items()}
+
+        return [[n, targets.critical_batch_size(steps_of(n))] for n in names]
 
     def loss_cell(n: str, size: int) -> str:
         rows = tested(groups.get((n, size), []))
@@ -345,30 +361,39 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         "",
     ]
     if len(sizes) > 1:
-        critical = [
-            [
-                n,
-                targets.critical_batch_size(
-                    {
-                        size: at.steps if (at := best[n, size]) else None
-                        for size in sizes
-                        if complete(n, size)
-                    }
-                ),
-            ]
-            for n in names
-        ]
         lines += [
             "Critical batch size: the sizes between which a doubling begins to save "
             "less than a factor of 1.6 of these steps (cells not run left out):",
             "",
-            *table(["optimizer", "critical batch size"], critical),
+            *table(["optimizer", "critical batch size"], critical(best)),
+            "",
+        ]
+    last = targets.lowest(groups, PEERS, sizes[-1])
+    if len(sizes) > 1 and workload.steps and last:
+        late = reached(last[0])
+        lines += [
+            f"Another target, not fixed beforehand: steps to a {what} of {last[0]:.4g},"
+            f" the lowest that a tuned peer ({last[1]}) ends with at {labels[-1]}; and "
+            "the critical batch size by these steps:",
+            "",
+            *table(
+                [*header, "critical batch size"],
+                [
+                    [*row, size]
+                    for row, (_, size) in zip(
+                        rows_of(functools.partial(steps_cell, best=late)),
+                        critical(late),
+                        strict=True,
+                    )
+                ],
+            ),
             "",
         ]
     if any("step_seconds" in row for rows in groups.values() for row in rows):
         lines += [
-            "Seconds of a core to that loss, and in brackets milliseconds a step and "
-            "the share of them that plain SGD or momentum does not need:",
+            f"Seconds of a core to the loss of {wanted:.4g}, and in brackets "
+            "milliseconds a step and the share of them that plain SGD or momentum does "
+            "not need:",
             "",
             *table(header, rows_of(seconds_cell)),
             "",

@@ -131,20 +131,32 @@ def final_loss(rows: Rows) -> float | None:
     return statistics.mean(float(trajectory(row)[1][-1]) for row in runs)
 
 
+def final_losses(groups: Groups, peers: Iterable[str], size: int) -> dict[str, float]:
+    """What each of the peers that are tested at a size ends with, the lowest first."""
+    losses = {
+        name: loss
+        for name in peers
+        if (loss := final_loss(groups.get((name, size), []))) is not None
+    }
+    return dict(sorted(losses.items(), key=lambda item: item[1]))
+
+
+def lowest(groups: Groups, peers: Iterable[str], size: int) -> tuple[float, str] | None:
+    """The lowest loss that a peer tuned at a size ends with, and whose it is."""
+    losses = final_losses(groups, peers, size)
+    return next(((loss, name) for name, loss in losses.items()), None)
+
+
 def target(groups: Groups, peers: Iterable[str], size: int) -> tuple[float, str] | None:
     """The loss to be reached: what the median of the peers tuned at a size ends with.
 
     At the smallest batch, for then it was known before any larger one was looked at.
     (Where all batches have the same epochs, at the largest: no other gets as far.)
     """
-    losses = {
-        name: loss
-        for name in peers
-        if (loss := final_loss(groups.get((name, size), []))) is not None
-    }
+    losses = final_losses(groups, peers, size)
     if not losses:
         return None
-    ranked = sorted(losses, key=lambda name: losses[name])
+    ranked = list(losses)
     name = ranked[(len(ranked) - 1) // 2]
     return losses[name], name
 

@@ -396,6 +396,12 @@ def test_tables_of_growth(modules, tmp_path):
     assert "| muon | 1,800 | not run | not run | not run | > 150 |" in steps
     assert "| momentum | > 1,800 | not run | not run | not run | not run |" in steps
     assert "| nlcg | 32 to 1,797 |" in steps  # 12 times fewer, 56 times the batch
+    # What muon, the one peer at the largest batch, ends with.
+    _, steps = steps.split("Another target, not fixed beforehand: ")
+    assert "2, the lowest that a tuned peer (muon) ends with at batch 1,797" in steps
+    assert "| nlcg | 900 | not run | not run | not run | 75 | 32 to 1,797 |" in steps
+    assert "| muon | 1,350 | not run | not run | not run | 150 | 32 to 1,797 |" in steps
+    assert "| momentum | 1,800 | not run | not run | not run | not run | – |" in steps
     for cell in ("13.5 s (10 ms, 0%)", "36 s (20 ms, 50%)", "not measured"):
         assert cell in steps
     assert "0.5 (one seed)" in markdown
