@@ -234,6 +234,15 @@ def target_size(groups: targets.Groups, workload: Workload) -> int | None:
     return min(sizes) if workload.steps else max(sizes)
 
 
+def second_target(
+    groups: targets.Groups, workload: Workload
+) -> tuple[float, str] | None:
+    """Where budgets grow: the lowest loss of a peer at the largest batch, and whose."""
+    if not workload.steps or len(workload.batch_sizes) == 1:
+        return None
+    return targets.lowest(groups, PEERS, workload.batch_sizes[-1])
+
+
 def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     """How far the batch can grow: steps and seconds to a target, by batch size."""
     sizes = workload.batch_sizes
@@ -368,13 +377,13 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             *table(["optimizer", "critical batch size"], critical(best)),
             "",
         ]
-    last = targets.lowest(groups, PEERS, sizes[-1])
-    if len(sizes) > 1 and workload.steps and last:
-        late = reached(last[0])
+    if second := second_target(groups, workload):
+        lowest, lowest_peer = second
+        late = reached(lowest)
         lines += [
-            f"Another target, not fixed beforehand: steps to a {what} of {last[0]:.4g},"
-            f" the lowest that a tuned peer ({last[1]}) ends with at {labels[-1]}; and "
-            "the critical batch size by these steps:",
+            f"Another target, not fixed beforehand: steps to a {what} of {lowest:.4g}, "
+            f"the lowest that a tuned peer ({lowest_peer}) ends with at {labels[-1]}; "
+            "and the critical batch size by these steps:",
             "",
             *table(
                 [*header, "critical batch size"],
@@ -387,6 +396,8 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
                     )
                 ],
             ),
+            "",
+            f"![Steps to that target against batch size](steps_{name}_second.png)",
             "",
         ]
     if any("step_seconds" in row for rows in groups.values() for row in rows):
@@ -535,14 +546,17 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
     options = dict(figsize=(7, 4.5), layout="constrained", facecolor="white")
     sizes = sorted({size for _, size in groups})
 
-    if len(sizes) > 1:
+    wanted_by_file = {f"steps_{name}.png": found[0]} if len(sizes) > 1 else {}
+    if second := second_target(groups, workload):
+        wanted_by_file[f"steps_{name}_second.png"] = second[0]
+    for file, wanted in wanted_by_file.items():
         figure, axes = plt.subplots(**options)
         first = []
         for i, optimizer in enumerate(names):
             points = []
             for size in sizes:
                 of_group = groups.get((optimizer, size), [])
-                at = targets.reached(of_group, found[0]) if tested(of_group) else None
+                at = targets.reached(of_group, wanted) if tested(of_group) else None
                 if at:
                     points.append((size, at.steps))
             if points:
@@ -559,9 +573,9 @@ def plot_growth(name: str, rows: Rows, folder: pathlib.Path) -> None:
         axes.set_yscale("log", base=2)
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.minorticks_off()
-        title = f"{workload.title}: steps to a loss of {found[0]:.4g}"
+        title = f"{workload.title}: steps to a loss of {wanted:.4g}"
         axes.set(xlabel="batch size", ylabel="steps", title=title)
-        finish(figure, axes, folder / f"steps_{name}.png")
+        finish(figure, axes, folder / file)
 
     figure, axes = plt.subplots(**options)
     for i, optimizer in enumerate(names):

@@ -407,6 +407,7 @@ def test_tables_of_growth(modules, tmp_path):
     assert "0.5 (one seed)" in markdown
     assert "0.2 (edge); a; 2 runs" in markdown
     assert (tmp_path / "steps_autoencoder.png").exists()
+    assert (tmp_path / "steps_autoencoder_second.png").exists()
     assert (tmp_path / "sensitivity_autoencoder.png").exists()
 
 
