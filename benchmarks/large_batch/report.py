@@ -4,7 +4,6 @@ python benchmarks/large_batch/report.py
 """
 
 import argparse
-import functools
 import math
 import pathlib
 import statistics
@@ -24,6 +23,7 @@ from workloads import OPTIMIZERS, UNTUNED, WORKLOADS, Workload
 PEERS = [name for name in OPTIMIZERS if not name.startswith("nlcg")]
 HERE = pathlib.Path(__file__).resolve().parent
 Rows = list[dict[str, Any]]
+Best = dict[tuple[str, int], targets.Reached | None]  # by optimizer and batch size
 
 
 def group(rows: Rows, workload: Workload) -> dict[tuple[str, int], Rows]:
@@ -240,7 +240,8 @@ def second_target(
     """Where budgets grow: the lowest loss of a peer at the largest batch, and whose."""
     if not workload.steps or len(workload.batch_sizes) == 1:
         return None
-    return targets.lowest(groups, PEERS, workload.batch_sizes[-1])
+    losses = targets.ranked(groups, PEERS, workload.batch_sizes[-1])
+    return losses[0] if losses else None
 
 
 def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
@@ -253,7 +254,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         n for n in workload.optimizers if any((n, size) in groups for size in sizes)
     ]
 
-    def reached(loss: float) -> dict[tuple[str, int], targets.Reached | None]:
+    def reached(loss: float) -> Best:
         return {key: targets.reached(rows, loss) for key, rows in groups.items()}
 
     best = reached(wanted)
@@ -264,9 +265,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
     def complete(n: str, size: int) -> bool:
         return bool(tested(groups.get((n, size), [])))
 
-    def steps_cell(
-        n: str, size: int, best: dict[tuple[str, int], targets.Reached | None] = best
-    ) -> str:
+    def steps_cell(n: str, size: int, best: Best) -> str:
         rows = groups.get((n, size), [])
         if not rows:
             return "not run"
@@ -276,14 +275,11 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         most = (tested(rows) or rows)[0]["steps"]
         return (f"{at.steps:,.0f}" if at else f"> {most:,}") + mark
 
-    def critical(
-        best: dict[tuple[str, int], targets.Reached | None],
-    ) -> list[list[str]]:
-        def steps_of(n: str) -> dict[int, float | None]:
-            found = {size: best[n, size] for size in sizes if complete(n, size)}
-            return {size: at.steps if at else None for size, at in found.items()}
-
-        return [[n, targets.critical_batch_size(steps_of(n))] for n in names]
+    def critical(n: str, best: Best) -> str:
+        found = {size: best[n, size] for size in sizes if complete(n, size)}
+        return targets.critical_batch_size(
+            {size: at.steps if at else None for size, at in found.items()}
+        )
 
     def loss_cell(n: str, size: int) -> str:
         rows = tested(groups.get((n, size), []))
@@ -366,7 +362,7 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
         f"Steps to a {what} of {wanted:.4g}, which is what the median of the tuned "
         f"peers ({peer}) ends with at {labels[sizes.index(set_at)]}:",
         "",
-        *table(header, rows_of(steps_cell)),
+        *table(header, rows_of(lambda n, size: steps_cell(n, size, best))),
         "",
     ]
     if len(sizes) > 1:
@@ -374,7 +370,10 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             "Critical batch size: the sizes between which a doubling begins to save "
             "less than a factor of 1.6 of these steps (cells not run left out):",
             "",
-            *table(["optimizer", "critical batch size"], critical(best)),
+            *table(
+                ["optimizer", "critical batch size"],
+                [[n, critical(n, best)] for n in names],
+            ),
             "",
         ]
     if second := second_target(groups, workload):
@@ -388,12 +387,12 @@ def growth(name: str, groups: targets.Groups, workload: Workload) -> list[str]:
             *table(
                 [*header, "critical batch size"],
                 [
-                    [*row, size]
-                    for row, (_, size) in zip(
-                        rows_of(functools.partial(steps_cell, best=late)),
-                        critical(late),
-                        strict=True,
-                    )
+                    [
+                        n,
+                        *(steps_cell(n, size, late) for size in sizes),
+                        critical(n, late),
+                    ]
+                    for n in names
                 ],
             ),
             "",

@@ -131,20 +131,14 @@ def final_loss(rows: Rows) -> float | None:
     return statistics.mean(float(trajectory(row)[1][-1]) for row in runs)
 
 
-def final_losses(groups: Groups, peers: Iterable[str], size: int) -> dict[str, float]:
+def ranked(groups: Groups, peers: Iterable[str], size: int) -> list[tuple[float, str]]:
     """What each of the peers that are tested at a size ends with, the lowest first."""
-    losses = {
-        name: loss
+    losses = [
+        (loss, name)
         for name in peers
         if (loss := final_loss(groups.get((name, size), []))) is not None
-    }
-    return dict(sorted(losses.items(), key=lambda item: item[1]))
-
-
-def lowest(groups: Groups, peers: Iterable[str], size: int) -> tuple[float, str] | None:
-    """The lowest loss that a peer tuned at a size ends with, and whose it is."""
-    losses = final_losses(groups, peers, size)
-    return next(((loss, name) for name, loss in losses.items()), None)
+    ]
+    return sorted(losses, key=lambda pair: pair[0])
 
 
 def target(groups: Groups, peers: Iterable[str], size: int) -> tuple[float, str] | None:
@@ -153,12 +147,8 @@ def target(groups: Groups, peers: Iterable[str], size: int) -> tuple[float, str]
     At the smallest batch, for then it was known before any larger one was looked at.
     (Where all batches have the same epochs, at the largest: no other gets as far.)
     """
-    losses = final_losses(groups, peers, size)
-    if not losses:
-        return None
-    ranked = list(losses)
-    name = ranked[(len(ranked) - 1) // 2]
-    return losses[name], name
+    losses = ranked(groups, peers, size)
+    return losses[(len(losses) - 1) // 2] if losses else None
 
 
 def critical_batch_size(steps: dict[int, float | None]) -> str:
