@@ -1,17 +1,21 @@
 """Stochastic preconditioned nonlinear conjugate gradient (NLCG) for Optax."""
 
-from nlcg_optax import beta
-from nlcg_optax._alias import nlcg, nlcg_paper
-from nlcg_optax._curvature import Curvature, gauss_newton, hessian
+from nlcg_optax import beta, matrices
+from nlcg_optax._alias import nlcg, nlcg_auto, nlcg_paper
 from nlcg_optax._diagnostics import diagnostics
-from nlcg_optax._minimize import IterationInfo, MinimizeResult, minimize
 from nlcg_optax._parallel import pmean_value_and_grad
+from nlcg_optax.curvature.products import Curvature, gauss_newton, hessian
+from nlcg_optax.curvature.transform import (
+    QuadraticModelState,
+    scale_by_quadratic_model,
+)
 from nlcg_optax.directions.conjugate import (
     ConjugateDirectionState,
     scale_by_conjugate_direction,
 )
-from nlcg_optax.preconditioners import matrices
-from nlcg_optax.preconditioners._placement import Matrix
+from nlcg_optax.matrices.describe import describe
+from nlcg_optax.matrices.plan import Matrix
+from nlcg_optax.minimization.minimize import IterationInfo, MinimizeResult, minimize
 from nlcg_optax.preconditioners.diagonal_bfgs import (
     DiagonalBfgsState,
     scale_by_diagonal_bfgs,
@@ -20,7 +24,6 @@ from nlcg_optax.preconditioners.limited_memory_bfgs import (
     LimitedMemoryBfgsState,
     scale_by_limited_memory_bfgs,
 )
-from nlcg_optax.preconditioners.matrices import describe
 from nlcg_optax.preconditioners.orthogonalization import (
     OrthogonalizationState,
     scale_by_orthogonalization,
@@ -34,10 +37,6 @@ from nlcg_optax.step_sizes.lars import scale_by_lars
 from nlcg_optax.step_sizes.loss_feedback import (
     LossFeedbackState,
     scale_by_loss_feedback,
-)
-from nlcg_optax.step_sizes.quadratic_model import (
-    QuadraticModelState,
-    scale_by_quadratic_model,
 )
 
 __version__ = "0.1.0"
@@ -63,6 +62,7 @@ __all__ = [
     "matrices",
     "minimize",
     "nlcg",
+    "nlcg_auto",
     "nlcg_paper",
     "pmean_value_and_grad",
     "scale_by_conjugate_direction",

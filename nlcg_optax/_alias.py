@@ -7,12 +7,12 @@ import jax
 import optax
 
 from nlcg_optax import _check, _tree
+from nlcg_optax.curvature.transform import scale_by_quadratic_model
 from nlcg_optax.directions.beta import BetaRule
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
 from nlcg_optax.step_sizes.loss_feedback import scale_by_loss_feedback
-from nlcg_optax.step_sizes.quadratic_model import scale_by_quadratic_model
 
 _BETA_RULE, _BETA_BOUNDS = "fletcher_reeves", (0.0, 0.9)
 Preconditioner = str | optax.GradientTransformation | None
@@ -182,6 +182,31 @@ def nlcg(
         axis_name=axis_name,
     )
     return _chain(direction, step_rule, learning_rate, decay=decay)
+
+
+def nlcg_auto(
+    num_steps: int | None = None,
+    *,
+    preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
+    residuals: int = 2,
+    multiplier: optax.ScalarOrSchedule = 1.0,
+    epsilon: float = 1e-8,
+    state_dtype: Any | None = None,
+    axis_name: _tree.AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""NLCG without a learning rate: the curvature of the loss chooses the step."""
+    # A transformation is a (named) tuple itself.
+    one = isinstance(preconditioner, str | optax.GradientTransformation | None)
+    several: Any = [preconditioner] if one else preconditioner
+    model = scale_by_quadratic_model(
+        [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
+        residuals=residuals,
+        horizon=num_steps,
+        multiplier=multiplier,
+        state_dtype=state_dtype,
+        axis_name=axis_name,
+    )
+    return optax.chain(model, optax.scale(-1.0))
 
 
 def nlcg_paper(

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nlcg_optax.curvature.transform import QuadraticModelState
 from nlcg_optax.directions.conjugate import ConjugateDirectionState
 from nlcg_optax.preconditioners.diagonal_bfgs import DiagonalBfgsState
 from nlcg_optax.preconditioners.limited_memory_bfgs import LimitedMemoryBfgsState
 from nlcg_optax.step_sizes.loss_feedback import LossFeedbackState
-from nlcg_optax.step_sizes.quadratic_model import QuadraticModelState
 
 # Name of the diagnostic -> field of the state that holds it.
 _FIELDS: dict[type, dict[str, str]] = {

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nlcg_optax.step_sizes import _noise
+from nlcg_optax.curvature import noise
 from nlcg_optax.training import data, models, optimizers, steps
 from nlcg_optax.training.config import apply_overrides
 
@@ -101,12 +101,12 @@ def create_runner(data_dir):
     config.batch_size = BATCH_SIZE
     total = round(config.num_epochs * len(kept) / BATCH_SIZE)
     tx = optimizers.create_optimizer(config, lambda _: 1.0, models.l2_mask, total)
-    original, threshold = _noise.set_course, _noise._RULED_BY_NOISE
+    original, threshold = noise.set_course, noise._RULED_BY_NOISE
 
     def train_step(state, indices, images, labels, variant, seed):
         variant = Variant(*variant)
-        _noise.set_course = varied(original, variant)
-        _noise._RULED_BY_NOISE = variant.signal
+        noise.set_course = varied(original, variant)
+        noise._RULED_BY_NOISE = variant.signal
         try:
             step = steps.make_train_step(
                 task.model,
@@ -120,8 +120,8 @@ def create_runner(data_dir):
             batch = {"image": images[indices][None], "label": labels[indices][None]}
             state, metrics = step(state, batch)
         finally:
-            _noise.set_course = original
-            _noise._RULED_BY_NOISE = threshold
+            noise.set_course = original
+            noise._RULED_BY_NOISE = threshold
         return state, metrics["loss"]
 
     images, labels = trainer.arrays

@@ -21,7 +21,7 @@ import numpy as np
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from nlcg_optax.preconditioners._newton_schulz import coefficients_of  # noqa: E402
+from nlcg_optax.matrices.newton_schulz import coefficients_of  # noqa: E402
 
 # The coefficients, and the order of the Schatten norm that the iteration starts from.
 VARIANTS = {

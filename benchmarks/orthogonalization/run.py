@@ -56,7 +56,7 @@ from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import nlcg_optax  # noqa: E402
-from nlcg_optax.preconditioners import _newton_schulz  # noqa: E402
+from nlcg_optax.matrices import newton_schulz  # noqa: E402
 from nlcg_optax.training import models  # noqa: E402
 
 OPTIMIZERS = {
@@ -235,12 +235,12 @@ def on_device(tree):
     size = min(1024, max(x.shape[-1] for x in jax.tree.leaves(grads)))
     u, _, vh = np.linalg.svd(rng.standard_normal((size, size)), full_matrices=False)
     matrix = jnp.asarray(u * np.geomspace(1, 1e-2, size) @ vh, jnp.float32)
-    for precision in ("highest", *_newton_schulz.HALF):
+    for precision in ("highest", *newton_schulz.HALF):
         tx = nlcg_optax.scale_by_orthogonalization(precision=precision)
         state = tx.init(grads)
         seconds = seconds_of(jax.jit(tx.update), grads, state)
         rate = operations(tx.update, grads, state) / seconds
-        factor = _newton_schulz.polar_factor(matrix, precision=precision)
+        factor = newton_schulz.polar_factor(matrix, precision=precision)
         yield {
             "tree": tree,
             "precision": precision,

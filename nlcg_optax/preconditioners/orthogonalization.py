@@ -13,9 +13,9 @@ from jax.core import Tracer
 from jax.sharding import AxisType
 
 from nlcg_optax import _check, _tree
-from nlcg_optax.preconditioners import _newton_schulz, _placement
-from nlcg_optax.preconditioners import matrices as ready_matrices
-from nlcg_optax.preconditioners._placement import Matrix
+from nlcg_optax.matrices import describe as ready_matrices
+from nlcg_optax.matrices import newton_schulz, plan
+from nlcg_optax.matrices.plan import Matrix
 
 
 class NoSecondMoment(tuple):
@@ -177,8 +177,8 @@ def scale_by_orthogonalization(
         )
 
     _check_coefficients(coefficients)
-    _check.one_of("precision", precision, ("highest", *_newton_schulz.HALF))
-    method = _newton_schulz.Method.of(
+    _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))
+    method = newton_schulz.Method.of(
         coefficients, operator.index(iterations), precision
     )
 
@@ -265,13 +265,13 @@ def scale_by_orthogonalization(
 
 def _orthogonalize(
     matrices: Sequence[tuple[Any, jax.Array, NoSecondMoment]],
-    method: _newton_schulz.Method,
+    method: newton_schulz.Method,
     mesh: Any,
     axis_name: _tree.AxisName | None,
 ) -> list[jax.Array]:
     """The leaves of some paths, orthogonalized where and how it takes least time."""
     grads = [g for _, g, _ in matrices]
-    leaves = [_placement.Leaf(_tree.lift(g), v.matrix) for _, g, v in matrices]
+    leaves = [plan.Leaf(_tree.lift(g), v.matrix) for _, g, v in matrices]
     axes: tuple[_tree.AxisName, ...] = ()
     explicit = None
     if axis_name is not None:
@@ -299,7 +299,7 @@ def _orthogonalize(
         placed = [
             leaf._replace(value=x) for leaf, x in zip(leaves, values, strict=True)
         ]
-        results = _placement.orthogonalize(placed, method, mesh, axes)
+        results = plan.orthogonalize(placed, method, mesh, axes)
         return [x.astype(g.dtype) for x, g in zip(results, grads, strict=True)]
 
     values = [leaf.value for leaf in leaves]

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import nlcg_optax  # noqa: E402
-from nlcg_optax.preconditioners import _placement  # noqa: E402
+from nlcg_optax.matrices import plan  # noqa: E402
 
 RNG = np.random.default_rng(0)
 # Ten matrices of one shape, on eight devices; a few of its transpose; convolutions; a
@@ -136,7 +136,7 @@ def everything():
         name = f"{door}, counted"
         add(name, SHAPES, last("fsdp"), one, door, through="fsdp")
     # Matrices as small as these are not worth a message, unless messages cost nothing.
-    _placement.OPERATIONS_PER_BYTE = _placement.OPERATIONS_PER_COLLECTIVE = 0
+    plan.OPERATIONS_PER_BYTE = plan.OPERATIONS_PER_COLLECTIVE = 0
     axes = ("data", "fsdp")
     layouts = {
         "first": (one, first("fsdp")),

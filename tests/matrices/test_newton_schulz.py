@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from orthogonalization.coefficients import best_quintic, polar_express
 
-from nlcg_optax.preconditioners import _newton_schulz
-from nlcg_optax.preconditioners._newton_schulz import (
+from nlcg_optax.matrices import newton_schulz as module
+from nlcg_optax.matrices.newton_schulz import (
     MUON,
     POLAR_EXPRESS,
     POLAR_EXPRESS_IN_FOUR,
@@ -36,7 +36,7 @@ def literal(x, steps, norm=8):
 @pytest.mark.parametrize("iterations", [1, 4, 5])
 def test_it_is_the_iteration_on_the_matrix(x64, monkeypatch, shape, name, iterations):
     # So that products of stacks of the largest of them are taken apart.
-    monkeypatch.setattr(_newton_schulz, "HERMITIAN_BLOCK", 6)
+    monkeypatch.setattr(module, "HERMITIAN_BLOCK", 6)
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape) + 1j * rng.normal(size=shape)
     got = polar_factor(jnp.asarray(x), iterations, 3.0, name)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nlcg_optax.preconditioners._newton_schulz import Method, coefficients_of
-from nlcg_optax.preconditioners._placement import (
+from nlcg_optax.matrices.newton_schulz import Method, coefficients_of
+from nlcg_optax.matrices.plan import (
     Leaf,
     Matrix,
     Slots,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _tree
-from nlcg_optax._curvature import Curvature, Images, combine, join, stack
-from nlcg_optax.step_sizes import _noise, _small_system, _trust
+from nlcg_optax.curvature import noise, subspace, trust
+from nlcg_optax.curvature.products import Curvature, Images, combine, join, stack
 
 Preconditioners = (
     optax.GradientTransformation | Sequence[optax.GradientTransformation | None] | None
@@ -320,7 +320,7 @@ def scale_by_quadratic_model(
         slopes = reduce(slopes_along, grad, *preconditioned, *past)
 
         # What became of the last step.
-        verdict = _trust.judge(
+        verdict = trust.judge(
             loss,
             jnp.all(jnp.isfinite(slopes)),
             state.prev_value,
@@ -331,16 +331,16 @@ def scale_by_quadratic_model(
         )
         rejected = verdict.rejected
         measured = ~coasted & (state.prev_slope > 0)
-        share = _noise.share_of_signal(
+        share = noise.share_of_signal(
             slopes[kinds],
             jnp.where(measured, state.prev_slope, 1),
             state.prev_curvature,
         )
-        share = _noise.average(state.signal, share, state.stored)
+        share = noise.average(state.signal, share, state.stored)
         signal = jnp.where(measured, share, state.signal)
         total_damping = (
             _tree.real_scalar(damping, dtype)
-            + _tree.real_scalar(noise_damping, dtype) * _noise.ratio(signal)
+            + _tree.real_scalar(noise_damping, dtype) * noise.ratio(signal)
             + verdict.extra_damping
         )
 
@@ -351,7 +351,7 @@ def scale_by_quadratic_model(
             products = _products(curvature, params, images, images, loss).astype(dtype)
             # What is remembered but no direction has zeros.
             products = jnp.pad(0.5 * (products + products.T), (0, unused))
-            coefficients = _small_system.minimize(slopes, products, total_damping)
+            coefficients = subspace.minimize(slopes, products, total_damping)
             plan = _Plan(slopes, products, coefficients, [])
             for _ in range(residuals):
                 # The gradient of the model at its minimum, preconditioned.
@@ -371,7 +371,7 @@ def scale_by_quadratic_model(
                 plan = _Plan(
                     all_slopes,
                     products,
-                    _small_system.minimize(all_slopes, products, total_damping),
+                    subspace.minimize(all_slopes, products, total_damping),
                     [*plan.residual_directions, z],
                 )
             return plan
@@ -396,9 +396,9 @@ def scale_by_quadratic_model(
         steep &= plan.slopes[0] > 0  # elsewhere there is none
         length = plan.slopes[0] / jnp.where(steep, plan.products[0, 0], 1)
         length = jnp.log(jnp.where(steep, length, 1))
-        length = _noise.mean(state.log_length, length, state.stored)
+        length = noise.mean(state.log_length, length, state.stored)
         log_length = jnp.where(coasted | ~steep, state.log_length, length)
-        course = _noise.set_course(
+        course = noise.set_course(
             jnp.where(rejected, 1, signal),
             state.rate,
             state.rate_since,
@@ -435,9 +435,9 @@ def scale_by_quadratic_model(
         too_long = (longest > 0) & (norm > longest)
         ratio = jnp.where(too_long, longest / jnp.where(too_long, norm, 1), 1)
         slope = jnp.sum(plan.slopes * coefficients)
-        curved = _small_system.inner(coefficients, products, coefficients)
+        curved = subspace.inner(coefficients, products, coefficients)
         if curvature.nonnegative:
-            part = _small_system.part_that_falls(slope, curved, _MOST * loss)
+            part = subspace.part_that_falls(slope, curved, _MOST * loss)
             believed = coasts | (loss <= 0)
             ratio = jnp.where(believed, ratio, jnp.minimum(ratio, part))
         bounded = ratio < 1
@@ -538,10 +538,9 @@ def _difference(grad: jax.Array, product: jax.Array) -> jax.Array:
 def _cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array:
     """Cosine between the new step and the last one in the metric of the curvature."""
     other = jnp.zeros_like(coefficients).at[newest].set(1)
-    product = _small_system.inner(coefficients, matrix, other)
+    product = subspace.inner(coefficients, matrix, other)
     squares = (
-        _small_system.inner(coefficients, matrix, coefficients)
-        * (matrix[newest, newest])
+        subspace.inner(coefficients, matrix, coefficients) * (matrix[newest, newest])
     )
     defined = squares > 0
     return jnp.where(defined, product / jnp.sqrt(jnp.where(defined, squares, 1)), 0)

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import optax
 
-from nlcg_optax.preconditioners import _newton_schulz
-from nlcg_optax.preconditioners._placement import Matrix
+from nlcg_optax.matrices import newton_schulz
+from nlcg_optax.matrices.plan import Matrix
 
 Matrices = Callable[[Any, Any], Matrix | None]
 
@@ -125,7 +125,7 @@ def describe(
             "This optimizer has no state of `scale_by_orthogonalization`: it "
             "orthogonalizes nothing."
         )
-    method = _newton_schulz.Method(((0.0, 0.0, 0.0),) * iterations)
+    method = newton_schulz.Method(((0.0, 0.0, 0.0),) * iterations)
     rows = [("path", "shape", "treatment", "operations", "bytes")]
     for (path, leaf), nodes in itertools.product(
         jax.tree_util.tree_leaves_with_path(shapes), found
@@ -138,7 +138,7 @@ def describe(
             count, m, n = sides(node.matrix, leaf.shape)
             treatment = f"{m}×{n}" if count == 1 else f"{count} × {m}×{n}"
             operations = count * sum(
-                _newton_schulz.operations(min(m, n), max(m, n), method, stacked=False)
+                newton_schulz.operations(min(m, n), max(m, n), method, stacked=False)
             )
         rows.append(
             (

@@ -29,8 +29,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nlcg_optax import _tree
-from nlcg_optax.preconditioners import _newton_schulz
-from nlcg_optax.preconditioners._newton_schulz import Method
+from nlcg_optax.matrices import newton_schulz
+from nlcg_optax.matrices.newton_schulz import Method
 
 # What a device could compute while it sends a byte, and while it waits for a collective
 # that sends next to nothing: round numbers for chips of today (docs/scaling.md) and
@@ -111,6 +111,7 @@ class Slots:
 
     @property
     def rows(self) -> int:
+        """Matrices that each device works on."""
         return sum(self.full) + self.shared
 
     def rows_of(self, i: int) -> int:
@@ -214,8 +215,8 @@ def _cost(
     total = 0.0
     for i, (stack, choice) in enumerate(zip(stacks, how, strict=True)):
         side, stacked = sides[choice], choice == "spread" or numbers[choice] > 1
-        iterating, _ = _newton_schulz.operations(side, side, method, stacked=stacked)
-        _, outside = _newton_schulz.operations(
+        iterating, _ = newton_schulz.operations(side, side, method, stacked=stacked)
+        _, outside = newton_schulz.operations(
             stack.small, stack.long, method, stacked=stacked
         )
         matrices = stack.count * stack.parts
@@ -640,10 +641,10 @@ def _work(
     if len(xs) == 1 and math.prod(xs[0].shape[:3]) == 1:
         shape = xs[0].shape
         xs = [xs[0].reshape(shape[3:])]
-        ys = _newton_schulz.polar_factors(xs, method, **reductions)
+        ys = newton_schulz.polar_factors(xs, method, **reductions)
         ys = [ys[0].reshape(shape)]
     else:
-        ys = _newton_schulz.polar_factors(
+        ys = newton_schulz.polar_factors(
             xs, method, add=slots.add, pick=slots.pick, **reductions
         )
     results = []
@@ -781,6 +782,7 @@ class Mapped:
         return x.reshape(rows.shape[0], self.devices, *x.shape[1 + len(self.axes) :])
 
     def together(self, x: jax.Array) -> jax.Array:
+        """As for `Global`."""
         return x
 
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
@@ -807,7 +809,9 @@ class Mapped:
         return x
 
     def largest(self, x: jax.Array) -> jax.Array:
+        """The largest over all devices."""
         return jax.lax.pmax(x, self.sharded)
 
     def total(self, x: jax.Array) -> jax.Array:
+        """The sum over all devices."""
         return jax.lax.psum(x, self.sharded)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nlcg_optax.step_sizes import _small_system, _trust
+from nlcg_optax.curvature import subspace, trust
 
 RNG = np.random.default_rng(0)
 FACTOR = RNG.normal(size=(4, 4))
@@ -14,28 +14,24 @@ SLOPES = RNG.normal(size=4)
 
 
 def minimize(slopes, matrix, damping=0.0):
-    return np.asarray(
-        _small_system.minimize(*map(jnp.asarray, (slopes, matrix)), damping)
-    )
+    return np.asarray(subspace.minimize(*map(jnp.asarray, (slopes, matrix)), damping))
 
 
 def test_it_is_the_minimum(x64):
     expected = np.linalg.solve(MATRIX, SLOPES)
     got = minimize(SLOPES, MATRIX)
     np.testing.assert_allclose(got, expected, rtol=1e-10)
-    decrease = _small_system.decrease(got, jnp.asarray(SLOPES), jnp.asarray(MATRIX))
+    decrease = subspace.decrease(got, jnp.asarray(SLOPES), jnp.asarray(MATRIX))
     np.testing.assert_allclose(decrease, 0.5 * SLOPES @ expected, rtol=1e-12)
 
 
 def test_the_part_of_a_step_by_which_the_model_falls_so_far(x64):
     slope, curved = 3.0, 2.0  # the model falls by 3 t - t², and by 2 with all of it
     for most in (2.5, 2.0, 1.25, 1e-9):
-        t = float(
-            _small_system.part_that_falls(*map(jnp.asarray, (slope, curved, most)))
-        )
+        t = float(subspace.part_that_falls(*map(jnp.asarray, (slope, curved, most))))
         assert slope * t - 0.5 * curved * t**2 == pytest.approx(min(most, 2.0))
         assert 0 < t <= 1
-    flat = _small_system.part_that_falls(*map(jnp.asarray, (4.0, 0.0, 1.0)))
+    flat = subspace.part_that_falls(*map(jnp.asarray, (4.0, 0.0, 1.0)))
     assert flat == 0.25
 
 
@@ -117,7 +113,7 @@ def test_what_is_not_finite_shows(place):
 def test_under_vmap_and_jit():
     slopes = np.float32(np.stack([SLOPES, -2 * SLOPES]))
     matrices = np.float32(np.stack([MATRIX, 3 * MATRIX]))
-    got = jax.jit(jax.vmap(_small_system.minimize))(slopes, matrices)
+    got = jax.jit(jax.vmap(subspace.minimize))(slopes, matrices)
     for row, s, m in zip(got, slopes, matrices, strict=True):
         np.testing.assert_allclose(row, minimize(s, m), rtol=1e-4)
 
@@ -135,7 +131,7 @@ def judge(
     finite=True,
 ):
     numbers = (prev_value, predicted, extra_damping, model_error, damping)
-    verdict = _trust.judge(
+    verdict = trust.judge(
         jnp.float32(loss), jnp.asarray(finite), *map(jnp.float32, numbers)
     )
     return jax.tree.map(np.asarray, verdict)
