@@ -5,8 +5,8 @@ from nlcg_optax._alias import nlcg, nlcg_auto, nlcg_paper
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._parallel import pmean_value_and_grad
 from nlcg_optax.curvature.products import Curvature, gauss_newton, hessian
+from nlcg_optax.curvature.state import QuadraticModelState
 from nlcg_optax.curvature.transform import (
-    QuadraticModelState,
     scale_by_quadratic_model,
 )
 from nlcg_optax.directions.conjugate import (

@@ -5,12 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax.curvature.transform import QuadraticModelState
+from nlcg_optax.curvature.state import QuadraticModelState
 from nlcg_optax.directions.conjugate import ConjugateDirectionState
 from nlcg_optax.preconditioners.diagonal_bfgs import DiagonalBfgsState
 from nlcg_optax.preconditioners.limited_memory_bfgs import LimitedMemoryBfgsState
 from nlcg_optax.step_sizes.loss_feedback import LossFeedbackState
 
+_MODEL = (
+    *("coefficients", "damping", "predicted_decrease", "actual_decrease"),
+    *("conjugacy", "signal", "rate", "bounded_steps", "rejected_steps"),
+    *("nonfinite_products", "loss_mismatch", "decrease_ratio"),
+)
 # Name of the diagnostic -> field of the state that holds it.
 _FIELDS: dict[type, dict[str, str]] = {
     DiagonalBfgsState: {"skipped_curvature": "skipped"},
@@ -24,18 +29,7 @@ _FIELDS: dict[type, dict[str, str]] = {
         "base_step": "base_step",
         "nonfinite_losses": "nonfinite",
     },
-    QuadraticModelState: {
-        "coefficients": "coefficients",
-        "damping": "damping",
-        "predicted_decrease": "predicted_decrease",
-        "actual_decrease": "actual_decrease",
-        "conjugacy": "conjugacy",
-        "signal": "signal",
-        "rate": "rate",
-        "bounded_steps": "bounded",
-        "rejected_steps": "rejected",
-        "nonfinite_products": "nonfinite",
-    },
+    QuadraticModelState: {name: name for name in _MODEL},
 }
 
 
@@ -124,5 +118,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     for where, node in found:
         for name, field in _FIELDS[type(node)].items():
             key = f"{where}/{name}" if names.count(name) > 1 else name
-            report[key] = jnp.asarray(getattr(node, field))
+            own = isinstance(node, QuadraticModelState)
+            told = node.report()[field] if own else getattr(node, field)
+            report[key] = jnp.asarray(told)
     return report

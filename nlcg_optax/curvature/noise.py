@@ -6,16 +6,25 @@ own direction takes over,
 
 .. math::
     d_t = z_t + \beta_t d_{t-1}, \qquad u_t = \alpha_t (z_t + \beta_t d_t), \qquad
-    \beta_t = \min(g_t^\top z_t / g_{t-1}^\top z_{t-1},\, 0.9) ,
+    \beta_t = \min(g_t^\top z_t / g_{t-1}^\top z_{t-1},\, 0.9)
 
-whose rate is at first the average of the best lengths along z until then: of all of
-them, for the nearer the loss comes to where noise holds it, the shorter they get.
+(:func:`scale_by_conjugate_direction`). Its rate is at first the average of the best
+lengths along z until then: of all of them, for the nearer the loss comes to where noise
+holds it, the shorter they get.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from nlcg_optax import _tree
+from nlcg_optax.curvature.state import LastStep, Noise
+from nlcg_optax.directions.conjugate import (
+    ConjugateDirectionState,
+    scale_by_conjugate_direction,
+)
 
 # Noise rules once the share of signal is below this.
 _RULED_BY_NOISE = 0.4
@@ -68,67 +77,143 @@ def ratio(share: jax.Array) -> jax.Array:
     return (1 - share) / jnp.maximum(share, _LEAST_SHARE)
 
 
-class Course(NamedTuple):
-    """How NLCG's own direction goes on.
+def measure(
+    noise: Noise, last: LastStep, slope: jax.Array, stored: jax.typing.ArrayLike
+) -> jax.Array:
+    """The average share of signal, with what the new gradient tells of the last step.
+
+    Args:
+      noise: what was known before.
+      last: the step.
+      slope: of the new gradient along it.
+      stored: steps taken.
+    """
+    measured = ~noise.handed_over & (last.prev_slope > 0)
+    steep = jnp.where(measured, last.prev_slope, 1)
+    share = share_of_signal(slope, steep, last.prev_curvature)
+    return jnp.where(measured, average(noise.signal, share, stored), noise.signal)
+
+
+def best_length(
+    noise: Noise, slope: jax.Array, curved: jax.Array, stored: jax.typing.ArrayLike
+) -> jax.Array:
+    """The mean logarithm of the best lengths along z, with that of this step.
+
+    Args:
+      noise: what was known before.
+      slope: along the preconditioned gradient z.
+      curved: the curvature along it.
+      stored: steps taken.
+    """
+    steep = (curved > 0) & (slope > 0)  # elsewhere there is none
+    length = jnp.log(jnp.where(steep, slope / jnp.where(steep, curved, 1), 1))
+    length = mean(noise.log_length, length, stored)
+    return jnp.where(noise.handed_over | ~steep, noise.log_length, length)
+
+
+class Stage(NamedTuple):
+    """What follows the hand-over.
 
     Attributes:
-      active: whether it rules.
-      rate: α before it decays; 0 while it does not rule.
-      since: the count when it took over.
-      gradient: the coefficient of the preconditioned gradient z in the step.
-      direction: that of the last direction.
-      beta: what the new direction has of the last one.
+      active: whether noise rules.
+      starts: whether it does so from this step on.
+      rate: α before it decays; 0 while noise does not rule.
+      since: the count at the hand-over.
+      size: α now.
     """
 
     active: jax.Array
+    starts: jax.Array
     rate: jax.Array
-    since: jax.Array
-    gradient: jax.Array
-    direction: jax.Array
-    beta: jax.Array
+    since: jax.typing.ArrayLike
+    size: jax.Array
 
 
-def set_course(
+def hand_over(
+    noise: Noise,
     signal: jax.Array,
-    rate: jax.Array,
-    since: jax.typing.ArrayLike,
     log_length: jax.Array,
     measurements: jax.typing.ArrayLike,
-    g_z: jax.Array,
-    prev_g_z: jax.Array,
     count: jax.typing.ArrayLike,
-    horizon: jax.typing.ArrayLike,
-) -> Course:
-    """Decides whether NLCG's own direction rules, and how the step is made of it.
+    horizon: jax.typing.ArrayLike | None,
+) -> Stage:
+    """Decides whether noise rules, and how long the steps then are.
 
     Args:
+      noise: what was known before this step.
       signal: the average share of signal.
-      rate: of a course that rules already; otherwise 0.
-      since: the count when it took over.
       log_length: mean logarithm of the best length along z.
       measurements: how often the signal was measured.
-      g_z: gᵀz.
-      prev_g_z: gᵀz of the last step.
       count: steps before this one.
-      horizon: steps in all; 0 for a direction that never takes over.
+      horizon: steps in all; None where noise never rules.
     """
-    ruled = rate > 0
-    starts = ~ruled & (signal < _RULED_BY_NOISE)
+    horizon = 0 if horizon is None else horizon
+    starts = ~noise.handed_over & (signal < _RULED_BY_NOISE)
     starts &= jnp.asarray(measurements) >= _MEASUREMENTS
     starts &= jnp.asarray(count) + _STEPS_LEFT <= horizon
-    rate = jnp.where(starts, jnp.exp(log_length), rate)
-    since = jnp.where(starts, count, since)
+    rate = jnp.where(starts, jnp.exp(log_length), noise.rate)
+    since = jnp.where(starts, count, noise.rate_since)
     done = (count - since).astype(rate.dtype)
     done = jnp.clip(done / jnp.maximum(horizon - since, 1).astype(rate.dtype), 0, 1)
     size = 0.5 * rate * (1 + jnp.cos(jnp.pi * done))
-    known = prev_g_z > 0
-    beta = jnp.clip(g_z / jnp.where(known, prev_g_z, 1), 0, _MAX_BETA)
-    beta = jnp.where(starts | ~known, 0, beta)
-    return Course(
-        active=ruled | starts,
-        rate=rate,
-        since=since,
-        gradient=size * (1 + beta),
-        direction=size * beta**2,
-        beta=beta,
+    return Stage(noise.handed_over | starts, starts, rate, since, size)
+
+
+class Direction(NamedTuple):
+    """NLCG's own direction.
+
+    Attributes:
+      look_ahead: what the step goes along, z + β d.
+      direction: d itself.
+      beta: β.
+    """
+
+    look_ahead: Any
+    direction: Any
+    beta: jax.Array
+
+
+def direction(
+    noise: Noise,
+    starts: jax.Array,
+    grad: Any,
+    preconditioned: Any,
+    prev_direction: Any,
+    axis_name: _tree.AxisName | None,
+) -> Direction:
+    """The next direction of NLCG, over a preconditioned gradient that is known.
+
+    Args:
+      noise: what was known before this step.
+      starts: whether the direction starts anew.
+      grad: g.
+      preconditioned: z.
+      prev_direction: the last direction.
+      axis_name: as in `scale_by_quadratic_model`.
+    """
+    known = optax.stateless(lambda updates, params=None: preconditioned)
+    nlcg = scale_by_conjugate_direction(
+        "fletcher_reeves",
+        known,
+        beta_bounds=(0.0, _MAX_BETA),
+        nesterov=True,
+        epsilon=0.0,
+        track_cosine=False,
+        axis_name=axis_name,
     )
+    zero = jnp.zeros_like(noise.prev_g_z)
+    state: Any = ConjugateDirectionState(
+        count=jnp.where(starts, 0, 1),
+        preconditioner_state=optax.EmptyState(),
+        prev_update=prev_direction,
+        prev_preconditioned=None,
+        prev_grad=None,
+        prev_g_z=noise.prev_g_z,
+        prev_g_d=zero,
+        prev_d_d=zero,
+        beta=zero,
+        cosine=zero,
+        restarts=jnp.zeros([], jnp.int32),
+    )
+    look_ahead, state = nlcg.update(jax.tree.map(_tree.lift, grad), state)
+    return Direction(look_ahead, state.prev_update, state.beta)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nlcg_optax import _check, _parallel, _tree
 
@@ -27,7 +28,47 @@ class Images(NamedTuple):
     directions: Any
 
 
-@jax.tree_util.register_static
+class Penalty(NamedTuple):
+    """A term of the loss, half the squared norm of some of the parameters.
+
+    Attributes:
+      factor: what it is multiplied by.
+      mask: the leaves that it applies to, as in :func:`gauss_newton`.
+    """
+
+    factor: jax.typing.ArrayLike
+    mask: "Constant"
+
+
+class Constant:
+    """What a compiled program holds fixed: it has no leaves, and compares by value.
+
+    A function is equal to itself alone, a bound method to another of the same object.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return False
+        if self.value is other.value:
+            return True
+        try:
+            return bool(self.value == other.value)
+        except Exception:  # arrays, or whatever else cannot be compared
+            return False
+
+    def __hash__(self) -> int:
+        try:
+            return hash(self.value)
+        except TypeError:  # a tree of booleans, or a module with arrays
+            return hash(type(self.value))
+
+
+jax.tree_util.register_static(Constant)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Curvature:
     r"""The curvature of a loss, seen along a few directions at a time.
@@ -35,23 +76,37 @@ class Curvature:
     Made by :func:`gauss_newton` or :func:`hessian`, and passed to `update` as the
     keyword argument ``curvature``. Called with the parameters and a sequence of k trees
     like them it gives the matrix of their inner products :math:`d_i^\top C d_j`, real,
-    symmetric, of shape [k, k]. To `jax.jit` it is a constant.
+    symmetric, of shape [k, k].
+
+    It is a pytree, whose leaves are the arrays that it was given (the batch, say) and
+    whose functions are constants of a compiled program: it passes through `jax.jit`,
+    and as long as the functions stay the same, nothing is compiled anew.
 
     Attributes:
-      push: maps the parameters and stacked directions to their ``Images``.
-      inner: maps the parameters and the images of two stacks of directions to the
-        matrix of inner products between them.
-      pull: maps the parameters and the image of one direction (still stacked) to the
-        tree :math:`C d`.
-      nonnegative: whether the loss is taken for one that is never below zero, as an
-        error or a cross-entropy of outputs is: no step will then be believed to take
-        much more off it than there is.
+      functions: of the loss, constants.
+      batch: what they take beside the parameters, or None.
+      microbatches: the same, with a leading axis of microbatches; None for one batch.
+      penalties: terms of the parameters alone.
+      whole_params: the whole parameters, where the optimizer is shown some of them.
+      axis_name: the axes over which the batch is split in a `shard_map` or `pmap`.
+      fraction: the part of the batch of the gradient that it is taken on; None where
+        nobody said.
+      made_outside: whether it was made outside of what JAX traces.
     """
 
-    push: Callable[[Any, Any], Images]
-    inner: Callable[[Any, Images, Images], jax.Array]
-    pull: Callable[[Any, Images], Any]
-    nonnegative: bool = False
+    functions: Constant
+    batch: Any = None
+    microbatches: Any = None
+    penalties: tuple[Penalty, ...] = ()
+    whole_params: Any = None
+    axis_name: _tree.AxisName | None = None
+    fraction: float | None = None
+    made_outside: bool = False
+
+    #: Whether the loss is taken for one that is never below zero, as an error or a
+    #: cross-entropy of outputs is: no step will then be believed to take much more off
+    #: it than there is.
+    nonnegative = False
 
     def __call__(self, params: Any, directions: Sequence[Any]) -> jax.Array:
         """The matrix of inner products of some directions."""
@@ -68,10 +123,292 @@ class Curvature:
         """
         return self.pull(params, self.push(params, stack(params, [direction])))
 
+    def push(self, params: Any, stacked: Any) -> Images:
+        """The images of stacked directions."""
+        if self.microbatches is None:
+            return self._push(params, stacked, *self._inputs())
+        outputs, tangents = jax.lax.map(
+            lambda part: self._push(params, stacked, part)[:2], self.microbatches
+        )
+        return Images(outputs, _switch(tangents), stacked)
+
+    def value(self, params: Any, images: Images) -> jax.Array:
+        """The loss itself, of which no more is computed than the images lack."""
+        if self.microbatches is None:
+            total = self._value(params, images.outputs, *self._inputs())
+        else:
+            parts = (images.outputs, self.microbatches)
+            total = jax.lax.map(lambda each: self._value(params, *each), parts)
+            total = jnp.mean(total)
+        total = total.astype(_tree.scalar_dtype(params))
+        for penalty in self.penalties:
+            factor = jnp.asarray(penalty.factor, total.dtype)
+            weights = jax.tree.leaves(self.penalized(penalty, params, params))
+            for w in weights:
+                square = jnp.sum(_tree.abs_sq(_tree.lift(w))).astype(total.dtype)
+                total += 0.5 * factor * square * _shards(w, self.axis_name)
+        return self._mean(total)
+
+    def inner(self, params: Any, a: Images, b: Images) -> jax.Array:
+        """The inner products between two stacks of directions, from their images."""
+        if self.microbatches is None:
+            total = self._inner(params, a, b, *self._inputs())
+        else:
+
+            def one(inputs: Any) -> jax.Array:
+                part, outputs, u, v = inputs
+                images = (
+                    Images(outputs, u, a.directions),
+                    Images(outputs, v, b.directions),
+                )
+                return self._inner(params, *images, part)
+
+            parts = (a.outputs, _switch(a.tangents), _switch(b.tangents))
+            total = jnp.mean(jax.lax.map(one, (self.microbatches, *parts)), axis=0)
+        for penalty in self.penalties:
+            dots = [
+                # A leaf that is split over devices is summed over them, not averaged.
+                _inner(jnp.conj(d), e, total.dtype) * _shards(d, self.axis_name)
+                for d, e in zip(
+                    jax.tree.leaves(self.penalized(penalty, a.directions, params)),
+                    jax.tree.leaves(self.penalized(penalty, b.directions, params)),
+                    strict=True,
+                )
+            ]
+            factor = jnp.asarray(penalty.factor, total.dtype)
+            total += factor * sum(dots, jnp.zeros_like(total))
+        return self._mean(total)
+
+    def pull(self, params: Any, image: Images) -> Any:
+        r"""The tree :math:`C d`, from the image of one direction (still stacked)."""
+
+        def whole(params: Any) -> jax.Array:
+            if self.microbatches is None:
+                return self._weighed(params, image, *self._inputs())
+
+            # Each microbatch runs forward again, rather than keep all of them.
+            @jax.checkpoint
+            def add(total: jax.Array, inputs: Any) -> Any:
+                part, outputs, u = inputs
+                one = Images(outputs, u, image.directions)
+                one = self._weighed(params, one, part)
+                return total + vary(one, self.axis_name), None
+
+            zero = vary(jnp.zeros([], _tree.scalar_dtype(params)), self.axis_name)
+            parts = (self.microbatches, image.outputs, _switch(image.tangents))
+            total, _ = jax.lax.scan(add, zero, parts)
+            return total / len(jax.tree.leaves(self.microbatches)[0])
+
+        if self.axis_name is None:
+            product = jax.grad(whole)(params)
+        else:
+            mean = _parallel.pmean_value_and_grad(whole, self.axis_name)
+            _, product = mean(params)
+        product = jax.tree.map(jnp.conj, product)
+        for penalty in self.penalties:
+            product = jax.tree.map(
+                lambda p, d, factor=penalty.factor: (
+                    p if d is None else p + _tree.real_scalar(factor, p.dtype) * d[0]
+                ),
+                product,
+                self.penalized(penalty, image.directions, params),
+                is_leaf=_is_masked,
+            )
+        return product
+
+    def with_penalty(self, penalty: Penalty) -> "Curvature":
+        """The curvature of the loss and one more penalty."""
+        return dataclasses.replace(self, penalties=(*self.penalties, penalty))
+
+    def penalized(self, penalty: Penalty, tree: Any, part: Any) -> Any:
+        """A tree like the parameters, but None where there is no penalty."""
+        mask = penalty.mask.value
+        if callable(mask):
+            mask = mask(self._whole(part))
+        mask = jax.tree.map(
+            lambda keep, leaves: jax.tree.map(lambda _: bool(keep), leaves),
+            True if mask is None else mask,
+            part if self.whole_params is None else self.whole_params,
+        )
+        return jax.tree.map(
+            lambda d, keep: d if not _is_masked(d) and keep else None,
+            tree,
+            mask,
+            is_leaf=_is_masked,
+        )
+
+    def _push(self, params: Any, stacked: Any, *inputs: Any) -> Images:
+        """As `push`, of one microbatch."""
+        raise NotImplementedError
+
+    def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
+        """The loss of one microbatch, on one device."""
+        raise NotImplementedError
+
+    def _inner(self, params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
+        """As `inner`, of one microbatch, on one device."""
+        raise NotImplementedError
+
+    def _weighed(self, params: Any, image: Images, *inputs: Any) -> jax.Array:
+        """The number whose gradient is the product with the direction."""
+        raise NotImplementedError
+
+    def _inputs(self) -> tuple[Any, ...]:
+        return () if self.batch is None else (self.batch,)
+
+    def _whole(self, part: Any) -> Any:
+        return fill(part, self.whole_params)
+
+    def _mean(self, x: jax.Array) -> jax.Array:
+        if self.axis_name is None:
+            return x
+        axes = _tree.bound_axes(self.axis_name)
+        return jax.lax.pmean(vary(x, self.axis_name), axes)
+
+
+class _Functions(NamedTuple):
+    """What a Gauss–Newton matrix is made of.
+
+    Attributes:
+      outputs_fn: as in :func:`gauss_newton`.
+      loss_fn: as there.
+      has_aux: as there.
+      in_turn: as there.
+    """
+
+    outputs_fn: Callable[..., Any]
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    in_turn: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _GaussNewton(Curvature):
+    """See :func:`gauss_newton`."""
+
+    nonnegative = True
+
+    def _run(self, params: Any, *inputs: Any) -> Any:
+        return self.functions.value.outputs_fn(self._whole(params), *inputs)
+
+    def _push(self, params: Any, stacked: Any, *inputs: Any) -> Images:
+        _, _, has_aux, in_turn = self.functions.value
+
+        def run(params: Any) -> Any:
+            return self._run(params, *inputs)
+
+        def along(direction: Any) -> Any:
+            outputs, tangent = jax.jvp(run, (params,), (direction,), has_aux=has_aux)[
+                :2
+            ]
+            _check_outputs(outputs)
+            return outputs, tangent
+
+        # The outputs do not depend on the direction: they are computed once.
+        if in_turn:
+            outputs, push_one = jax.linearize(run, params, has_aux=has_aux)[:2]
+            _check_outputs(outputs)
+            pushed = [
+                push_one(jax.tree.map(operator.itemgetter(i), stacked))
+                for i in range(len(jax.tree.leaves(stacked)[0]))
+            ]
+            tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
+        else:
+            outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+        # Every device differentiates its own loss by its own outputs, even where types
+        # know that they are the same everywhere: else gradients would be summed here.
+        outputs, tangents = vary((outputs, tangents), self.axis_name)
+        return Images(outputs, tangents, stacked)
+
+    def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
+        value = self.functions.value.loss_fn(outputs, *inputs)
+        value = _check_loss(value, "loss_fn", _GAUSS_NEWTON)
+        return vary(value, self.axis_name)
+
+    def _curved(self, params: Any, images: Images, *inputs: Any) -> Any:
+        """H J d, its conjugate for complex outputs (as `jax.grad` has it)."""
+
+        def loss(outputs: Any) -> jax.Array:
+            return self._value(params, outputs, *inputs)
+
+        def along(tangent: Any) -> Any:
+            return jax.jvp(jax.grad(loss), (images.outputs,), (tangent,))[1]
+
+        return jax.vmap(along)(images.tangents)
+
+    def _inner(self, params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
+        dtype = _tree.scalar_dtype(params)
+        pairs = zip(
+            jax.tree.leaves(a.tangents),
+            jax.tree.leaves(self._curved(params, b, *inputs)),
+            strict=True,
+        )
+        dots = [_inner(u, h, dtype) for u, h in pairs]
+        return sum(dots[1:], start=dots[0])
+
+    def _weighed(self, params: Any, image: Images, *inputs: Any) -> jax.Array:
+        """The sum of the outputs, each times its H J d: its gradient is Jᵀ H J d."""
+        outputs = self._run(params, *inputs)
+        outputs = outputs[0] if self.functions.value.has_aux else outputs
+        weights = self._curved(params, image, *inputs)
+        products = jax.tree.map(
+            lambda y, h: jnp.sum(jnp.real(h[0] * y)), outputs, weights
+        )
+        dtype = _tree.scalar_dtype(params)
+        return sum(
+            (x.astype(dtype) for x in jax.tree.leaves(products)), jnp.zeros([], dtype)
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Hessian(Curvature):
+    """See :func:`hessian`."""
+
+    def _of(self, inputs: Any) -> Callable[[Any], jax.Array]:
+        def value(params: Any) -> jax.Array:
+            found = self.functions.value(self._whole(params), *inputs)
+            return _check_loss(found, "value_fn", _HESSIAN)
+
+        return value
+
+    def _push(self, params: Any, stacked: Any, *inputs: Any) -> Images:
+        del params, inputs
+        return Images((), (), stacked)
+
+    def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
+        del outputs
+        return vary(self._of(inputs)(params), self.axis_name)
+
+    def _inner(self, params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
+        value = self._of(inputs)
+
+        def second(d: Any, e: Any) -> jax.Array:
+            def slope(params: Any) -> jax.Array:
+                return jax.jvp(value, (params,), (d,))[1]
+
+            return jax.jvp(slope, (params,), (e,))[1]
+
+        rows = jax.vmap(second, (None, 0))
+        matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
+        return matrix.astype(_tree.scalar_dtype(params))
+
+    def _weighed(self, params: Any, image: Images, *inputs: Any) -> jax.Array:
+        """The derivative along the direction: its gradient is H d."""
+        direction = jax.tree.map(lambda x: x[0], image.directions)
+        return jax.jvp(self._of(inputs), (params,), (direction,))[1]
+
+
+# The batches, the penalties and the whole parameters are leaves; the rest is fixed.
+_LEAVES = ["batch", "microbatches", "penalties", "whole_params"]
+_FIXED = ["functions", "axis_name", "fraction", "made_outside"]
+for _kind in (_GaussNewton, _Hessian):
+    jax.tree_util.register_dataclass(_kind, data_fields=_LEAVES, meta_fields=_FIXED)
+
 
 def gauss_newton(
     outputs_fn: Callable[..., Any],
     loss_fn: Callable[..., jax.typing.ArrayLike],
+    batch: Any | None = None,
     *,
     microbatches: Any | None = None,
     l2: float = 0.0,
@@ -80,6 +417,7 @@ def gauss_newton(
     params: Any | None = None,
     axis_name: _tree.AxisName | None = None,
     in_turn: bool = False,
+    fraction: float | None = None,
 ) -> Curvature:
     r"""The generalized Gauss–Newton matrix of a loss of a model's outputs.
 
@@ -96,8 +434,12 @@ def gauss_newton(
     wherever the loss is convex in the outputs, as squared error, cross-entropy with
     logits, and the likelihoods of exponential families are.
 
-    What the function closes over is the caller's choice: the whole batch or part of it.
-    A quarter is usually enough, for these are a few numbers rather than a gradient.
+    The batch is the caller's choice: the whole one or part of it. A quarter is usually
+    enough, for these are a few numbers rather than a gradient. The functions may close
+    over it, inside of what `jax.jit` compiles; given as ``batch`` it is a leaf of the
+    result, which then passes through `jit` by itself.
+    :func:`~nlcg_optax.value_grad_and_curvature` makes loss, gradient and curvature from
+    the same two functions.
 
     Args:
       outputs_fn: maps the parameters to the model's outputs: an array or a tree of
@@ -105,6 +447,8 @@ def gauss_newton(
       loss_fn: maps the outputs to the mean loss over the batch, a real scalar; twice
         differentiable. Terms of the parameters themselves, such as a penalty, enter if
         `outputs_fn` returns the parameters among its outputs.
+      batch: a tree of arrays that both functions are given as their second argument;
+        None for functions of one argument.
       microbatches: a tree of arrays with a leading axis of microbatches. Both functions
         then take one microbatch (without that axis) as their second argument, one after
         the other, and the products are their mean. None for all at once.
@@ -123,13 +467,15 @@ def gauss_newton(
         instead of side by side. Set it where a batch is split over devices under `jit`
         and the model has convolutions: side by side these take the directions as more
         examples, for which XLA would gather the batch onto every device.
+      fraction: the part of the gradient's batch that this one is, if you know it: with
+        1 the two losses have to be equal, and `diagnostics` counts where they are not.
 
     Returns:
       A :class:`Curvature`; its matrix is float32, or wider if the parameters are.
 
     Raises:
-      ValueError: when called, if the loss is no scalar or a direction does not match
-        the parameters.
+      ValueError: for a batch beside microbatches, or a fraction that is none; when
+        called, if the loss is no scalar or a direction does not match the parameters.
       TypeError: when called, for outputs that are no floating-point numbers.
       NameError: when called where nothing maps the axis.
 
@@ -150,100 +496,23 @@ def gauss_newton(
      [42. 78.]]
     """
     _check.number("l2", l2, minimum=0)
-    run = _on_whole(outputs_fn, params)
-
-    def push(params: Any, stacked: Any, *inputs: Any) -> Images:
-        def along(direction: Any) -> Any:
-            outputs, tangent = jax.jvp(
-                lambda params: run(params, *inputs),
-                (params,),
-                (direction,),
-                has_aux=has_aux,
-            )[:2]
-            _check_outputs(outputs)
-            return outputs, tangent
-
-        # The outputs do not depend on the direction: they are computed once.
-        if in_turn:
-            outputs, push_one = jax.linearize(
-                lambda params: run(params, *inputs), params, has_aux=has_aux
-            )[:2]
-            _check_outputs(outputs)
-            pushed = [
-                push_one(jax.tree.map(operator.itemgetter(i), stacked))
-                for i in range(len(jax.tree.leaves(stacked)[0]))
-            ]
-            tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
-        else:
-            outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
-        # Every device differentiates its own loss by its own outputs, even where types
-        # know that they are the same everywhere: else gradients would be summed here.
-        outputs, tangents = _vary((outputs, tangents), axis_name)
-        return Images(outputs, tangents, stacked)
-
-    def curved(images: Images, *inputs: Any) -> Any:
-        """H J d, its conjugate for complex outputs (as `jax.grad` has it)."""
-
-        def loss(outputs: Any) -> jax.Array:
-            value = _check_loss(loss_fn(outputs, *inputs), "loss_fn", _GAUSS_NEWTON)
-            return _vary(value, axis_name)
-
-        def along(tangent: Any) -> Any:
-            return jax.jvp(jax.grad(loss), (images.outputs,), (tangent,))[1]
-
-        return jax.vmap(along)(images.tangents)
-
-    def inner(params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
-        dtype = _tree.scalar_dtype(params)
-        pairs = zip(
-            jax.tree.leaves(a.tangents),
-            jax.tree.leaves(curved(b, *inputs)),
-            strict=True,
-        )
-        dots = [_inner(u, h, dtype) for u, h in pairs]
-        return sum(dots[1:], start=dots[0])
-
-    def weighed(params: Any, image: Images, *inputs: Any) -> jax.Array:
-        """The sum of the outputs, each times its H J d: its gradient is Jᵀ H J d."""
-        outputs = run(params, *inputs)
-        outputs = outputs[0] if has_aux else outputs
-        weights = curved(image, *inputs)
-        products = jax.tree.map(
-            lambda y, h: jnp.sum(jnp.real(h[0] * y)), outputs, weights
-        )
-        dtype = _tree.scalar_dtype(params)
-        return sum(
-            (x.astype(dtype) for x in jax.tree.leaves(products)), jnp.zeros([], dtype)
-        )
-
-    def penalized(stacked: Any, part: Any) -> Any:
-        """The directions, but None where there is no penalty."""
-        mask = _on_whole(l2_mask, params)(part) if callable(l2_mask) else l2_mask
-        mask = jax.tree.map(
-            lambda keep, leaves: jax.tree.map(lambda _: bool(keep), leaves),
-            True if mask is None else mask,
-            part if params is None else params,
-        )
-        return jax.tree.map(
-            lambda d, keep: d if not _is_masked(d) and keep else None,
-            stacked,
-            mask,
-            is_leaf=_is_masked,
-        )
-
     # Where there is no penalty no inner product of parameters is taken.
     none = isinstance(l2, int | float) and l2 == 0
-    penalty = None if none else (l2, penalized)
-    curvature = _curvature(push, inner, weighed, penalty, microbatches, axis_name)
-    return dataclasses.replace(curvature, nonnegative=True)
+    return _GaussNewton(
+        Constant(_Functions(outputs_fn, loss_fn, has_aux, in_turn)),
+        penalties=() if none else (Penalty(l2, Constant(l2_mask)),),
+        **_common(batch, microbatches, params, axis_name, fraction),
+    )
 
 
 def hessian(
     value_fn: Callable[..., jax.typing.ArrayLike],
+    batch: Any | None = None,
     *,
     microbatches: Any | None = None,
     params: Any | None = None,
     axis_name: _tree.AxisName | None = None,
+    fraction: float | None = None,
 ) -> Curvature:
     r"""The second derivative of a function along a few directions.
 
@@ -258,12 +527,14 @@ def hessian(
 
     Args:
       value_fn: maps the parameters to a real scalar, the mean over the batch.
+      batch: a tree of arrays, the second argument of `value_fn`; None for none.
       microbatches: a tree of arrays with a leading axis of microbatches, each of which
         (without that axis) is the second argument of `value_fn` in turn; the products
         are their mean. None for all at once.
       params: the whole parameters, where the optimizer is shown part of them only
         (``optax.masked``, ``optax.partition``). The rest counts as fixed.
       axis_name: as for :func:`gauss_newton`.
+      fraction: as for :func:`gauss_newton`.
 
     Returns:
       A :class:`Curvature`; its matrix is float32, or wider if the parameters are.
@@ -281,32 +552,10 @@ def hessian(
     [[ 6. 10.]
      [10. 16.]]
     """
-    run = _on_whole(value_fn, params)
-
-    def value(params: Any, *inputs: Any) -> jax.Array:
-        return _check_loss(run(params, *inputs), "value_fn", _HESSIAN)
-
-    def push(params: Any, stacked: Any, *inputs: Any) -> Images:
-        del params, inputs
-        return Images((), (), stacked)
-
-    def inner(params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
-        def second(d: Any, e: Any) -> jax.Array:
-            def slope(params: Any) -> jax.Array:
-                return jax.jvp(lambda x: value(x, *inputs), (params,), (d,))[1]
-
-            return jax.jvp(slope, (params,), (e,))[1]
-
-        rows = jax.vmap(second, (None, 0))
-        matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
-        return matrix.astype(_tree.scalar_dtype(params))
-
-    def slope(params: Any, image: Images, *inputs: Any) -> jax.Array:
-        """The derivative along the direction: its gradient is H d."""
-        direction = jax.tree.map(lambda x: x[0], image.directions)
-        return jax.jvp(lambda x: value(x, *inputs), (params,), (direction,))[1]
-
-    return _curvature(push, inner, slope, None, microbatches, axis_name)
+    return _Hessian(
+        Constant(value_fn),
+        **_common(batch, microbatches, params, axis_name, fraction),
+    )
 
 
 _GAUSS_NEWTON = (
@@ -316,108 +565,35 @@ _GAUSS_NEWTON = (
 _HESSIAN = "`nlcg_optax.hessian(lambda params: loss(model(params, x), y).mean())`"
 
 
-def _curvature(
-    push: Callable[..., Images],
-    inner: Callable[..., jax.Array],
-    scalar: Callable[..., jax.Array],
-    penalty: tuple[Any, Callable[[Any, Any], Any]] | None,
-    microbatches: Any | None,
-    axis_name: _tree.AxisName | None,
-) -> Curvature:
-    """What both kinds have in common: microbatches, a penalty, the mean over devices.
-
-    Args:
-      push: as in `Curvature`, with a microbatch as a further argument, if there is one.
-      inner: the same, on one device.
-      scalar: maps the arguments of `pull` to the number whose gradient is C d.
-      penalty: its coefficient, and what picks the leaves that it applies to.
-      microbatches: as in `gauss_newton`.
-      axis_name: as in `gauss_newton`.
-    """
-
-    def switch(tangents: Any) -> Any:
-        """Exchanges the axes of the directions and of the microbatches."""
-        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tangents)
-
-    def pushed(params: Any, stacked: Any) -> Images:
-        if microbatches is None:
-            return push(params, stacked)
-
-        def one(part: Any) -> Any:
-            return push(params, stacked, part)[:2]
-
-        outputs, tangents = jax.lax.map(one, microbatches)
-        return Images(outputs, switch(tangents), stacked)
-
-    def matrix(params: Any, a: Images, b: Images) -> jax.Array:
-        if microbatches is None:
-            total = inner(params, a, b)
-        else:
-
-            def one(inputs: Any) -> jax.Array:
-                part, outputs, u, v = inputs
-                us, vs = (
-                    Images(outputs, u, a.directions),
-                    Images(outputs, v, b.directions),
-                )
-                return inner(params, us, vs, part)
-
-            parts = (microbatches, a.outputs, switch(a.tangents), switch(b.tangents))
-            total = jnp.mean(jax.lax.map(one, parts), axis=0)
-        if penalty is not None:
-            factor, penalized = penalty
-            dots = [
-                # A leaf that is split over devices is summed over them, not averaged.
-                _inner(jnp.conj(d), e, total.dtype) * _shards(d, axis_name)
-                for d, e in zip(
-                    jax.tree.leaves(penalized(a.directions, params)),
-                    jax.tree.leaves(penalized(b.directions, params)),
-                    strict=True,
-                )
-            ]
-            total += jnp.asarray(factor, total.dtype) * sum(dots, jnp.zeros_like(total))
-        if axis_name is not None:
-            axes = _tree.bound_axes(axis_name)
-            total = jax.lax.pmean(_vary(total, axis_name), axes)
-        return total
-
-    def pull(params: Any, image: Images) -> Any:
-        def whole(params: Any) -> jax.Array:
-            if microbatches is None:
-                return scalar(params, image)
-
-            # Each microbatch runs forward again, rather than keep all of them.
-            @jax.checkpoint
-            def add(total: jax.Array, inputs: Any) -> Any:
-                part, outputs, u = inputs
-                one = scalar(params, Images(outputs, u, image.directions), part)
-                return total + _vary(one, axis_name), None
-
-            zero = _vary(jnp.zeros([], _tree.scalar_dtype(params)), axis_name)
-            parts = (microbatches, image.outputs, switch(image.tangents))
-            total, _ = jax.lax.scan(add, zero, parts)
-            return total / len(jax.tree.leaves(microbatches)[0])
-
-        if axis_name is None:
-            product = jax.grad(whole)(params)
-        else:
-            _, product = _parallel.pmean_value_and_grad(whole, axis_name)(params)
-        product = jax.tree.map(jnp.conj, product)
-        if penalty is None:
-            return product
-        factor, penalized = penalty
-
-        def add_penalty(p: jax.Array, d: jax.Array | None) -> jax.Array:
-            return p if d is None else p + _tree.real_scalar(factor, p.dtype) * d[0]
-
-        return jax.tree.map(
-            add_penalty,
-            product,
-            penalized(image.directions, params),
-            is_leaf=_is_masked,
+def _common(
+    batch: Any, microbatches: Any, params: Any, axis_name: Any, fraction: Any
+) -> dict[str, Any]:
+    """The fields that both kinds have."""
+    if batch is not None and microbatches is not None:
+        raise ValueError(
+            "batch and microbatches exclude each other: give one batch, or a tree of "
+            "arrays with a leading axis of microbatches."
         )
+    if fraction is not None:
+        _check.number("fraction", fraction, minimum=0, exclusive=True)
+        if fraction > 1:
+            raise ValueError(
+                f"fraction={fraction} is not valid: expected the part of the batch "
+                "that the curvature is taken on, at most 1."
+            )
+    return {
+        "batch": batch,
+        "microbatches": microbatches,
+        "whole_params": params,
+        "axis_name": axis_name,
+        "fraction": fraction,
+        "made_outside": not isinstance(jnp.zeros([]), Tracer),
+    }
 
-    return Curvature(pushed, matrix, pull)
+
+def _switch(tangents: Any) -> Any:
+    """Exchanges the axes of the directions and of the microbatches."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tangents)
 
 
 def stack(params: Any, directions: Sequence[Any]) -> Any:
@@ -463,7 +639,7 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _vary(tree: Any, axis_name: _tree.AxisName | None) -> Any:
+def vary(tree: Any, axis_name: _tree.AxisName | None) -> Any:
     """The tree with types that may vary along all of the axes."""
     if axis_name is None:
         return tree
@@ -477,28 +653,23 @@ def _vary(tree: Any, axis_name: _tree.AxisName | None) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def _on_whole(fun: Callable[..., Any], whole: Any | None) -> Callable[..., Any]:
-    """`fun` of parameters with places that `optax.masked` emptied, filled again."""
+def fill(part: Any, whole: Any | None) -> Any:
+    """Parameters with places that `optax.masked` emptied, filled again.
 
-    def on_whole(part: Any, *inputs: Any) -> Any:
-        masked = map(_is_masked, jax.tree.leaves(part, is_leaf=_is_masked))
-        if whole is None:
-            if not any(masked):
-                return fun(part, *inputs)
-            raise ValueError(
-                "The optimizer is shown part of the parameters only (optax.masked or "
-                "optax.partition), but the model needs all: pass them as "
-                "`gauss_newton(..., params=params)` or `hessian(..., params=params)`."
-            )
-        filled = jax.tree.map(
-            lambda x, other: other if _is_masked(x) else x,
-            part,
-            whole,
-            is_leaf=_is_masked,
+    Raises:
+      ValueError: if there are such places, and nothing to fill them with.
+    """
+    if whole is None:
+        if not any(map(_is_masked, jax.tree.leaves(part, is_leaf=_is_masked))):
+            return part
+        raise ValueError(
+            "The optimizer is shown part of the parameters only (optax.masked or "
+            "optax.partition), but the model needs all: pass them as "
+            "`gauss_newton(..., params=params)` or `hessian(..., params=params)`."
         )
-        return fun(filled, *inputs)
-
-    return on_whole
+    return jax.tree.map(
+        lambda x, other: other if _is_masked(x) else x, part, whole, is_leaf=_is_masked
+    )
 
 
 def _tangent(index: int, params: Any, direction: Any) -> Any:

@@ -1,4 +1,4 @@
-r"""The minimum of a quadratic model over a few directions: pure functions.
+r"""The minimum of a quadratic model over a few directions.
 
 The model along :math:`\delta = -\sum_i c_i d_i` is
 
@@ -8,8 +8,149 @@ with the slopes :math:`s_i = g^\top d_i` and the curvature
 :math:`K_{ij} = d_i^\top C d_j`.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+from nlcg_optax import _tree
+from nlcg_optax.curvature.products import Curvature, Images, combine, join, stack
+
+
+class Model(NamedTuple):
+    """The quadratic model over the directions: new ones, past ones, residual ones.
+
+    Attributes:
+      slopes: of the gradient along each direction.
+      products: the inner products of the directions in the curvature.
+      coefficients: of the directions, at the minimum.
+      residual_directions: those that are not known from outside.
+      own_loss: what the curvature makes of its batch.
+    """
+
+    slopes: jax.Array
+    products: jax.Array
+    coefficients: jax.Array
+    residual_directions: list[Any]
+    own_loss: jax.Array
+
+
+def build(
+    curvature: Curvature,
+    params: Any,
+    grad: Any,
+    loss: jax.Array,
+    directions: Sequence[Any],
+    slopes: jax.Array,
+    damping: jax.Array,
+    residuals: int,
+    precondition: Callable[[Any], Any],
+    axis_name: _tree.AxisName | None,
+) -> Model:
+    """Minimizes over the directions, and over so many residual ones after them.
+
+    Args:
+      curvature: of the loss.
+      params: where the step starts.
+      grad: the gradient.
+      loss: the value.
+      directions: that are known.
+      slopes: along them, and along steps that are remembered but are no directions.
+      damping: λ.
+      residuals: directions to add.
+      precondition: makes a direction of the gradient of the model at its minimum.
+      axis_name: as in `scale_by_quadratic_model`.
+    """
+    dtype = slopes.dtype
+    known, unused = len(directions), len(slopes) - len(directions)
+    images = curvature.push(params, stack(params, directions))
+    products = _products(curvature, params, images, images, loss).astype(dtype)
+    # What is remembered but no direction has zeros.
+    products = jnp.pad(0.5 * (products + products.T), (0, unused))
+    coefficients = minimize(slopes, products, damping)
+    own_loss = curvature.value(params, images).astype(dtype)
+    model = Model(slopes, products, coefficients, [], own_loss)
+    for _ in range(residuals):
+        # The gradient of the model at its minimum, preconditioned.
+        used = [model.coefficients[:known], model.coefficients[known + unused :]]
+        step = combine(images, jnp.concatenate(used))
+        residual = jax.tree.map(_difference, grad, curvature.pull(params, step))
+        z = precondition(residual)
+        image = curvature.push(params, stack(params, [z]))
+        images = join(images, image)
+        (row,) = _products(curvature, params, image, images, loss).astype(dtype)
+        zeros = jnp.zeros([unused], dtype)
+        row = jnp.concatenate([row[:known], zeros, row[known:]])
+        products = jnp.pad(model.products, (0, 1)).at[-1].set(row).at[:, -1].set(row)
+        slope = slopes_along(grad, [z], dtype, axis_name)
+        all_slopes = jnp.concatenate([model.slopes, slope])
+        model = model._replace(
+            slopes=all_slopes,
+            products=products,
+            coefficients=minimize(all_slopes, products, damping),
+            residual_directions=[*model.residual_directions, z],
+        )
+    return model
+
+
+def without_products(
+    grad: Any, loss: jax.Array, slopes: jax.Array, residuals: int
+) -> Model:
+    """Of the shapes that `build` gives, for steps that need no model."""
+    size = len(slopes) + residuals
+    zeros = jax.tree.map(jnp.zeros_like, grad)
+    return Model(
+        jnp.pad(slopes, (0, residuals)),
+        jnp.zeros([size, size], slopes.dtype),
+        jnp.zeros([size], slopes.dtype),
+        [zeros] * residuals,
+        loss,
+    )
+
+
+def slopes_along(
+    grad: Any, trees: Sequence[Any], dtype: jnp.dtype, axis_name: Any
+) -> jax.Array:
+    """The inner products of the gradient with each of some trees, of shape [k]."""
+
+    def integrands(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
+        return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
+
+    return jnp.stack(
+        _tree.reduce_products(
+            integrands, grad, *trees, dtype=dtype, axis_name=axis_name
+        )
+    )
+
+
+def cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array:
+    """Cosine between the new step and the last one in the metric of the curvature."""
+    other = jnp.zeros_like(coefficients).at[newest].set(1)
+    product = inner(coefficients, matrix, other)
+    squares = inner(coefficients, matrix, coefficients) * matrix[newest, newest]
+    defined = squares > 0
+    return jnp.where(defined, product / jnp.sqrt(jnp.where(defined, squares, 1)), 0)
+
+
+def _difference(grad: jax.Array, product: jax.Array) -> jax.Array:
+    lifted = _tree.lift(grad)
+    return (lifted - _tree.lift(product).astype(lifted.dtype)).astype(grad.dtype)
+
+
+def _products(
+    curvature: Curvature, params: Any, a: Images, b: Images, loss: jax.Array
+) -> jax.Array:
+    """The inner products, the same on all devices where the loss is."""
+    matrix = curvature.inner(params, a, b)
+    local = _tree.varying_axes(matrix) - _tree.varying_axes(loss)
+    if local:
+        axes = ", ".join(sorted(map(repr, local)))
+        raise ValueError(
+            f"The curvature is each device's own along the axis {axes}: name it, "
+            "`nlcg_optax.gauss_newton(..., axis_name=...)`, to take the mean."
+        )
+    return matrix
 
 
 def minimize(
@@ -52,15 +193,6 @@ def minimize(
 def smallest_eigenvalue(dtype: jnp.dtype) -> float:
     """What an eigenvalue of a matrix of unit diagonal is known to: 1e-6 in float32."""
     return 8 * float(jnp.finfo(dtype).eps)
-
-
-def decrease(
-    coefficients: jax.Array, slopes: jax.Array, curvature: jax.Array
-) -> jax.Array:
-    r"""How far the model falls along a step: :math:`s^\top c - c^\top K c / 2`."""
-    return jnp.sum(slopes * coefficients) - 0.5 * inner(
-        coefficients, curvature, coefficients
-    )
 
 
 def part_that_falls(slope: jax.Array, curved: jax.Array, most: jax.Array) -> jax.Array:

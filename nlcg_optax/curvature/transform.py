@@ -1,6 +1,6 @@
 """The step that the curvature chooses: its length, and the share of the last steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,92 +8,14 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _tree
-from nlcg_optax.curvature import noise, subspace, trust
-from nlcg_optax.curvature.products import Curvature, Images, combine, join, stack
+from nlcg_optax.curvature import memory, noise, subspace, trust
+from nlcg_optax.curvature.compilations import Compilations
+from nlcg_optax.curvature.products import Constant, Curvature, Penalty
+from nlcg_optax.curvature.state import LastStep, QuadraticModelState, initial
 
 Preconditioners = (
     optax.GradientTransformation | Sequence[optax.GradientTransformation | None] | None
 )
-
-
-class QuadraticModelState(NamedTuple):
-    """State of :func:`scale_by_quadratic_model`.
-
-    Attributes:
-      count: updates made, int32 scalar.
-      stored: steps taken, neither left out nor of length zero, int32 scalar.
-      preconditioner_states: states of the nested preconditioners, a tuple.
-      prev_updates: the last steps, with their sign turned, stacked along a leading
-        axis, the newest at ``(stored - 1) % history``. Once noise rules, the last step
-        comes first, and then NLCG's direction.
-      prev_norms: the lengths of the last steps, the newest at the same place.
-      coefficients: of the last step: of each preconditioned gradient, then of each past
-        step, the newest first, then of each residual direction.
-      damping: λ of the last step.
-      extra_damping: what the first step or a rejected one added to it.
-      prev_value: the loss where the last step began.
-      prev_slope: how far the loss would have fallen by its slope along the last step.
-      prev_curvature: the curvature along the last step.
-      predicted_decrease: how far the model said that the loss would fall.
-      actual_decrease: how far it fell in the step before, which is seen one step later.
-      model_error: average distance of the loss from the model's prediction.
-      conjugacy: cosine between the last two steps in the metric of the curvature.
-      signal: average share of the slope along a step that is no noise.
-      log_length: mean logarithm of the best length along the preconditioned gradient
-        alone.
-      rate: the rate with which NLCG goes on once noise rules; 0 before.
-      rate_since: the count when it took over.
-      prev_g_z: gᵀz of the last step.
-      bounded: steps that were shortened to the longest allowed, int32 scalar.
-      rejected: steps that were taken back, int32 scalar.
-      nonfinite: steps left out for a product that was not finite, int32 scalar.
-    """
-
-    count: jax.typing.ArrayLike
-    stored: jax.typing.ArrayLike
-    preconditioner_states: tuple[optax.OptState, ...]
-    prev_updates: optax.Updates
-    prev_norms: jax.Array
-    coefficients: jax.Array
-    damping: jax.Array
-    extra_damping: jax.Array
-    prev_value: jax.Array
-    prev_slope: jax.Array
-    prev_curvature: jax.Array
-    predicted_decrease: jax.Array
-    actual_decrease: jax.Array
-    model_error: jax.Array
-    conjugacy: jax.Array
-    signal: jax.Array
-    log_length: jax.Array
-    rate: jax.Array
-    rate_since: jax.typing.ArrayLike
-    prev_g_z: jax.Array
-    bounded: jax.typing.ArrayLike
-    rejected: jax.typing.ArrayLike
-    nonfinite: jax.typing.ArrayLike
-
-
-# A step that is taken back keeps this part of its length.
-_CUT = 0.25
-# No step is to take more off a positive loss than this many times what there is.
-_MOST = 2.0
-
-
-class _Plan(NamedTuple):
-    """A step over the directions: the new ones, those of the past, the residual ones.
-
-    Attributes:
-      slopes: of the gradient along each direction.
-      products: the inner products of the directions in the curvature.
-      coefficients: of the directions.
-      residual_directions: those that are not known from outside.
-    """
-
-    slopes: jax.Array
-    products: jax.Array
-    coefficients: jax.Array
-    residual_directions: list[Any]
 
 
 def scale_by_quadratic_model(
@@ -107,6 +29,8 @@ def scale_by_quadratic_model(
     max_growth: float = 3.0,
     horizon: int | None = None,
     multiplier: optax.ScalarOrSchedule = 1.0,
+    weight_decay: float | None = None,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -151,7 +75,7 @@ def scale_by_quadratic_model(
 
     As everywhere in Optax the updates keep the gradient's sign until the final negative
     scaling: follow it by ``optax.scale(-1.0)``, as
-    ``nlcg(step_rule="quadratic_model")`` does. Nothing else should change the updates
+    :func:`~nlcg_optax.nlcg_auto` does. Nothing else should change the updates
     after it, for it goes by the steps that it made.
 
     Args:
@@ -175,6 +99,13 @@ def scale_by_quadratic_model(
         may come to rule. None where each loss is that of the same data: the early steps
         of a hard problem without noise can look like noise.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
+      weight_decay: λ of a term :math:`\tfrac{\lambda}{2} \lVert x \rVert^2` of the
+        model, whose gradient and curvature are known without a pass through it. The
+        loss by which steps are judged has it too. None or 0 for none. (An optimizer
+        with a learning rate multiplies a decay by that rate. Here there is none: this
+        is the penalty itself, and λ counts against the loss.)
+      weight_decay_mask: the leaves that decay: a tree of booleans, a prefix of the
+        parameters' tree, or a function from parameters to it; None for all.
       state_dtype: dtype of the past steps (kept complex for complex leaves); None for
         each parameter's own.
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
@@ -228,322 +159,496 @@ def scale_by_quadratic_model(
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
     _check.floating_dtype("state_dtype", state_dtype)
-    inner = _preconditioners(preconditioner)
-    # At least the last step, to take it back, and NLCG's direction if need be.
-    may_coast = horizon is not None
-    kinds, slots = len(inner), max(history, 2 if may_coast else 1)
+    settings = _Settings(
+        _preconditioners(preconditioner),
+        history,
+        residuals,
+        damping,
+        noise_damping,
+        max_growth,
+        horizon,
+        multiplier,
+        _decay(weight_decay, weight_decay_mask),
+        axis_name,
+    )
+    compilations = Compilations()
 
-    def init_fn(params: optax.Params) -> Any:
-        dtype = _tree.scalar_dtype(params)
-
-        def memory(x: jax.Array) -> jax.Array:
-            # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
-            return jnp.zeros_like(x, shape=(slots, *jnp.shape(x)))
-
-        def number(value: float = 0.0) -> jax.Array:
-            return jnp.asarray(value, dtype)
-
-        def counter() -> jax.Array:
-            return jnp.zeros([], jnp.int32)
-
-        size = kinds + slots
-        return QuadraticModelState(
-            count=counter(),
-            stored=counter(),
-            preconditioner_states=tuple(one.init(params) for one in inner),
-            prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
-            prev_norms=jnp.zeros([slots], dtype),
-            coefficients=jnp.zeros([size + residuals], dtype),
-            damping=_tree.real_scalar(damping, dtype),
-            extra_damping=_tree.real_scalar(first_damping, dtype),
-            prev_value=number(),
-            prev_slope=number(),
-            prev_curvature=number(),
-            predicted_decrease=number(),
-            actual_decrease=number(),
-            model_error=number(),
-            conjugacy=number(),
-            signal=number(1.0),
-            log_length=number(),
-            rate=number(),
-            rate_since=counter(),
-            prev_g_z=number(),
-            bounded=counter(),
-            rejected=counter(),
-            nonfinite=counter(),
+    def init_fn(params: optax.Params) -> QuadraticModelState:
+        return initial(
+            params,
+            tuple(one.init(params) for one in settings.preconditioners),
+            slots=settings.slots,
+            directions=settings.kinds + settings.slots + residuals,
+            damping=damping,
+            first_damping=first_damping,
+            state_dtype=state_dtype,
         )
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: QuadraticModelState,
         params: optax.Params | None = None,
         *,
         value: jax.typing.ArrayLike | None = None,
         curvature: Curvature | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        grad, dtype = updates, state.damping.dtype
-        _tree.check_params(grad, params, "the quadratic model")
-        loss = _check_loss(value).astype(dtype)
-        curvature = _check_curvature(curvature)
+    ) -> tuple[optax.Updates, QuadraticModelState]:
+        _tree.check_params(updates, params, "the quadratic model")
+        loss = _check_loss(value).astype(state.trust.damping.dtype)
+        given = _Given(updates, params, loss, _check_curvature(curvature), extra_args)
+        compilations.watch(given.curvature, updates)
+        given = _with_decay(given, settings)
 
-        def reduce(integrands: Any, *trees: Any) -> jax.Array:
-            sums = _tree.reduce_products(
-                integrands, *trees, dtype=dtype, axis_name=axis_name
-            )
-            return jnp.stack(sums)
-
-        def slopes_along(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
-            return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
-
-        def squares(*leaves: jax.Array) -> list[jax.Array]:
-            return [_tree.abs_sq(d) for d in leaves]
-
-        def precondition(one: Any, one_state: Any, grad: Any) -> tuple[Any, Any]:
-            extra = {"value": value, "curvature": curvature, **extra_args}
-            return one.update(grad, one_state, params, **extra)
-
-        # The directions: one for each preconditioner, and the past, the newest first.
-        pairs = zip(inner, state.preconditioner_states, strict=True)
-        results = [precondition(one, one_state, grad) for one, one_state in pairs]
-        preconditioned = [z for z, _ in results]
-        preconditioner_states = tuple(one_state for _, one_state in results)
-        coasted = state.rate > 0
-        order = jnp.arange(slots, dtype=jnp.int32)
-        by_age = (state.stored - 1 - order) % slots
-        places = jnp.where(coasted, order, by_age)
-        past = [
-            jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], state.prev_updates)
-            for i in places
-        ]
-        directions = [*preconditioned, *past[:history]]
-        slopes = reduce(slopes_along, grad, *preconditioned, *past)
-
-        # What became of the last step.
+        found = _precondition(given, settings, state)
         verdict = trust.judge(
-            loss,
-            jnp.all(jnp.isfinite(slopes)),
-            state.prev_value,
-            state.predicted_decrease,
-            state.extra_damping,
-            state.model_error,
-            _tree.real_scalar(damping, dtype),
+            given.loss,
+            jnp.all(jnp.isfinite(found.slopes)),
+            state.last,
+            state.trust,
+            _tree.real_scalar(damping, loss.dtype),
         )
-        rejected = verdict.rejected
-        measured = ~coasted & (state.prev_slope > 0)
-        share = noise.share_of_signal(
-            slopes[kinds],
-            jnp.where(measured, state.prev_slope, 1),
-            state.prev_curvature,
+        signal = noise.measure(
+            state.noise,
+            state.last,
+            found.slopes[settings.kinds],
+            state.memory.stored,
         )
-        share = noise.average(state.signal, share, state.stored)
-        signal = jnp.where(measured, share, state.signal)
-        total_damping = (
-            _tree.real_scalar(damping, dtype)
-            + _tree.real_scalar(noise_damping, dtype) * noise.ratio(signal)
-            + verdict.extra_damping
+        total_damping = _total_damping(settings, verdict.trust.extra_damping, signal)
+        model = _minimize(given, settings, state, found, total_damping)
+        log_length = noise.best_length(
+            state.noise, model.slopes[0], model.products[0, 0], state.memory.stored
         )
-
-        known, unused = len(directions), slots - history
-
-        def solve() -> _Plan:
-            images = curvature.push(params, stack(params, directions))
-            products = _products(curvature, params, images, images, loss).astype(dtype)
-            # What is remembered but no direction has zeros.
-            products = jnp.pad(0.5 * (products + products.T), (0, unused))
-            coefficients = subspace.minimize(slopes, products, total_damping)
-            plan = _Plan(slopes, products, coefficients, [])
-            for _ in range(residuals):
-                # The gradient of the model at its minimum, preconditioned.
-                used = [plan.coefficients[:known], plan.coefficients[known + unused :]]
-                step = combine(images, jnp.concatenate(used))
-                residual = jax.tree.map(_difference, grad, curvature.pull(params, step))
-                z, _ = precondition(inner[0], preconditioner_states[0], residual)
-                image = curvature.push(params, stack(params, [z]))
-                images = join(images, image)
-                (row,) = _products(curvature, params, image, images, loss).astype(dtype)
-                parts = [row[:known], jnp.zeros([unused], dtype), row[known:]]
-                row = jnp.concatenate(parts)
-                products = jnp.pad(plan.products, (0, 1)).at[-1].set(row)
-                products = products.at[:, -1].set(row)
-                all_slopes = [plan.slopes, reduce(slopes_along, grad, z)]
-                all_slopes = jnp.concatenate(all_slopes)
-                plan = _Plan(
-                    all_slopes,
-                    products,
-                    subspace.minimize(all_slopes, products, total_damping),
-                    [*plan.residual_directions, z],
-                )
-            return plan
-
-        def no_products() -> _Plan:
-            size = kinds + slots + residuals
-            zeros = jax.tree.map(jnp.zeros_like, preconditioned[0])
-            return _Plan(
-                jnp.pad(slopes, (0, residuals)),
-                jnp.zeros([size, size], dtype),
-                jnp.zeros([size], dtype),
-                [zeros] * residuals,
-            )
-
-        if not jax.tree.leaves(params):  # an empty group of `optax.partition`
-            plan = no_products()
-        else:
-            plan = jax.lax.cond(coasted, no_products, solve) if may_coast else solve()
-
-        # The best length along the preconditioned gradient alone.
-        steep = plan.products[0, 0] > 0
-        steep &= plan.slopes[0] > 0  # elsewhere there is none
-        length = plan.slopes[0] / jnp.where(steep, plan.products[0, 0], 1)
-        length = jnp.log(jnp.where(steep, length, 1))
-        length = noise.mean(state.log_length, length, state.stored)
-        log_length = jnp.where(coasted | ~steep, state.log_length, length)
-        course = noise.set_course(
-            jnp.where(rejected, 1, signal),
-            state.rate,
-            state.rate_since,
+        stage = noise.hand_over(
+            state.noise,
+            jnp.where(verdict.rejected, 1, signal),
             log_length,
-            state.stored,
-            slopes[0],
-            state.prev_g_z,
-            state.count,
-            0 if horizon is None else horizon,
+            state.memory.stored,
+            state.counts.count,
+            horizon,
         )
-        coasts = course.active
-        coasting = jnp.zeros_like(plan.coefficients).at[0].set(course.gradient)
-        if may_coast:
-            coasting = coasting.at[kinds + 1].set(course.direction)
-        products = jnp.where(coasts, 0, plan.products)
+        step = _make_step(given, settings, state, found, model, stage)
+        step = _shorten(given, settings, state, step, stage)
+        taken = step.finite & ~verdict.rejected
+        output = _choose(given, step, found.past[0], taken, verdict.rejected)
 
-        factor = multiplier(state.count) if callable(multiplier) else multiplier
-        coefficients = jnp.where(coasts, coasting, plan.coefficients)
-        coefficients = _tree.real_scalar(factor, dtype) * coefficients
-
-        def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
-            lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
-            parts = [
-                _tree.scalar_like(coefficients[i], d) * d for i, d in enumerate(lifted)
-            ]
-            return sum(parts[1:], start=parts[0])
-
-        step = jax.tree.map(
-            total, grad, *preconditioned, *past, *plan.residual_directions
+        after = _after_step(given, settings, state, found, model, step, verdict)
+        after = after._replace(
+            trust=after.trust._replace(damping=total_damping),
+            noise=state.noise._replace(
+                signal=signal,
+                log_length=log_length,
+                rate=stage.rate,
+                rate_since=stage.since,
+                prev_g_z=found.slopes[0],
+            ),
         )
-        (norm,) = jnp.sqrt(reduce(squares, step))
-        longest = jnp.max(state.prev_norms)
-        longest = longest * _tree.real_scalar(max_growth, dtype)
-        too_long = (longest > 0) & (norm > longest)
-        ratio = jnp.where(too_long, longest / jnp.where(too_long, norm, 1), 1)
-        slope = jnp.sum(plan.slopes * coefficients)
-        curved = subspace.inner(coefficients, products, coefficients)
-        if curvature.nonnegative:
-            part = subspace.part_that_falls(slope, curved, _MOST * loss)
-            believed = coasts | (loss <= 0)
-            ratio = jnp.where(believed, ratio, jnp.minimum(ratio, part))
-        bounded = ratio < 1
-        coefficients = ratio * coefficients
-        slope, curved = ratio * slope, ratio**2 * curved
-        finite = jnp.isfinite(loss) & jnp.isfinite(slope) & jnp.isfinite(curved)
-        accepted = finite & jnp.isfinite(norm) & ~rejected
-        moved = accepted | rejected
-        # A step of length zero, as at the start of a warm-up, is none to remember.
-        stored = accepted & (coasts | (norm > 0))
-
-        def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
-            step = _tree.scalar_like(ratio, step) * step
-            back = (_CUT - 1) * _tree.lift(back).astype(step.dtype)
-            chosen = jnp.where(accepted, step, jnp.where(rejected, back, 0))
-            return chosen.astype(g.dtype)
-
-        output = jax.tree.map(choose, step, past[0], grad)
-        # Among the last steps, and among the arrays that hold them.
-        next_place = jnp.where(accepted, state.stored % slots, by_age[0])
-        place = jnp.where(coasts, 0, next_place)
-
-        def replace(memory: Any, place: jax.Array, new: jax.Array) -> jax.Array:
-            memory = jnp.asarray(memory)  # a restored state may be NumPy's
-            kept = memory[place]
-            shortened = (_CUT * _tree.lift(kept)).astype(kept.dtype)
-            kept = jnp.where(rejected, shortened, kept)
-            new = jnp.where(stored, new.astype(kept.dtype), kept)
-            return memory.at[place].set(new)
-
-        def remember(memory: Any, u: jax.Array, z: jax.Array, *past: jax.Array) -> Any:
-            memory = replace(memory, place, u)
-            if not may_coast:
-                return memory
-            lifted = _tree.lift(z)
-            d = _tree.lift(past[1]).astype(lifted.dtype)
-            direction = lifted + _tree.scalar_like(course.beta, d) * d
-            kept = memory[1]
-            coasting = coasts & accepted
-            return memory.at[1].set(
-                jnp.where(coasting, direction.astype(kept.dtype), kept)
-            )
-
-        def latest(new: Any, old: jax.Array, of_rejected: Any = None) -> jax.Array:
-            """What a field of the state becomes."""
-            of_rejected = old if of_rejected is None else of_rejected
-            return jnp.where(accepted, new, jnp.where(rejected, of_rejected, old))
-
-        cut_slope = _CUT * state.prev_slope
-        cut_curvature = _CUT**2 * state.prev_curvature
-        conjugacy = jnp.zeros([], dtype)
-        if history:
-            conjugacy = _cosine(coefficients, products, kinds)
-        return output, QuadraticModelState(
-            count=jnp.where(moved, optax.safe_increment(state.count), state.count),
-            stored=state.stored + stored.astype(jnp.int32),
-            preconditioner_states=_tree.where(
-                accepted, preconditioner_states, state.preconditioner_states
-            ),
-            prev_updates=jax.tree.map(
-                remember, state.prev_updates, output, preconditioned[0], *past
-            ),
-            prev_norms=replace(state.prev_norms, next_place, ratio * norm),
-            coefficients=latest(coefficients, state.coefficients),
-            damping=latest(total_damping, state.damping),
-            extra_damping=jnp.where(moved, verdict.extra_damping, state.extra_damping),
-            prev_value=latest(loss, state.prev_value),
-            prev_slope=latest(slope, state.prev_slope, cut_slope),
-            prev_curvature=latest(curved, state.prev_curvature, cut_curvature),
-            predicted_decrease=latest(
-                slope - 0.5 * curved,
-                state.predicted_decrease,
-                cut_slope - 0.5 * cut_curvature,
-            ),
-            actual_decrease=jnp.where(
-                moved & verdict.pending, verdict.actual, state.actual_decrease
-            ),
-            model_error=jnp.where(moved, verdict.model_error, state.model_error),
-            conjugacy=latest(conjugacy, state.conjugacy),
-            signal=latest(signal, state.signal),
-            log_length=latest(log_length, state.log_length),
-            rate=latest(course.rate, state.rate),
-            rate_since=latest(course.since, state.rate_since),
-            prev_g_z=latest(slopes[0], state.prev_g_z),
-            bounded=state.bounded + (accepted & bounded).astype(jnp.int32),
-            rejected=state.rejected + rejected.astype(jnp.int32),
-            nonfinite=state.nonfinite + (~moved).astype(jnp.int32),
+        new_state = _select(state, after, verdict, taken)
+        new_memory = memory.write(
+            state.memory,
+            output,
+            step.norm,
+            taken=taken,
+            rejected=verdict.rejected,
+            handed_over=stage.active,
+            direction=step.direction,
         )
+        return output, new_state._replace(memory=new_memory)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _difference(grad: jax.Array, product: jax.Array) -> jax.Array:
-    lifted = _tree.lift(grad)
-    return (lifted - _tree.lift(product).astype(lifted.dtype)).astype(grad.dtype)
+    update: Any = update_fn  # whose state is known by its type
+    return optax.GradientTransformationExtraArgs(init_fn, update)
 
 
-def _cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array:
-    """Cosine between the new step and the last one in the metric of the curvature."""
-    other = jnp.zeros_like(coefficients).at[newest].set(1)
-    product = subspace.inner(coefficients, matrix, other)
-    squares = (
-        subspace.inner(coefficients, matrix, coefficients) * (matrix[newest, newest])
+class _Settings(NamedTuple):
+    """The arguments of `scale_by_quadratic_model`, which explains them."""
+
+    preconditioners: tuple[optax.GradientTransformationExtraArgs, ...]
+    history: int
+    residuals: int
+    damping: jax.typing.ArrayLike
+    noise_damping: jax.typing.ArrayLike
+    max_growth: jax.typing.ArrayLike
+    horizon: Any
+    multiplier: optax.ScalarOrSchedule
+    decay: Penalty | None
+    axis_name: _tree.AxisName | None
+
+    @property
+    def kinds(self) -> int:
+        """How many preconditioned gradients there are."""
+        return len(self.preconditioners)
+
+    @property
+    def slots(self) -> int:
+        """How many steps are remembered.
+
+        At least the last one, to take it back, and NLCG's direction if need be.
+        """
+        return max(self.history, 1 if self.horizon is None else 2)
+
+
+class _Given(NamedTuple):
+    """What `update` is given.
+
+    Attributes:
+      grad: the gradient.
+      params: the parameters.
+      loss: the value, in the dtype of scalars.
+      curvature: of the loss.
+      extra: what else there is, for the preconditioners.
+    """
+
+    grad: Any
+    params: Any
+    loss: jax.Array
+    curvature: Curvature
+    extra: dict[str, Any]
+
+
+class _Directions(NamedTuple):
+    """The directions that are known before anything is computed of the curvature.
+
+    Attributes:
+      preconditioned: the preconditioned gradients.
+      preconditioner_states: what becomes of the preconditioners' states.
+      precondition: the first preconditioner, for other gradients.
+      past: the last steps.
+      slopes: of the gradient along all of them.
+    """
+
+    preconditioned: list[Any]
+    preconditioner_states: tuple[Any, ...]
+    precondition: Callable[[Any], Any]
+    past: list[Any]
+    slopes: jax.Array
+
+
+class _Step(NamedTuple):
+    """A step, with its sign turned, and what the model says of it.
+
+    Attributes:
+      tree: the step itself.
+      norm: its length.
+      coefficients: of the directions.
+      slope: by how far the loss falls by its slope along the step.
+      curved: the curvature along it.
+      direction: NLCG's, to be kept; None where it never makes the step.
+      bounded: whether the step was shortened.
+      finite: whether all of these are finite.
+    """
+
+    tree: Any
+    norm: jax.Array
+    coefficients: jax.Array
+    slope: jax.Array
+    curved: jax.Array
+    direction: Any
+    bounded: Any = False
+    finite: Any = True
+
+
+def _with_decay(given: _Given, settings: _Settings) -> _Given:
+    """Loss, gradient and curvature with those of weight decay."""
+    penalty = settings.decay
+    if penalty is None:
+        return given
+    curvature = given.curvature.with_penalty(penalty)
+    decayed = curvature.penalized(penalty, given.params, given.params)
+
+    def square(w: jax.Array) -> list[jax.Array]:
+        return [_tree.abs_sq(w)]
+
+    (total,) = _tree.reduce_products(
+        square, decayed, dtype=given.loss.dtype, axis_name=settings.axis_name
     )
-    defined = squares > 0
-    return jnp.where(defined, product / jnp.sqrt(jnp.where(defined, squares, 1)), 0)
+    factor = _tree.real_scalar(penalty.factor, given.loss.dtype)
+
+    def add(g: jax.Array, w: jax.Array | None) -> jax.Array:
+        if w is None:
+            return g
+        lifted = _tree.lift(g)
+        w = _tree.lift(w).astype(lifted.dtype)
+        return (lifted + _tree.scalar_like(factor, lifted) * w).astype(g.dtype)
+
+    return given._replace(
+        grad=jax.tree.map(
+            add, given.grad, decayed, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+        ),
+        loss=given.loss + 0.5 * factor * total,
+        curvature=curvature,
+    )
+
+
+def _precondition(
+    given: _Given, settings: _Settings, state: QuadraticModelState
+) -> _Directions:
+    """The directions: one for each preconditioner, and the past, the newest first."""
+    extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
+    results = [
+        one.update(given.grad, one_state, given.params, **extra)
+        for one, one_state in zip(
+            settings.preconditioners, state.preconditioner_states, strict=True
+        )
+    ]
+    preconditioned = [z for z, _ in results]
+    states = tuple(one_state for _, one_state in results)
+
+    def precondition(grad: Any) -> Any:
+        first = settings.preconditioners[0]
+        return first.update(grad, states[0], given.params, **extra)[0]
+
+    past = memory.read(state.memory, state.noise.handed_over)
+    trees = [*preconditioned, *past]
+    slopes = subspace.slopes_along(
+        given.grad, trees, given.loss.dtype, settings.axis_name
+    )
+    return _Directions(preconditioned, states, precondition, past, slopes)
+
+
+def _total_damping(
+    settings: _Settings, extra_damping: jax.Array, signal: jax.Array
+) -> jax.Array:
+    """λ: little without noise, more with it, and after what went wrong."""
+    base, factor = (
+        _tree.real_scalar(x, signal.dtype)
+        for x in (settings.damping, settings.noise_damping)
+    )
+    return base + factor * noise.ratio(signal) + extra_damping
+
+
+def _minimize(
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    found: _Directions,
+    damping: jax.Array,
+) -> subspace.Model:
+    """The model over the directions, but for none once noise rules."""
+
+    def with_products() -> subspace.Model:
+        return subspace.build(
+            given.curvature,
+            given.params,
+            given.grad,
+            given.loss,
+            [*found.preconditioned, *found.past[: settings.history]],
+            found.slopes,
+            damping,
+            settings.residuals,
+            found.precondition,
+            settings.axis_name,
+        )
+
+    def without() -> subspace.Model:
+        return subspace.without_products(
+            found.preconditioned[0], given.loss, found.slopes, settings.residuals
+        )
+
+    if not jax.tree.leaves(given.params):  # an empty group of `optax.partition`
+        return without()
+    if settings.horizon is None:
+        return with_products()
+    return jax.lax.cond(state.noise.handed_over, without, with_products)
+
+
+def _make_step(
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    found: _Directions,
+    model: subspace.Model,
+    stage: noise.Stage,
+) -> _Step:
+    """The step to the minimum of the model; once noise rules, NLCG's own."""
+    dtype, kinds = given.loss.dtype, settings.kinds
+    multiplier = settings.multiplier
+    factor = multiplier(state.counts.count) if callable(multiplier) else multiplier
+    factor = _tree.real_scalar(factor, dtype)
+    coefficients, products = factor * model.coefficients, model.products
+
+    def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
+        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
+        parts = [
+            _tree.scalar_like(coefficients[i], d) * d for i, d in enumerate(lifted)
+        ]
+        return sum(parts[1:], start=parts[0])
+
+    directions = [*found.preconditioned, *found.past, *model.residual_directions]
+    tree, direction = jax.tree.map(total, given.grad, *directions), None
+    if settings.horizon is not None:
+        nlcg = noise.direction(
+            state.noise,
+            stage.starts,
+            given.grad,
+            found.preconditioned[0],
+            found.past[1],
+            settings.axis_name,
+        )
+        direction, size = nlcg.direction, factor * stage.size
+        tree = jax.tree.map(
+            lambda u, x: jnp.where(
+                stage.active, _tree.scalar_like(size, x) * u.astype(x.dtype), x
+            ),
+            nlcg.look_ahead,
+            tree,
+        )
+        # z + β d, by z and the direction before.
+        own = jnp.zeros_like(coefficients).at[0].set(size * (1 + nlcg.beta))
+        own = own.at[kinds + 1].set(size * nlcg.beta**2)
+        coefficients = jnp.where(stage.active, own, coefficients)
+        products = jnp.where(stage.active, 0, products)
+    return _Step(
+        tree,
+        _norm(tree, dtype, settings.axis_name),
+        coefficients,
+        slope=jnp.sum(model.slopes * coefficients),
+        curved=subspace.inner(coefficients, products, coefficients),
+        direction=direction,
+    )
+
+
+def _norm(tree: Any, dtype: jnp.dtype, axis_name: _tree.AxisName | None) -> jax.Array:
+    def square(x: jax.Array) -> list[jax.Array]:
+        return [_tree.abs_sq(x)]
+
+    (total,) = _tree.reduce_products(square, tree, dtype=dtype, axis_name=axis_name)
+    return jnp.sqrt(total)
+
+
+def _shorten(
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    step: _Step,
+    stage: noise.Stage,
+) -> _Step:
+    """The step, not much longer than the last ones, nor than the loss allows."""
+    growth = _tree.real_scalar(settings.max_growth, given.loss.dtype)
+    ratio = trust.shorten(
+        step.norm,
+        jnp.max(state.memory.prev_norms) * growth,
+        step.slope,
+        step.curved,
+        given.loss,
+        ~stage.active if given.curvature.nonnegative else None,
+    )
+    slope, curved = ratio * step.slope, ratio**2 * step.curved
+    sizes = jnp.stack([given.loss, slope, curved, step.norm])
+    return step._replace(
+        tree=jax.tree.map(lambda x: _tree.scalar_like(ratio, x) * x, step.tree),
+        norm=ratio * step.norm,
+        coefficients=ratio * step.coefficients,
+        slope=slope,
+        curved=curved,
+        bounded=ratio < 1,
+        finite=jnp.all(jnp.isfinite(sizes)),
+    )
+
+
+def _choose(
+    given: _Given, step: _Step, last: Any, taken: jax.Array, rejected: jax.Array
+) -> Any:
+    """The step, or most of the last one back, or nothing."""
+
+    def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
+        back = (trust.BACKTRACK - 1) * _tree.lift(back).astype(step.dtype)
+        chosen = jnp.where(taken, step, jnp.where(rejected, back, 0))
+        return chosen.astype(g.dtype)
+
+    return jax.tree.map(choose, step.tree, last, given.grad)
+
+
+def _after_step(
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    found: _Directions,
+    model: subspace.Model,
+    step: _Step,
+    verdict: trust.Verdict,
+) -> QuadraticModelState:
+    """The state if the step is taken, but for memory, noise, and λ."""
+    conjugacy = jnp.zeros([], given.loss.dtype)
+    if settings.history:
+        # NLCG's own steps have none.
+        products = jnp.where(step.curved == 0, 0, model.products)
+        conjugacy = subspace.cosine(step.coefficients, products, settings.kinds)
+    flat = (model.slopes[0] > 0) & (model.products[0, 0] == 0)
+    mismatch = trust.mismatch(
+        given.loss,
+        model.own_loss,
+        given.curvature.fraction,
+        flat & ~state.noise.handed_over,
+        verdict.trust,
+        state.counts.count,
+    )
+    counts = state.counts
+    return state._replace(
+        preconditioner_states=found.preconditioner_states,
+        last=LastStep(
+            prev_value=given.loss,
+            prev_slope=step.slope,
+            prev_curvature=step.curved,
+            coefficients=step.coefficients,
+            conjugacy=conjugacy,
+        ),
+        trust=verdict.trust,
+        counts=counts._replace(
+            count=optax.safe_increment(counts.count),
+            bounded=counts.bounded + step.bounded.astype(jnp.int32),
+            loss_mismatch=counts.loss_mismatch + mismatch.astype(jnp.int32),
+        ),
+    )
+
+
+def _select(
+    state: QuadraticModelState,
+    after: QuadraticModelState,
+    verdict: trust.Verdict,
+    taken: jax.Array,
+) -> QuadraticModelState:
+    """The state after a step that was taken, or one that took the last one back.
+
+    Where neither happened nothing changes but a count. Memory is seen to elsewhere.
+    """
+    counts, last = state.counts, state.last
+    back = state._replace(
+        last=last._replace(
+            prev_slope=trust.BACKTRACK * last.prev_slope,
+            prev_curvature=trust.BACKTRACK**2 * last.prev_curvature,
+        ),
+        trust=verdict.trust,
+        counts=counts._replace(
+            count=optax.safe_increment(counts.count),
+            rejected=optax.safe_increment(counts.rejected),
+        ),
+    )
+    left = state._replace(
+        counts=counts._replace(nonfinite=optax.safe_increment(counts.nonfinite))
+    )
+    states = [each._replace(memory=None) for each in (after, back, left)]
+    return _tree.where(
+        taken, states[0], _tree.where(verdict.rejected, states[1], states[2])
+    )
+
+
+def _decay(weight_decay: Any, mask: Any) -> Penalty | None:
+    """Weight decay as a term of the model; None for none."""
+    if weight_decay is None:
+        if mask is not None:
+            raise ValueError(
+                "weight_decay_mask without weight_decay does nothing: give both, "
+                "`nlcg_auto(weight_decay=1e-4, weight_decay_mask=...)`."
+            )
+        return None
+    if callable(weight_decay):
+        raise ValueError(
+            f"weight_decay={weight_decay!r} is not valid: expected a number, for it is "
+            "a term of the loss."
+        )
+    _check.number("weight_decay", weight_decay, minimum=0)
+    if isinstance(weight_decay, int | float) and weight_decay == 0:
+        return None
+    return Penalty(weight_decay, Constant(mask))
 
 
 def _preconditioners(
@@ -600,18 +705,3 @@ def _check_curvature(curvature: Any) -> Curvature:
             f"{_CALL}."
         )
     return curvature
-
-
-def _products(
-    curvature: Curvature, params: Any, a: Images, b: Images, loss: jax.Array
-) -> jax.Array:
-    """The inner products, the same on all devices where the loss is."""
-    matrix = curvature.inner(params, a, b)
-    local = _tree.varying_axes(matrix) - _tree.varying_axes(loss)
-    if local:
-        axes = ", ".join(sorted(map(repr, local)))
-        raise ValueError(
-            f"The curvature is each device's own along the axis {axes}: name it, "
-            "`nlcg_optax.gauss_newton(..., axis_name=...)`, to take the mean."
-        )
-    return matrix

@@ -10,6 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nlcg_optax.curvature import subspace
+from nlcg_optax.curvature.state import LastStep, Trust
+
+# A step that is taken back keeps this part of its length.
+BACKTRACK = 0.25
+# No step is to take more off a positive loss than this many times what there is.
+MAX_DECREASE = 2.0
 # A step that is taken back adds four times λ to it, which then fades.
 _GROW, _FADE = 4.0, 0.25
 _MIN_DAMPING, _MAX_DAMPING = 0.1, 1e3
@@ -20,31 +27,35 @@ _TOLERATED_DECREASES, _TOLERATED_ERRORS = 1.0, 4.0
 _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
 
 
+# The curvature's own loss is the gradient's to so much, where both are of one batch,
+# and to such a factor where it is of a part.
+_SAME_LOSS, _LIKE_LOSS = 0.02, 10.0
+# Predictions that are wrong by one factor: by how much, how steadily (as a part of its
+# logarithm), and in how many steps that was seen.
+_WRONG_FACTOR, _STEADY, _SEEN = 1.7, 0.3, 6
+# Part of a new logarithm in their average, and the largest that is taken.
+_RATIO_WEIGHT, _LARGEST_LOG = 0.2, 7.0
+
+
 class Verdict(NamedTuple):
     """What is thought of the last step.
 
     Attributes:
       pending: whether there was a step to judge.
       rejected: whether it is to be taken back.
-      actual: how far the loss fell.
-      extra_damping: what λ is to be beyond what it always is.
-      model_error: average distance between the loss and its prediction.
+      trust: what becomes of the trust, but for λ.
     """
 
     pending: jax.Array
     rejected: jax.Array
-    actual: jax.Array
-    extra_damping: jax.Array
-    model_error: jax.Array
+    trust: Trust
 
 
 def judge(
     loss: jax.Array,
     finite: jax.Array,
-    prev_value: jax.Array,
-    predicted: jax.Array,
-    extra_damping: jax.Array,
-    model_error: jax.Array,
+    last: LastStep,
+    trust: Trust,
     damping: jax.Array,
 ) -> Verdict:
     """Judges the last step by the loss after it.
@@ -52,16 +63,15 @@ def judge(
     Args:
       loss: what it is now.
       finite: whether the gradient is.
-      prev_value: what the loss was before the step.
-      predicted: how far it should have fallen; 0 where there was no step.
-      extra_damping: what λ of the step was beyond what it always is.
-      model_error: the average error before it; 0 where there is none yet.
+      last: the step; of length zero where there was none.
+      trust: how far its model was believed.
       damping: what λ always is.
     """
+    predicted, model_error = last.predicted_decrease, trust.model_error
     pending = predicted > 0
-    actual = prev_value - loss
+    actual = last.prev_value - loss
     # Of two nearly equal losses little but rounding is seen.
-    rounding = 8 * jnp.finfo(loss.dtype).eps * jnp.abs(prev_value)
+    rounding = 8 * jnp.finfo(loss.dtype).eps * jnp.abs(last.prev_value)
     tolerated = jnp.maximum(
         _TOLERATED_DECREASES * predicted, _TOLERATED_ERRORS * model_error
     )
@@ -69,15 +79,95 @@ def judge(
     held = finite & (-actual <= jnp.maximum(tolerated, rounding))
     rejected, judged = pending & ~held, pending & held
 
-    raised = jnp.maximum(jnp.maximum(extra_damping, damping), _MIN_DAMPING)
+    raised = jnp.maximum(jnp.maximum(trust.extra_damping, damping), _MIN_DAMPING)
     raised = jnp.minimum(_GROW * raised, _MAX_DAMPING)
-    faded = jnp.where(judged, _FADE * extra_damping, extra_damping)
+    faded = jnp.where(judged, _FADE * trust.extra_damping, trust.extra_damping)
 
     error = jnp.abs(predicted - actual)
-    first = model_error == 0
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
     average = model_error + _ERROR_WEIGHT * (bounded - model_error)
-    new_error = jnp.where(judged, jnp.where(first, error, average), model_error)
+    new_error = jnp.where(model_error == 0, error, average)
+    log_ratio, spread = _ratio(actual, predicted, trust)
     return Verdict(
-        pending, rejected, actual, jnp.where(rejected, raised, faded), new_error
+        pending,
+        rejected,
+        trust._replace(
+            extra_damping=jnp.where(rejected, raised, faded),
+            actual_decrease=jnp.where(pending, actual, trust.actual_decrease),
+            model_error=jnp.where(judged, new_error, model_error),
+            log_ratio=jnp.where(judged, log_ratio, trust.log_ratio),
+            log_ratio_spread=jnp.where(judged, spread, trust.log_ratio_spread),
+        ),
     )
+
+
+def _ratio(
+    actual: jax.Array, predicted: jax.Array, trust: Trust
+) -> tuple[jax.Array, jax.Array]:
+    """Average logarithm of the actual decrease over the predicted, and its spread."""
+    fell = (actual > 0) & (predicted > 0)
+    ratio = jnp.where(fell, actual, 1) / jnp.where(fell, predicted, 1)
+    # A loss that rose fell by next to nothing.
+    log = jnp.where(fell, jnp.log(ratio), -_LARGEST_LOG)
+    log = jnp.clip(log, -_LARGEST_LOG, _LARGEST_LOG)
+    average = trust.log_ratio + _RATIO_WEIGHT * (log - trust.log_ratio)
+    distance = jnp.abs(log - average)
+    spread = trust.log_ratio_spread
+    return average, spread + _RATIO_WEIGHT * (distance - spread)
+
+
+def mismatch(
+    loss: jax.Array,
+    own_loss: jax.Array,
+    fraction: float | None,
+    flat: jax.Array,
+    trust: Trust,
+    count: jax.typing.ArrayLike,
+) -> jax.Array:
+    """Whether loss, gradient and curvature do not fit together.
+
+    Args:
+      loss: what `update` was given.
+      own_loss: what the curvature makes of its own batch.
+      fraction: the part of the loss's batch that this is; None for unknown.
+      flat: whether there is no curvature along the gradient, though there is a slope.
+      trust: what became of earlier predictions.
+      count: steps so far.
+    """
+    if fraction == 1:
+        largest = jnp.maximum(jnp.abs(loss), jnp.abs(own_loss))
+        differs = jnp.abs(loss - own_loss) > _SAME_LOSS * largest
+    else:
+        small, large = jnp.minimum(loss, own_loss), jnp.maximum(loss, own_loss)
+        differs = (small > 0) & (large > _LIKE_LOSS * small)
+    size = jnp.abs(trust.log_ratio)
+    wrong = (size > jnp.log(_WRONG_FACTOR)) & (trust.log_ratio_spread < _STEADY * size)
+    return differs | flat | (wrong & (jnp.asarray(count) >= _SEEN))
+
+
+def shorten(
+    norm: jax.Array,
+    longest: jax.Array,
+    slope: jax.Array,
+    curved: jax.Array,
+    loss: jax.Array,
+    model_rules: jax.Array | None,
+) -> jax.Array:
+    """The part of a step that is taken: 1, or less where it is too long.
+
+    Args:
+      norm: its length.
+      longest: the length allowed; 0 for any.
+      slope: by how far the loss falls by its slope along the step.
+      curved: the curvature along it.
+      loss: what there is to fall.
+      model_rules: whether the model is asked how far a loss falls that is never below
+        zero; None where it may be.
+    """
+    too_long = (longest > 0) & (norm > longest)
+    ratio = jnp.where(too_long, longest / jnp.where(too_long, norm, 1), 1)
+    if model_rules is None:
+        return ratio
+    part = subspace.part_that_falls(slope, curved, MAX_DECREASE * loss)
+    doubted = model_rules & (loss > 0)
+    return jnp.where(doubted, jnp.minimum(ratio, part), ratio)

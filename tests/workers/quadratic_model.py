@@ -121,9 +121,9 @@ def training(tx, kind, specs=None, axis=None, averaged=False, microbatches=None)
         (params, state), losses = jax.lax.scan(body, carry, length=STEPS)
         return params, {
             "losses": losses,
-            "coefficients": state.coefficients,
-            "damping": state.damping,
-            "conjugacy": state.conjugacy,
+            "coefficients": state.last.coefficients,
+            "damping": state.trust.damping,
+            "conjugacy": state.last.conjugacy,
         }
 
     return run, step

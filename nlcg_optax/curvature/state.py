@@ -1,0 +1,215 @@
+"""What the quadratic model remembers from step to step, in small parts."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nlcg_optax import _tree
+
+
+class LastStep(NamedTuple):
+    """The last step, as its model saw it.
+
+    Attributes:
+      prev_value: the loss where it began.
+      prev_slope: how far the loss would have fallen by its slope along the step.
+      prev_curvature: the curvature along it.
+      coefficients: of each preconditioned gradient, then of each past step, the newest
+        first, then of each residual direction.
+      conjugacy: cosine to the step before in the metric of the curvature.
+    """
+
+    prev_value: jax.Array
+    prev_slope: jax.Array
+    prev_curvature: jax.Array
+    coefficients: jax.Array
+    conjugacy: jax.Array
+
+    @property
+    def predicted_decrease(self) -> jax.Array:
+        """How far the model said that the loss would fall."""
+        return self.prev_slope - 0.5 * self.prev_curvature
+
+
+class Trust(NamedTuple):
+    """How far the model is believed.
+
+    Attributes:
+      damping: λ of the last step.
+      extra_damping: what the first step or a rejected one added to it.
+      actual_decrease: how far the loss fell in the step before the last, which is seen
+        one step later.
+      model_error: average distance of the loss from the model's prediction.
+      log_ratio: average logarithm of the actual decrease over the predicted one.
+      log_ratio_spread: average distance of that logarithm from its average.
+    """
+
+    damping: jax.Array
+    extra_damping: jax.Array
+    actual_decrease: jax.Array
+    model_error: jax.Array
+    log_ratio: jax.Array
+    log_ratio_spread: jax.Array
+
+
+class Noise(NamedTuple):
+    """How much of the gradient is noise, and what is done once it rules.
+
+    Attributes:
+      signal: average share of the slope along a step that is no noise.
+      log_length: mean logarithm of the best length along the preconditioned gradient
+        alone.
+      rate: the rate of NLCG's own direction since the hand-over; 0 before.
+      rate_since: the count at the hand-over.
+      prev_g_z: gᵀz of the last step.
+    """
+
+    signal: jax.Array
+    log_length: jax.Array
+    rate: jax.Array
+    rate_since: jax.typing.ArrayLike
+    prev_g_z: jax.Array
+
+    @property
+    def handed_over(self) -> jax.Array:
+        """Whether NLCG's own direction has taken over."""
+        return self.rate > 0
+
+
+class Memory(NamedTuple):
+    """The last steps.
+
+    Attributes:
+      stored: steps taken, neither left out nor of length zero, int32 scalar.
+      prev_updates: the steps, with their sign turned, stacked along a leading axis of
+        slots, the newest in slot ``(stored - 1) % slots``. After the hand-over the last
+        step is in the first slot, and NLCG's direction in the second.
+      prev_norms: the lengths of the last steps, the newest in the same slot.
+    """
+
+    stored: jax.typing.ArrayLike
+    prev_updates: optax.Updates
+    prev_norms: jax.Array
+
+
+class Counts(NamedTuple):
+    """What happened so far, int32 scalars.
+
+    Attributes:
+      count: updates made.
+      bounded: steps that were shortened to the longest allowed.
+      rejected: steps that were taken back.
+      nonfinite: steps left out for a product that was not finite.
+      loss_mismatch: steps in which loss, gradient and curvature did not fit together.
+    """
+
+    count: jax.typing.ArrayLike
+    bounded: jax.typing.ArrayLike
+    rejected: jax.typing.ArrayLike
+    nonfinite: jax.typing.ArrayLike
+    loss_mismatch: jax.typing.ArrayLike
+
+
+class QuadraticModelState(NamedTuple):
+    """State of :func:`scale_by_quadratic_model`.
+
+    Attributes:
+      preconditioner_states: states of the nested preconditioners, a tuple.
+      last: the last step, a :class:`LastStep`.
+      trust: how far the model is believed, :class:`Trust`.
+      noise: how much of the gradient is noise, :class:`Noise`.
+      memory: the last steps, :class:`Memory`.
+      counts: what happened so far, :class:`Counts`.
+    """
+
+    preconditioner_states: tuple[optax.OptState, ...]
+    last: LastStep
+    trust: Trust
+    noise: Noise
+    memory: Memory
+    counts: Counts
+
+    def report(self) -> dict[str, jax.typing.ArrayLike]:
+        """What :func:`nlcg_optax.diagnostics` tells of it."""
+        return {
+            "coefficients": self.last.coefficients,
+            "damping": self.trust.damping,
+            "predicted_decrease": self.last.predicted_decrease,
+            "actual_decrease": self.trust.actual_decrease,
+            "conjugacy": self.last.conjugacy,
+            "signal": self.noise.signal,
+            "rate": self.noise.rate,
+            "bounded_steps": self.counts.bounded,
+            "rejected_steps": self.counts.rejected,
+            "nonfinite_products": self.counts.nonfinite,
+            "loss_mismatch": self.counts.loss_mismatch,
+            "decrease_ratio": jnp.exp(self.trust.log_ratio),
+        }
+
+
+def initial(
+    params: optax.Params,
+    preconditioner_states: tuple[optax.OptState, ...],
+    *,
+    slots: int,
+    directions: int,
+    damping: jax.typing.ArrayLike,
+    first_damping: jax.typing.ArrayLike,
+    state_dtype: Any,
+) -> QuadraticModelState:
+    """The state before the first step.
+
+    Args:
+      params: the parameters.
+      preconditioner_states: the first states of the preconditioners.
+      slots: steps that are remembered.
+      directions: of all kinds.
+      damping: λ without noise.
+      first_damping: what the first step adds to it.
+      state_dtype: dtype of the past steps.
+    """
+    dtype = _tree.scalar_dtype(params)
+
+    def memory(x: jax.Array) -> jax.Array:
+        # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
+        return jnp.zeros_like(x, shape=(slots, *jnp.shape(x)))
+
+    def number(value: float = 0.0) -> jax.Array:
+        return jnp.asarray(value, dtype)
+
+    def counter() -> jax.Array:
+        return jnp.zeros([], jnp.int32)
+
+    return QuadraticModelState(
+        preconditioner_states=preconditioner_states,
+        last=LastStep(
+            prev_value=number(),
+            prev_slope=number(),
+            prev_curvature=number(),
+            coefficients=jnp.zeros([directions], dtype),
+            conjugacy=number(),
+        ),
+        trust=Trust(
+            damping=_tree.real_scalar(damping, dtype),
+            extra_damping=_tree.real_scalar(first_damping, dtype),
+            actual_decrease=number(),
+            model_error=number(),
+            log_ratio=number(),
+            log_ratio_spread=number(),
+        ),
+        noise=Noise(
+            signal=number(1.0),
+            log_length=number(),
+            rate=number(),
+            rate_since=counter(),
+            prev_g_z=number(),
+        ),
+        memory=Memory(
+            stored=counter(),
+            prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
+            prev_norms=jnp.zeros([slots], dtype),
+        ),
+        counts=Counts(*(counter() for _ in Counts._fields)),
+    )
