@@ -4,6 +4,8 @@ from nlcg_optax import beta, matrices
 from nlcg_optax._alias import nlcg, nlcg_auto, nlcg_paper
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._parallel import pmean_value_and_grad
+from nlcg_optax.curvature.checkup import check
+from nlcg_optax.curvature.objective import value_grad_and_curvature
 from nlcg_optax.curvature.products import Curvature, gauss_newton, hessian
 from nlcg_optax.curvature.state import QuadraticModelState
 from nlcg_optax.curvature.transform import (
@@ -55,6 +57,7 @@ __all__ = [
     "OrthogonalizationState",
     "QuadraticModelState",
     "beta",
+    "check",
     "describe",
     "diagnostics",
     "gauss_newton",
@@ -73,4 +76,5 @@ __all__ = [
     "scale_by_loss_feedback",
     "scale_by_orthogonalization",
     "scale_by_quadratic_model",
+    "value_grad_and_curvature",
 ]

@@ -1,7 +1,7 @@
 """The ready optimizers: chains of a preconditioner, a direction and a step size."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -14,16 +14,17 @@ from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
 from nlcg_optax.step_sizes.loss_feedback import scale_by_loss_feedback
 
-_BETA_RULE, _BETA_BOUNDS = "fletcher_reeves", (0.0, 0.9)
+# What is said of it where none is given names `nlcg_auto`.
+_GIVE_ONE = cast(Any, None)
 Preconditioner = str | optax.GradientTransformation | None
 
 
 def nlcg(
-    learning_rate: optax.ScalarOrSchedule | None = None,
+    learning_rate: optax.ScalarOrSchedule = _GIVE_ONE,
     *,
-    beta_rule: str | BetaRule = _BETA_RULE,
-    beta_bounds: tuple[float, float] = _BETA_BOUNDS,
-    preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
+    beta_rule: str | BetaRule = "fletcher_reeves",
+    beta_bounds: tuple[float, float] = (0.0, 0.9),
+    preconditioner: Preconditioner = "orthogonalization",
     step_rule: str | optax.GradientTransformation | None = "step",
     nesterov: bool | None = None,
     weight_decay: float | None = None,
@@ -58,20 +59,15 @@ def nlcg(
     back, and in the chain part of its last step, which looked ahead; and after a loss
     that is not finite it is the direction taken then, not the one before.
 
-    With ``step_rule="quadratic_model"`` there is no learning rate to choose: the
-    curvature of the loss, which `update` is given, chooses the length of the step and β
-    (:func:`~nlcg_optax.scale_by_quadratic_model`).
+    :func:`~nlcg_optax.nlcg_auto` has no learning rate.
 
     Args:
-      learning_rate: α, a number or a schedule. For the quadratic model it multiplies
-        the step that the curvature chose, and need not be given (1); all other rules
-        need it.
+      learning_rate: α, a number or a schedule, which has to be given.
       beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
       preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
-        transformation, or None. The quadratic model takes a sequence of them, too.
+        transformation, or None.
       step_rule: ``"step"`` or ``"online"``, see
-        :func:`~nlcg_optax.scale_by_loss_feedback`; ``"quadratic_model"``, in place of
-        the direction, the rule of β and the look ahead; None for none. A gradient
+        :func:`~nlcg_optax.scale_by_loss_feedback`; None for none. A gradient
         transformation is placed last, where it is given the descent direction times the
         learning rate, as line searches expect it.
       beta_bounds: β is clipped to this closed interval.
@@ -79,7 +75,7 @@ def nlcg(
         unless a line search follows, which needs the direction itself.
       weight_decay: λ, decoupled as in :func:`optax.adamw`: the learning rate multiplies
         it and the base step b does not, and the directions do not see it. None or 0 for
-        none. The quadratic model has none, and a transformation as step rule neither.
+        none. With a transformation as step rule there is none.
       weight_decay_mask: the leaves that decay: a tree of booleans, a prefix of the
         parameters' tree, or a function from parameters to it; None for all. (With
         `optax.inject_hyperparams` a function has to be named in ``static_args``.)
@@ -95,7 +91,7 @@ def nlcg(
     Returns:
       An optimizer. Its `update` needs `params` for the diagonal of BFGS and for weight
       decay, and the keyword argument ``value``, the loss averaged over the global
-      batch, for the step rules; ``curvature`` too for the quadratic model.
+      batch, for the step rules.
 
     Raises:
       ValueError: for an unknown name or an argument out of range.
@@ -120,56 +116,19 @@ def nlcg(
     >>> print(w.round(2))
     [[ 1.  -2. ]
      [ 0.5  3. ]]
-
-    Without a learning rate, and in a tenth of the steps:
-
-    >>> tx = nlcg_optax.nlcg(step_rule="quadratic_model")
-    >>> curvature = nlcg_optax.hessian(loss_fn)
-    >>> @jax.jit
-    ... def step(w, state):
-    ...     loss, grads = jax.value_and_grad(loss_fn)(w)
-    ...     given = {"value": loss, "curvature": curvature}
-    ...     updates, state = tx.update(grads, state, w, **given)
-    ...     return w + updates, state
-    >>> w = jnp.zeros((2, 2))
-    >>> state = tx.init(w)
-    >>> for _ in range(10):
-    ...     w, state = step(w, state)
-    >>> print(w.round(2))
-    [[ 1.  -2. ]
-     [ 0.5  3. ]]
     """
-    if isinstance(step_rule, str):
-        _check.one_of(
-            "step_rule",
-            step_rule,
-            ("step", "online", "quadratic_model"),
-            ", a gradient transformation, or None",
+    if step_rule == "quadratic_model":
+        raise ValueError(
+            "step_rule='quadratic_model' is not valid: the step that curvature chooses "
+            "has an optimizer of its own, which takes no learning rate, "
+            "`nlcg_optax.nlcg_auto()`."
+        )
+    if learning_rate is None:
+        raise ValueError(
+            "learning_rate=None is not valid: expected a number or a schedule. "
+            "`nlcg_optax.nlcg_auto()` does without one."
         )
     decay = _decay(weight_decay, weight_decay_mask, step_rule)
-    if step_rule == "quadratic_model":
-        for name, value, default in (
-            ("beta_rule", beta_rule, _BETA_RULE),
-            ("beta_bounds", beta_bounds, _BETA_BOUNDS),
-            ("nesterov", nesterov, None),
-        ):
-            if value != default:
-                raise ValueError(
-                    f"{name}={value!r} is not valid with step_rule='quadratic_model', "
-                    "which chooses β by itself: leave it out."
-                )
-        if learning_rate is not None and not callable(learning_rate):
-            _check.number("learning_rate", learning_rate, minimum=0)
-        # A transformation is a (named) tuple itself.
-        one = isinstance(preconditioner, str | optax.GradientTransformation | None)
-        several: Any = [preconditioner] if one else preconditioner
-        model = scale_by_quadratic_model(
-            [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
-            multiplier=1.0 if learning_rate is None else learning_rate,
-            state_dtype=state_dtype,
-            axis_name=axis_name,
-        )
-        return optax.chain(model, optax.scale(-1.0))
     if nesterov is None:
         nesterov = not isinstance(step_rule, optax.GradientTransformation)
     direction = scale_by_conjugate_direction(
@@ -190,19 +149,86 @@ def nlcg_auto(
     preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
     residuals: int = 2,
     multiplier: optax.ScalarOrSchedule = 1.0,
+    weight_decay: float | None = None,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     epsilon: float = 1e-8,
     state_dtype: Any | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""NLCG without a learning rate: the curvature of the loss chooses the step."""
+    r"""NLCG without a learning rate: the curvature of the loss chooses the step.
+
+    :func:`~nlcg_optax.scale_by_quadratic_model` with a preconditioner, and the final
+    negative scaling. In each step it minimizes a quadratic model of the loss over the
+    preconditioned gradient, the last three steps, and residual directions, and so
+    chooses both the length of the step and β.
+
+    Args:
+      num_steps: the steps of the whole run, where each step sees another batch. Once
+        most of the gradient is noise, NLCG's own direction then goes on with the
+        average of the best lengths, which falls to zero at the last step. None where
+        each loss is that of the same data, or where the end of the run is not known:
+        the curvature then chooses each step, and where there is noise steps are damped
+        in proportion to it, and stay so.
+      preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
+        transformation, None, or a sequence of them, of which each makes a direction.
+      residuals: residual directions, each of which takes a backward pass on the part of
+        the batch that the curvature is taken on: 5 where that is all of the data.
+      multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
+      weight_decay: λ of a term :math:`\tfrac{\lambda}{2} \lVert x \rVert^2` of the
+        model: the penalty itself, which no learning rate multiplies, at no price. None
+        or 0 for none.
+      weight_decay_mask: the leaves that decay: a tree of booleans, a prefix of the
+        parameters' tree, or a function from parameters to it; None for all.
+      epsilon: ε of the preconditioner.
+      state_dtype: dtype of the past steps (and of the preconditioner's); None for each
+        parameter's own.
+      axis_name: as for :func:`~nlcg_optax.nlcg`.
+
+    Returns:
+      An optimizer. Its `update` needs `params`, and what
+      :func:`~nlcg_optax.value_grad_and_curvature` makes: the gradient, and the keyword
+      arguments ``value``, the loss averaged over the global batch, and ``curvature``.
+      Nothing that changes the updates should follow it.
+
+    Raises:
+      ValueError: for an unknown name or an argument out of range.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import nlcg_optax
+    >>> import optax
+    >>> x = jnp.linspace(-1.0, 1.0, 20)[:, None]
+    >>> evaluate = nlcg_optax.value_grad_and_curvature(
+    ...     lambda w, batch: jnp.tanh(batch["x"] @ w["a"]) @ w["b"],
+    ...     lambda outputs, batch: jnp.mean((outputs - batch["y"]) ** 2),
+    ... )
+    >>> tx = nlcg_optax.nlcg_auto()
+    >>> @jax.jit
+    ... def step(w, state, batch):
+    ...     value, grads, curvature = evaluate(w, batch)
+    ...     updates, state = tx.update(
+    ...         grads, state, w, value=value, curvature=curvature
+    ...     )
+    ...     return optax.apply_updates(w, updates), state, value
+    >>> w = {"a": jnp.array([[1.0, -0.5, 2.0]]), "b": jnp.array([[0.1], [0.2], [0.3]])}
+    >>> state = tx.init(w)
+    >>> for _ in range(30):
+    ...     w, state, value = step(w, state, {"x": x, "y": jnp.sin(3 * x)})
+    >>> print(bool(value < 1e-3))
+    True
+    """
     # A transformation is a (named) tuple itself.
     one = isinstance(preconditioner, str | optax.GradientTransformation | None)
     several: Any = [preconditioner] if one else preconditioner
+    if num_steps is not None:
+        _check.number("num_steps", num_steps, minimum=1, integer=True)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,
         horizon=num_steps,
         multiplier=multiplier,
+        weight_decay=weight_decay,
+        weight_decay_mask=weight_decay_mask,
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
@@ -301,13 +327,6 @@ def _decay(
             "gives it one of its own."
         )
     _check.number("weight_decay", weight_decay, minimum=0)
-    if step_rule == "quadratic_model":
-        raise ValueError(
-            f"weight_decay={weight_decay} is not valid with "
-            "step_rule='quadratic_model', which judges its steps by the loss, and has "
-            "no learning rate to multiply it. Put a penalty into the loss, "
-            "`value` and gradient, and into `nlcg_optax.gauss_newton(..., l2=...)`."
-        )
     if isinstance(step_rule, optax.GradientTransformation):
         raise ValueError(
             f"weight_decay={weight_decay} is not valid with a gradient transformation "
@@ -333,17 +352,12 @@ def _decay(
 def _chain(
     direction: optax.GradientTransformationExtraArgs,
     step_rule: str | optax.GradientTransformation | None,
-    learning_rate: optax.ScalarOrSchedule | None,
+    learning_rate: optax.ScalarOrSchedule,
     period: int = 5,
     threshold: float = 1.0,
     decay: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Chains a direction, a step rule, weight decay and the learning rate."""
-    if learning_rate is None:
-        raise ValueError(
-            "learning_rate=None is not valid: expected a number or a schedule. "
-            "`nlcg(step_rule='quadratic_model')` alone does without one."
-        )
     if not callable(learning_rate):
         _check.number("learning_rate", learning_rate)
     scale = optax.scale_by_learning_rate(learning_rate)

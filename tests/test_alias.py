@@ -15,6 +15,7 @@ from problems import paper, quadratic
 import nlcg_optax
 from nlcg_optax import (
     nlcg,
+    nlcg_auto,
     nlcg_paper,
     scale_by_conjugate_direction,
     scale_by_diagonal_bfgs,
@@ -327,10 +328,6 @@ def test_weight_decay_keeps_the_dtype_of_the_gradient(wide):
         ({"weight_decay": lambda t: 0.1}, ["schedule", "inject_hyperparams"]),
         ({"weight_decay_mask": MASK}, ["without weight_decay", "give both"]),
         (
-            {"weight_decay": 0.1, "step_rule": "quadratic_model"},
-            ["weight_decay=0.1", "quadratic_model", "gauss_newton(..., l2=...)"],
-        ),
-        (
             {"weight_decay": 0.1, "step_rule": optax.identity()},
             ["weight_decay=0.1", "line search", "add_decayed_weights"],
         ),
@@ -431,7 +428,7 @@ def test_the_scale_of_the_loss_does_not_matter_without_epsilon(rule):
 # --- Without a learning rate --------------------------------------------------------
 
 
-def test_the_quadratic_model_is_the_piece():
+def test_nlcg_auto_is_the_quadratic_model():
     params = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.3, -0.7])}
 
     def loss_fn(params):
@@ -441,7 +438,7 @@ def test_the_quadratic_model_is_the_piece():
     piece = nlcg_optax.scale_by_quadratic_model(
         nlcg_optax.scale_by_orthogonalization(), multiplier=0.5
     )
-    tx = nlcg_optax.nlcg(0.5, step_rule="quadratic_model")
+    tx = nlcg_optax.nlcg_auto(multiplier=0.5)
     ours, theirs = tx.init(params), piece.init(params)
     update, update_piece = jax.jit(tx.update), jax.jit(piece.update)
     for _ in range(2):
@@ -455,31 +452,32 @@ def test_the_quadratic_model_is_the_piece():
 
 
 @pytest.mark.parametrize(
-    ("options", "needles"),
+    ("make", "options", "needles"),
     [
-        ({"step_rule": "step"}, ["learning_rate=None", "quadratic_model"]),
-        ({"step_rule": None}, ["learning_rate=None", "quadratic_model"]),
+        (nlcg, {"step_rule": "step"}, ["learning_rate=None", "nlcg_auto()"]),
+        (nlcg, {"step_rule": None}, ["learning_rate=None", "nlcg_auto()"]),
+        (nlcg, {"step_rule": "quadratic_model"}, ["quadratic_model", "nlcg_auto()"]),
         (
-            {"step_rule": "quadratic_model", "beta_rule": "dai_yuan"},
-            ["beta_rule='dai_yuan'", "chooses β by itself"],
+            nlcg,
+            {"step_rule": "quadratic_model", "learning_rate": 0.1},
+            ["quadratic_model", "nlcg_auto()"],
         ),
         (
-            {"step_rule": "quadratic_model", "nesterov": True},
-            ["nesterov=True", "chooses β by itself"],
+            nlcg,
+            {"learning_rate": 0.1, "step_rule": "quadratic"},
+            ["'online'", "'step'"],
         ),
-        (
-            {"step_rule": "quadratic_model", "learning_rate": -0.1},
-            ["learning_rate=-0.1", "at least 0"],
-        ),
-        ({"step_rule": "quadratic"}, ["'quadratic'", "'quadratic_model'", "'step'"]),
-        (
-            {"step_rule": "quadratic_model", "preconditioner": ["rms"]},
-            ["'rms'", "'orthogonalization'"],
-        ),
+        (nlcg_auto, {"preconditioner": ["rms"]}, ["'rms'", "'orthogonalization'"]),
+        (nlcg_auto, {"num_steps": 0}, ["num_steps=0", "at least 1"]),
+        (nlcg_auto, {"num_steps": 1e4}, ["num_steps=10000.0", "an integer"]),
+        (nlcg_auto, {"multiplier": -0.1}, ["multiplier=-0.1", "at least 0"]),
+        (nlcg_auto, {"weight_decay": -1}, ["weight_decay=-1", "at least 0"]),
+        (nlcg_auto, {"weight_decay": abs}, ["weight_decay=", "expected a number"]),
+        (nlcg_auto, {"weight_decay_mask": True}, ["does nothing", "give both"]),
     ],
 )
-def test_what_a_learning_rate_and_the_quadratic_model_exclude(options, needles):
+def test_what_each_front_door_takes(make, options, needles):
     with pytest.raises(ValueError) as error:
-        nlcg_optax.nlcg(**options)
+        make(**options)
     for needle in needles:
         assert needle in str(error.value)

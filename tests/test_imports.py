@@ -56,7 +56,7 @@ LAYERS = (
     ("curvature/subspace", "curvature/noise", "curvature/compilations"),
     ("curvature/trust",),
     ("curvature/memory",),
-    ("curvature/transform",),
+    ("curvature/transform", "curvature/objective", "curvature/checkup"),
     ("beta", "_alias", "_diagnostics"),
     ("minimization/minimize",),
     ("__init__",),

@@ -133,21 +133,51 @@ class Curvature:
         return Images(outputs, _switch(tangents), stacked)
 
     def value(self, params: Any, images: Images) -> jax.Array:
-        """The loss itself, of which no more is computed than the images lack."""
+        """The loss itself, where the images of some directions are known."""
         if self.microbatches is None:
             total = self._value(params, images.outputs, *self._inputs())
         else:
             parts = (images.outputs, self.microbatches)
             total = jax.lax.map(lambda each: self._value(params, *each), parts)
             total = jnp.mean(total)
-        total = total.astype(_tree.scalar_dtype(params))
+        return self._mean(total.astype(_tree.scalar_dtype(params))) + self.penalty(
+            params
+        )
+
+    def loss(self, params: Any) -> jax.Array:
+        """The loss itself, of parameters alone."""
+        return self.value(params, self.push(params, stack(params, [params])))
+
+    def penalty(self, params: Any) -> jax.Array:
+        """The sum of the penalties."""
+        total = jnp.zeros([], _tree.scalar_dtype(params))
         for penalty in self.penalties:
-            factor = jnp.asarray(penalty.factor, total.dtype)
-            weights = jax.tree.leaves(self.penalized(penalty, params, params))
-            for w in weights:
+            factor = _tree.real_scalar(penalty.factor, total.dtype)
+            for w in jax.tree.leaves(self.penalized(penalty, params, params)):
                 square = jnp.sum(_tree.abs_sq(_tree.lift(w))).astype(total.dtype)
                 total += 0.5 * factor * square * _shards(w, self.axis_name)
-        return self._mean(total)
+        return self._mean(total) if self.penalties else total
+
+    def add_decay(self, grads: Any, params: Any) -> Any:
+        """A gradient, and that of the penalties (as `jax.grad` has it)."""
+
+        def add(g: Any, w: Any, factor: Any) -> Any:
+            if w is None:
+                return g
+            lifted = _tree.lift(g)
+            w = jnp.conj(_tree.lift(w)).astype(lifted.dtype)
+            factor = _tree.real_scalar(factor, _tree.real_dtype(lifted.dtype))
+            return (lifted + factor * w).astype(g.dtype)
+
+        for penalty in self.penalties:
+            decayed = self.penalized(penalty, params, params)
+            grads = jax.tree.map(
+                lambda g, w, factor=penalty.factor: add(g, w, factor),
+                grads,
+                decayed,
+                is_leaf=_is_masked,
+            )
+        return grads
 
     def inner(self, params: Any, a: Images, b: Images) -> jax.Array:
         """The inner products between two stacks of directions, from their images."""
@@ -322,7 +352,7 @@ class _GaussNewton(Curvature):
 
     def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
         value = self.functions.value.loss_fn(outputs, *inputs)
-        value = _check_loss(value, "loss_fn", _GAUSS_NEWTON)
+        value = check_loss(value, "loss_fn")
         return vary(value, self.axis_name)
 
     def _curved(self, params: Any, images: Images, *inputs: Any) -> Any:
@@ -367,7 +397,7 @@ class _Hessian(Curvature):
     def _of(self, inputs: Any) -> Callable[[Any], jax.Array]:
         def value(params: Any) -> jax.Array:
             found = self.functions.value(self._whole(params), *inputs)
-            return _check_loss(found, "value_fn", _HESSIAN)
+            return check_loss(found, "value_fn", _HESSIAN)
 
         return value
 
@@ -708,7 +738,9 @@ def _check_outputs(outputs: Any) -> None:
             )
 
 
-def _check_loss(value: jax.typing.ArrayLike, name: str, call: str) -> jax.Array:
+def check_loss(
+    value: jax.typing.ArrayLike, name: str, call: str = _GAUSS_NEWTON
+) -> jax.Array:
     """The loss as an array, or an error that says what it should be."""
     value = jnp.asarray(value)
     real = jnp.issubdtype(value.dtype, jnp.floating)

@@ -1,5 +1,6 @@
 """The step that the curvature chooses: its length, and the share of the last steps."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -206,6 +207,7 @@ def scale_by_quadratic_model(
             state.last,
             state.trust,
             _tree.real_scalar(damping, loss.dtype),
+            state.counts.count,
         )
         signal = noise.measure(
             state.noise,
@@ -352,27 +354,20 @@ def _with_decay(given: _Given, settings: _Settings) -> _Given:
     if penalty is None:
         return given
     curvature = given.curvature.with_penalty(penalty)
-    decayed = curvature.penalized(penalty, given.params, given.params)
 
     def square(w: jax.Array) -> list[jax.Array]:
         return [_tree.abs_sq(w)]
 
     (total,) = _tree.reduce_products(
-        square, decayed, dtype=given.loss.dtype, axis_name=settings.axis_name
+        square,
+        curvature.penalized(penalty, given.params, given.params),
+        dtype=given.loss.dtype,
+        axis_name=settings.axis_name,
     )
     factor = _tree.real_scalar(penalty.factor, given.loss.dtype)
-
-    def add(g: jax.Array, w: jax.Array | None) -> jax.Array:
-        if w is None:
-            return g
-        lifted = _tree.lift(g)
-        w = _tree.lift(w).astype(lifted.dtype)
-        return (lifted + _tree.scalar_like(factor, lifted) * w).astype(g.dtype)
-
+    decay = dataclasses.replace(curvature, penalties=(penalty,))
     return given._replace(
-        grad=jax.tree.map(
-            add, given.grad, decayed, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-        ),
+        grad=decay.add_decay(given.grad, given.params),
         loss=given.loss + 0.5 * factor * total,
         curvature=curvature,
     )

@@ -34,7 +34,7 @@ _SAME_LOSS, _LIKE_LOSS = 0.02, 10.0
 # logarithm), and in how many steps that was seen.
 _WRONG_FACTOR, _STEADY, _SEEN = 1.7, 0.3, 6
 # Part of a new logarithm in their average, and the largest that is taken.
-_RATIO_WEIGHT, _LARGEST_LOG = 0.2, 7.0
+_RATIO_WEIGHT, _LARGEST_LOG, _BEYOND_ROUNDING = 0.2, 7.0, 100.0
 
 
 class Verdict(NamedTuple):
@@ -57,6 +57,7 @@ def judge(
     last: LastStep,
     trust: Trust,
     damping: jax.Array,
+    count: jax.typing.ArrayLike,
 ) -> Verdict:
     """Judges the last step by the loss after it.
 
@@ -66,6 +67,7 @@ def judge(
       last: the step; of length zero where there was none.
       trust: how far its model was believed.
       damping: what λ always is.
+      count: steps so far.
     """
     predicted, model_error = last.predicted_decrease, trust.model_error
     pending = predicted > 0
@@ -87,7 +89,9 @@ def judge(
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
     average = model_error + _ERROR_WEIGHT * (bounded - model_error)
     new_error = jnp.where(model_error == 0, error, average)
-    log_ratio, spread = _ratio(actual, predicted, trust)
+    # What is beyond rounding tells whether predictions are wrong by one factor.
+    seen = pending & (predicted > _BEYOND_ROUNDING * rounding)
+    log_ratio, spread = _ratio(actual, predicted, trust, count)
     return Verdict(
         pending,
         rejected,
@@ -95,25 +99,28 @@ def judge(
             extra_damping=jnp.where(rejected, raised, faded),
             actual_decrease=jnp.where(pending, actual, trust.actual_decrease),
             model_error=jnp.where(judged, new_error, model_error),
-            log_ratio=jnp.where(judged, log_ratio, trust.log_ratio),
-            log_ratio_spread=jnp.where(judged, spread, trust.log_ratio_spread),
+            log_ratio=jnp.where(seen, log_ratio, trust.log_ratio),
+            log_ratio_spread=jnp.where(seen, spread, trust.log_ratio_spread),
         ),
     )
 
 
 def _ratio(
-    actual: jax.Array, predicted: jax.Array, trust: Trust
+    actual: jax.Array, predicted: jax.Array, trust: Trust, count: jax.typing.ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
     """Average logarithm of the actual decrease over the predicted, and its spread."""
     fell = (actual > 0) & (predicted > 0)
     ratio = jnp.where(fell, actual, 1) / jnp.where(fell, predicted, 1)
-    # A loss that rose fell by next to nothing.
-    log = jnp.where(fell, jnp.log(ratio), -_LARGEST_LOG)
-    log = jnp.clip(log, -_LARGEST_LOG, _LARGEST_LOG)
-    average = trust.log_ratio + _RATIO_WEIGHT * (log - trust.log_ratio)
-    distance = jnp.abs(log - average)
+    log = jnp.clip(jnp.log(ratio), -_LARGEST_LOG, _LARGEST_LOG)
+    # A loss that rose has no such logarithm: it is far from any.
+    log = jnp.where(fell, log, trust.log_ratio)
+    # Of the first step there is nothing to see, so the second has all the weight.
+    weight = 1 / jnp.maximum(jnp.asarray(count), 1).astype(log.dtype)
+    weight = jnp.maximum(weight, _RATIO_WEIGHT)
+    average = trust.log_ratio + weight * (log - trust.log_ratio)
     spread = trust.log_ratio_spread
-    return average, spread + _RATIO_WEIGHT * (distance - spread)
+    distance = jnp.where(fell, jnp.abs(log - average), _LARGEST_LOG)
+    return average, spread + weight * (distance - spread)
 
 
 def mismatch(

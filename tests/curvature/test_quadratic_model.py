@@ -661,7 +661,7 @@ def test_no_second_all_reduce_of_a_gradient(found, door):
     assert plain == [["all-reduce", size + 1]]
     assert products == [["all-reduce", 9 + 1], *plain]
     assert residual == [
-        ["all-reduce", 4],
+        ["all-reduce", 4 + 1],
         ["all-reduce", 9],
         ["all-reduce", size],
         *plain,

@@ -23,7 +23,7 @@ def judge(
         *map(jnp.float32, (damping, extra_damping, 0.0, model_error, 0.0, 0.0))
     )
     verdict = trust.judge(
-        jnp.float32(loss), jnp.asarray(finite), last, trusted, jnp.float32(damping)
+        jnp.float32(loss), jnp.asarray(finite), last, trusted, jnp.float32(damping), 5
     )
     return jax.tree.map(np.asarray, verdict)
 
@@ -86,3 +86,50 @@ def test_a_factor_in_the_loss_changes_nothing():
         assert one.trust.extra_damping == other.trust.extra_damping
         errors = one.trust.model_error, other.trust.model_error
         np.testing.assert_allclose(8 * errors[0], errors[1], rtol=1e-6)
+
+
+def test_predictions_that_are_wrong_by_one_factor_are_seen():
+    """Twice what was predicted, step after step; and one that comes and goes."""
+
+    def after(decreases):
+        trusted = Trust(*map(jnp.float32, (0.1, 0.5, 0.0, 0.02, 0.0, 0.0)))
+        last = LastStep(*map(jnp.float32, (2.0, 0.1, 0.0, 0.0, 0.0)))
+        for count, decrease in enumerate(decreases):
+            loss = jnp.float32(2.0 - decrease)
+            trusted = trust.judge(
+                loss, jnp.array(True), last, trusted, jnp.float32(0.1), count
+            ).trust
+        loss = jnp.float32(1.0)
+        fits = (loss, loss, None, jnp.array(False), trusted, len(decreases))
+        return float(jnp.exp(trusted.log_ratio)), bool(trust.mismatch(*fits))
+
+    ratio, wrong = after([0.2] * 8)
+    assert ratio == pytest.approx(2.0, rel=1e-3) and wrong
+    assert not after([0.2] * 3)[1]  # too early to say
+    assert after([0.01] * 8)[1]
+    assert not after([0.11, 0.09] * 4)[1]
+    assert not after([0.4, -0.2, 0.02, 0.3] * 3)[1]
+
+
+@pytest.mark.parametrize(
+    ("loss", "own", "fraction", "expected"),
+    [
+        (2.0, 2.03, 1, False),
+        (2.0, 2.1, 1, True),
+        (2.0, 2.1, 0.5, False),
+        (2.0, 15.0, None, False),
+        (2.0, 25.0, None, True),
+        (2.0, 0.1, 0.1, True),
+        (-2.0, 25.0, None, False),
+        (0.0, 25.0, None, False),
+        (2e-30, 2e-30, 1, False),
+    ],
+)
+def test_losses_of_one_batch_are_equal_and_of_parts_alike(
+    loss, own, fraction, expected
+):
+    trusted = Trust(*map(jnp.float32, (0.1, 0.5, 0.0, 0.02, 0.0, 0.0)))
+    numbers = map(jnp.float32, (loss, own))
+    flat = jnp.array(False)
+    assert trust.mismatch(*numbers, fraction, flat, trusted, 9) == expected
+    assert trust.mismatch(*map(jnp.float32, (1, 1)), 1, ~flat, trusted, 0)
