@@ -30,8 +30,8 @@ def test_the_loop_trains(ran):
 
 def test_what_the_table_says_to_write_can_be_written(ran):
     scope = dict(ran[0], fun=lambda x: (x**2).sum(), x0=ran[0]["w1"])
-    params, x, y = (scope[name] for name in ("params", "x", "y"))
-    loss, grads = jax.value_and_grad(scope["loss_fn"])(params, x, y)
+    params = scope["params"]
+    loss, grads, curvature = scope["evaluate"](params, scope["batch"])
     cells = re.findall(r"^\|[^|]*\| `([^`]*)` \|", README.read_text(), re.MULTILINE)
     kinds = []
     for cell in cells:
@@ -42,10 +42,11 @@ def test_what_the_table_says_to_write_can_be_written(ran):
         if isinstance(made, optax.GradientTransformation):
             state = made.init(params)
             if "axis_name" not in cell:  # without a mesh
-                made.update(grads, state, params, value=loss)
+                given = {"value": loss, "curvature": curvature}
+                made.update(grads, state, params, **given)
         elif isinstance(made, nlcg_optax.MinimizeResult):
             assert made.success
         else:
             assert {"coefficients", "damping", "signal"} <= set(made)
-    expected = {"GradientTransformationExtraArgs": 6, "MinimizeResult": 1, "dict": 1}
+    expected = {"GradientTransformationExtraArgs": 7, "MinimizeResult": 1, "dict": 1}
     assert {kind: kinds.count(kind) for kind in kinds} == expected

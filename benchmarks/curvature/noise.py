@@ -66,27 +66,21 @@ VARIANTS = {
 
 
 def varied(original, variant):
-    """The product's `set_course`, with another course of the rate and of β."""
+    """The product's `hand_over`, with another course of the rate."""
 
-    def set_course(signal, rate, since, log_length, measurements, *rest):
-        course = original(signal, rate, since, log_length, measurements, *rest)
-        g_z, prev_g_z, count, horizon = rest
-        starts = course.active & (rate == 0)
-        peak = jnp.maximum(course.since.astype(rate.dtype), variant.warm_up * horizon)
-        grown = (count - course.since) / jnp.maximum(peak - course.since, 1e-6)
+    def hand_over(state, signal, log_length, measurements, count, horizon):
+        stage = original(state, signal, log_length, measurements, count, horizon)
+        dtype = stage.rate.dtype
+        since = jnp.asarray(stage.since).astype(dtype)
+        count = jnp.asarray(count).astype(dtype)
+        peak = jnp.maximum(since, variant.warm_up * horizon)
+        grown = (count - since) / jnp.maximum(peak - since, 1e-6)
         up = variant.start + (variant.rate - variant.start) * grown
         done = jnp.clip((count - peak) / jnp.maximum(horizon - peak, 1), 0, 1)
         down = variant.rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
-        size = course.rate * jnp.where(count < peak, up, down)
-        known = prev_g_z > 0
-        beta = g_z / jnp.where(known, prev_g_z, 1)
-        beta = jnp.clip(beta, variant.least_beta, 0.9)
-        beta = jnp.where(starts | ~known, 0, beta)
-        return course._replace(
-            gradient=size * (1 + beta), direction=size * beta**2, beta=beta
-        )
+        return stage._replace(size=stage.rate * jnp.where(count < peak, up, down))
 
-    return set_course
+    return hand_over
 
 
 def create_runner(data_dir):
@@ -101,12 +95,14 @@ def create_runner(data_dir):
     config.batch_size = BATCH_SIZE
     total = round(config.num_epochs * len(kept) / BATCH_SIZE)
     tx = optimizers.create_optimizer(config, lambda _: 1.0, models.l2_mask, total)
-    original, threshold = noise.set_course, noise._RULED_BY_NOISE
+    kept_names = ("hand_over", "_RULED_BY_NOISE", "_BETA_BOUNDS")
+    originals = {name: getattr(noise, name) for name in kept_names}
 
     def train_step(state, indices, images, labels, variant, seed):
         variant = Variant(*variant)
-        noise.set_course = varied(original, variant)
+        noise.hand_over = varied(originals["hand_over"], variant)
         noise._RULED_BY_NOISE = variant.signal
+        noise._BETA_BOUNDS = (variant.least_beta, 0.9)
         try:
             step = steps.make_train_step(
                 task.model,
@@ -120,8 +116,8 @@ def create_runner(data_dir):
             batch = {"image": images[indices][None], "label": labels[indices][None]}
             state, metrics = step(state, batch)
         finally:
-            noise.set_course = original
-            noise._RULED_BY_NOISE = threshold
+            for name, original in originals.items():
+                setattr(noise, name, original)
         return state, metrics["loss"]
 
     images, labels = trainer.arrays

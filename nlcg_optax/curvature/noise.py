@@ -31,7 +31,7 @@ _RULED_BY_NOISE = 0.4
 # Before noise may rule the signal was measured so often, and after it there is time for
 # so many steps: five times the memory of β = 0.9.
 _MEASUREMENTS, _STEPS_LEFT = 8, 50
-_MAX_BETA = 0.9
+_BETA_BOUNDS = (0.0, 0.9)
 # The last measurement's part in an average, once there are ten.
 _WEIGHT = 0.1
 # A smaller share of signal counts as this much.
@@ -195,7 +195,7 @@ def direction(
     nlcg = scale_by_conjugate_direction(
         "fletcher_reeves",
         known,
-        beta_bounds=(0.0, _MAX_BETA),
+        beta_bounds=_BETA_BOUNDS,
         nesterov=True,
         epsilon=0.0,
         track_cosine=False,
