@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import nlcg_optax  # noqa: E402
+from nlcg_optax import matrices  # noqa: E402
 from nlcg_optax.matrices import plan  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -80,7 +81,9 @@ def specs_of(state, specs):
 
 def compare(shapes, layout, mesh, door, check_vma=True, through=None, **options):
     """How far a step on the devices is from one on one device; and the collectives."""
-    options = {"iterations": 2, **options}
+    # Names like these say nothing.
+    named = {} if "batch_axes" in options else {"matrices": matrices.last_axis}
+    options = {"iterations": 2, **named, **options}
     grads = gradients(shapes)
     specs = {name: layout(shape) for name, shape in shapes.items()}
     plain = nlcg_optax.scale_by_orthogonalization(**options)
@@ -205,9 +208,13 @@ def whole_optimizer():
         name = getattr(path[-1], "key", None)
         return specs[name] if x.shape == SHAPES.get(name) else P()
 
-    alone = nlcg_optax.nlcg(0.05)
+    plain = nlcg_optax.scale_by_orthogonalization(matrices=matrices.last_axis)
+    alone = nlcg_optax.nlcg(0.05, preconditioner=plain)
     expected = run(functools.partial(step, alone), params, alone.init(params))
-    tx = nlcg_optax.nlcg(0.05, axis_name="fsdp")
+    through = nlcg_optax.scale_by_orthogonalization(
+        matrices=matrices.last_axis, axis_name="fsdp"
+    )
+    tx = nlcg_optax.nlcg(0.05, preconditioner=through, axis_name="fsdp")
     state = tx.init(params)
     where = jax.tree_util.tree_map_with_path(spec, state)
     sharded = jax.shard_map(
