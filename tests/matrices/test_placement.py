@@ -69,6 +69,16 @@ def test_matrices_without_work_are_not_sent_to_one_device(found):
     assert found["shard_map, counted"]["collectives"].get("all-to-all", 0) == 0
 
 
+def test_another_work_has_the_numbers_of_one_device_and_its_state_stays(printed):
+    # Norms of matrices, averaged over the steps; not orthogonalization.
+    found = printed["another"]
+    assert len(found) == 6
+    for case in found.values():
+        assert case["difference"] < 1e-12
+        # Matrices are sent, and what is kept for them is not.
+        assert case["collectives"] == case["without state"] != {}
+
+
 def test_nlcg_needs_no_other_preconditioner_over_sharded_parameters(printed):
     assert printed["nlcg"] < 1e-11
 
