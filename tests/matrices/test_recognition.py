@@ -11,6 +11,7 @@ from jax.tree_util import DictKey, GetAttrKey
 
 import nlcg_optax
 from nlcg_optax import Matrix, matrices, scale_by_orthogonalization
+from nlcg_optax.matrices.matrix import is_mask
 
 QUERY, OUT = Matrix((0,), (1, 2)), Matrix((0, 1), (2,))
 DENSE = Matrix((0,), (1,))
@@ -25,7 +26,7 @@ def default(params, **options):
     return {
         jax.tree_util.keystr(path, **NAMES): getattr(leaf, "matrix", None)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            state.second_moment, is_leaf=lambda x: hasattr(x, "matrix")
+            state.second_moment, is_leaf=is_mask
         )
     }
 
@@ -129,9 +130,7 @@ def test_haikus_names():
 def test_plain_names_are_as_before():
     params = {
         **{"w1": jnp.ones((4, 5)), "b1": jnp.ones(5), "b": jnp.ones((4, 5))},
-        **{
-            "layer": {"w": jnp.ones((5, 3)), "b": jnp.ones(3), "bias": jnp.ones((2, 3))}
-        },
+        "layer": {"w": jnp.ones((5, 3)), "b": jnp.ones(3), "bias": jnp.ones((2, 3))},
         "token": jnp.ones((1, 1, 6)),
     }
     made = {path for path, x in default(params).items() if x == DENSE}
