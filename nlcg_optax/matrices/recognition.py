@@ -126,13 +126,13 @@ def all_of(
     ]
     if unsure and not batch_axes:
         warnings.warn(
-            f"Which matrix is {', or '.join(unsure)}? Neither path nor shape says so. "
-            "Guessed was the last axis by all others (Equinox's weights: the first): "
-            "right for a convolution, wrong for stacked layers and most of attention. "
-            "Pass `preconditioner=nlcg_optax.scale_by_orthogonalization(...)` with "
-            "`batch_axes=1` where first axes count layers, or with `matrices=`, a "
-            "function of path and leaf that says it (`nlcg_optax.matrices.recognize` "
-            "for this guess). `nlcg_optax.describe` shows what is what.",
+            f"Which axes of {', '.join(unsure)} are rows, and which columns? Names and "
+            "shapes do not say. The last axis was taken as columns (of Equinox's "
+            "weights the first) and the others as rows: right for a convolution, wrong "
+            "for stacked layers. Say it by `nlcg_optax.scale_by_orthogonalization`: "
+            "`batch_axes=1` where all first axes count layers, else `matrices=`, a "
+            "function of path and leaf (`nlcg_optax.matrices.recognize` is this guess, "
+            "without a warning). `nlcg_optax.describe` prints what is what.",
             UserWarning,
             stacklevel=3,
         )

@@ -43,19 +43,24 @@ def scale_by_orthogonalization(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions each matrix of the gradient to (nearly) equal singular values.
 
-    A leaf of two or more axes is a matrix :math:`G` of shape [m, n]: the last axis
-    counts its columns, all before it together its rows, as the kernels of Flax's dense
-    and convolutional layers have it. The output is
+    Which leaves are matrices, and how, is recognized by the names and shapes of Flax,
+    Haiku and Equinox (:func:`nlcg_optax.matrices.recognize`). Of other leaves of two
+    axes and more the last counts columns, all before it together rows; where there are
+    more than two, that is a guess, and `init` warns. For a matrix :math:`G` of shape
+    [m, n] the output is
 
     .. math::
         z = 0.2 \sqrt{\max(m, n)}\; (G G^\top)^{-1/2} G ,
 
     the orthogonal polar factor of G, scaled to a root mean square of 0.2 where G has
-    full rank. Other leaves (biases, scales of normalizations) are divided by the root
-    of their second moment, as by Adam without its first: with
+    full rank. Other leaves (biases, scales of normalizations, embeddings) are divided
+    by the root of their second moment, as by Adam without its first: with
     :math:`v_t = \gamma v_{t-1} + (1 - \gamma) g_t^2`,
 
-    .. math:: z = g_t / (\sqrt{v_t / (1 - \gamma^t)} + \epsilon) .
+    .. math:: z = g_t / (\sqrt{v_t / (1 - \gamma^t)} + \epsilon) ,
+
+    and those of two axes and more (embeddings) multiplied by 0.2, so that one learning
+    rate suits them and the matrices.
 
     This is what Muon (Jordan et al., 2024) does to its momentum, with the scale of Liu
     et al. (arXiv:2502.16982), done to the gradient; it is also Shampoo
@@ -93,17 +98,14 @@ def scale_by_orthogonalization(
         ``"highest"``, or half precision with sums in float32, ``"float16"`` or
         ``"bfloat16"``, for matrix units that are faster so. The Gram matrix is then
         made anew of X after each step, without which rounding can grow without bound.
-      batch_axes: leading axes of every leaf that count layers (of a scan over layers),
-        not rows.
+      batch_axes: leading axes of every leaf that count layers (of a scan over layers).
+        What a leaf is then follows from the axes behind them.
       matrices: a function of a leaf's path (keys, as in `jax.tree_util`) and the leaf
         that returns a :class:`~nlcg_optax.Matrix`, which names the axes of rows, of
         columns and those that count matrices, and the number of parts side by side; or
-        None for a leaf that is no matrix: it is divided by the root of its second
-        moment, and where it has two axes or more (an embedding) multiplied by 0.2, so
-        that one learning rate suits it and the matrices beside it.
-        :mod:`nlcg_optax.matrices` has such functions for Flax and Equinox, and
-        :func:`nlcg_optax.describe` prints what went where. By default (None) it is as
-        said above.
+        None for a leaf that is no matrix. By default (None) it is
+        :func:`nlcg_optax.matrices.recognize`, with a warning for what that only
+        guesses; :func:`nlcg_optax.describe` prints what went where, and why.
       mesh: the mesh over whose devices the work is shared out under `jit`; None for
         the one that is set (`jax.set_mesh`), if any. Arrays with explicit axes bring
         their own.
@@ -135,18 +137,15 @@ def scale_by_orthogonalization(
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
     _check.number("epsilon", epsilon, minimum=0)
     _check.static_counts(iterations=(iterations, 1), batch_axes=(batch_axes, 0))
-    if mesh is not None and not isinstance(
-        mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh
-    ):
+    kinds = jax.sharding.Mesh | jax.sharding.AbstractMesh | None
+    if not isinstance(mesh, kinds):
         raise ValueError(
             f"mesh={mesh!r} is not valid: expected a jax.sharding.Mesh or None."
         )
-
     _check_coefficients(coefficients)
     _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))
     iterations = operator.index(iterations)
     work = work_of(newton_schulz.Method.of(coefficients, iterations, precision))
-
     if matrices is not None and batch_axes != 0:
         raise ValueError(
             f"batch_axes={batch_axes!r} is not valid beside `matrices`, which says of "
@@ -181,7 +180,9 @@ def scale_by_orthogonalization(
         results, moments = [g for _, g in paths], []
         for i, v in enumerate(jax.tree.leaves(state.second_moment, is_leaf=is_mask)):
             if not isinstance(v, Mask):
-                v, results[i] = normalize(results[i], v, count)
+                # An embedding is scaled as the matrices beside it.
+                scale = 0.2 if results[i].ndim - batch_axes > 1 else 1.0
+                v, results[i] = _normalize(results[i], v, count, decay, epsilon, scale)
             moments.append(v)
         found = {
             i: (path, g, v)
@@ -197,20 +198,23 @@ def scale_by_orthogonalization(
             count=count, second_moment=jax.tree.unflatten(structure, moments)
         )
 
-    def normalize(g: jax.Array, v: jax.Array, count: Any) -> Any:
-        """The second moment, and a leaf that is no matrix over its root."""
-        x = _tree.lift(g)
-        v = v + _tree.real_scalar(1 - decay, v.dtype) * (_tree.abs_sq(x) - v)
-        base = _tree.real_scalar(decay, v.dtype)
-        correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
-        root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
-        # A gradient that was never other than zero stays zero, whatever ε is.
-        safe = jnp.where(root == 0, 1, root)
-        if g.ndim - batch_axes > 1:  # an embedding, beside matrices
-            safe = safe / _tree.real_scalar(0.2, safe.dtype)
-        return v, (x / safe.astype(x.dtype)).astype(g.dtype)
-
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _normalize(
+    g: jax.Array, v: jax.Array, count: Any, decay: Any, epsilon: Any, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The second moment, and a leaf that is no matrix over its root."""
+    x = _tree.lift(g)
+    v = v + _tree.real_scalar(1 - decay, v.dtype) * (_tree.abs_sq(x) - v)
+    base = _tree.real_scalar(decay, v.dtype)
+    correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
+    root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
+    # A gradient that was never other than zero stays zero, whatever ε is.
+    safe = jnp.where(root == 0, 1, root)
+    if scale != 1:
+        safe = safe / _tree.real_scalar(scale, safe.dtype)
+    return v, (x / safe.astype(x.dtype)).astype(g.dtype)
 
 
 def work_of(method: newton_schulz.Method) -> plan.Work:
