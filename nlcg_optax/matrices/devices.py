@@ -30,26 +30,29 @@ def apply(
       found: paths, leaves, and their masks.
       mesh: the mesh to use under `jit`; None for the one that is set, if any.
       axis_name: the mapped axis (or axes) of a `shard_map`; None for none.
-      kept: what is kept for each share of the work (:class:`plan.Share`); None for
-        nothing.
+      kept: what is kept for each share of the work, of those that :func:`plan.shares`
+        makes of what :func:`locate` finds; None for nothing.
 
     Returns:
       Arrays of the shapes of the leaves, in the dtypes of the arithmetic, and what is
       kept then.
     """
-    values = [g for _, g, _ in found]
     leaves, mesh, axes = locate(found, mesh, axis_name)
+    values = [leaf.value for leaf in leaves]
 
     def compute(
         values: list[jax.Array], kept: Any, mesh: Any = mesh
     ) -> tuple[list[jax.Array], Any]:
-        lifted = [
-            leaf._replace(value=_tree.lift(x))
-            for leaf, x in zip(leaves, values, strict=True)
-        ]
-        shares = plan.shares(lifted, work, mesh, axes)
-        before = [None] * len(shares) if kept is None else kept
-        results, after = plan.apply(lifted, shares, work, before)
+        here = [leaf._replace(value=x) for leaf, x in zip(leaves, values, strict=True)]
+        results: list[Any] = [None] * len(here)
+        after = []
+        for i, share in enumerate(plan.shares(here, work, mesh, axes)):
+            stacks, then = work.function(
+                share.scatter(here), share, None if kept is None else kept[i]
+            )
+            after.append(then)
+            for number, x in share.gather(stacks, here):
+                results[number] = x
         return results, None if kept is None else after
 
     explicit = None if axis_name is not None else _explicit_mesh(values)
@@ -76,8 +79,8 @@ def locate(
     mesh: Any,
     axis_name: _tree.AxisName | None,
 ) -> tuple[list[Leaf], Any, tuple[_tree.AxisName, ...]]:
-    """The leaves with what is known of where they are; a mesh; and mapped axes."""
-    leaves = [Leaf(g, said.matrix) for _, g, said in found]
+    """The leaves, lifted, with what is known of where they are; a mesh; mapped axes."""
+    leaves = [Leaf(_tree.lift(g), said.matrix) for _, g, said in found]
     if axis_name is not None:
         axes = _tree.bound_axes(axis_name)
         shards = [_find_shards(*entry, axes) for entry in found]

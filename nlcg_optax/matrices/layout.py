@@ -182,10 +182,7 @@ class Group:
     @property
     def whole(self) -> tuple[int, ...]:
         """Shape of an item, over all devices."""
-        shape = list(self.item)
-        for axis, dim in self.sharded.items():
-            shape[dim] *= jax.lax.axis_size(axis)
-        return tuple(shape)
+        return _whole(self.item, self.sharded)
 
     def apart(self) -> list["Group"]:
         """A group for each leaf."""
@@ -274,7 +271,8 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
     for i, leaf in enumerate(leaves):
         matrix, shape = leaf.matrix, leaf.value.shape
         simple = len(matrix.rows) == len(matrix.columns) == matrix.parts == 1
-        if simple and _whole(leaf, matrix.rows[0]) > _whole(leaf, matrix.columns[0]):
+        _, rows, columns = matrix.sides(_whole(shape, leaf.sharded))
+        if simple and rows > columns:
             # Its transpose, which may stand in one stack with others.
             matrix = matrix._replace(rows=matrix.columns, columns=matrix.rows)
         axes = (*matrix.rows, *matrix.columns)
@@ -296,9 +294,7 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
     bundles: dict[Any, list[Group]] = {}
     for key, members in stacks.items():
         (_, n, _, parts), item, dtype, sharded, layers, everywhere, layered = key
-        whole = list(item)
-        for axis, dim in sharded:
-            whole[dim] *= jax.lax.axis_size(axis)
+        whole = _whole(item, dict(sharded))
         rows, columns = math.prod(whole[:n]), math.prod(whole[n:]) // parts
         wide = rows <= columns
         # Which of an item's axes are of the longer side, and may be split.
@@ -357,7 +353,11 @@ def _concatenate(stacks: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(stacks) if len(stacks) > 1 else stacks[0]
 
 
-def _whole(leaf: Leaf, dim: int) -> int:
-    """The length of an axis, over all devices."""
-    sizes = [jax.lax.axis_size(a) for a, d in leaf.sharded.items() if d == dim]
-    return leaf.value.shape[dim] * math.prod(sizes)
+def _whole(
+    shape: Sequence[int], sharded: Mapping[_tree.AxisName, int]
+) -> tuple[int, ...]:
+    """A shape over all devices, given along which axes it is sharded."""
+    sizes = list(shape)
+    for axis, dim in sharded.items():
+        sizes[dim] *= jax.lax.axis_size(axis)
+    return tuple(sizes)

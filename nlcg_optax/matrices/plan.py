@@ -144,30 +144,6 @@ def shares(
     return found
 
 
-def apply(
-    leaves: Sequence[Leaf], shares: Sequence[Share], work: Work, kept: Sequence[Any]
-) -> tuple[list[jax.Array], list[Any]]:
-    """Does the work.
-
-    Args:
-      leaves: the leaves that are shared out.
-      shares: how.
-      work: what.
-      kept: what is kept for each share.
-
-    Returns:
-      Arrays of the shapes of the leaves, and what is kept then.
-    """
-    results: list[Any] = [None] * len(leaves)
-    after = []
-    for share, before in zip(shares, kept, strict=True):
-        stacks, then = work.function(share.scatter(leaves), share, before)
-        after.append(then)
-        for i, x in share.gather(stacks, leaves):
-            results[i] = x
-    return results, after
-
-
 def divide(
     bundle: list[Group], devices: int, work: Work, copies: int = 1
 ) -> tuple[float, list[Group], list[How]]:
