@@ -16,7 +16,7 @@ from nlcg_optax.directions.conjugate import (
     scale_by_conjugate_direction,
 )
 from nlcg_optax.matrices.describe import describe
-from nlcg_optax.matrices.plan import Matrix
+from nlcg_optax.matrices.matrix import Matrix
 from nlcg_optax.minimization.minimize import IterationInfo, MinimizeResult, minimize
 from nlcg_optax.preconditioners.diagonal_bfgs import (
     DiagonalBfgsState,

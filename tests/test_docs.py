@@ -67,7 +67,7 @@ def entries(page):
 
 def test_every_public_name_is_in_the_reference_once():
     beta = [f"beta.{name}" for name in nlcg_optax.beta.__all__]
-    kinds = [f"matrices.{name}" for name in ("last_axis", "flax", "equinox")]
+    kinds = [f"matrices.{name}" for name in nlcg_optax.matrices.__all__]
     names = [*nlcg_optax.__all__, *beta, *kinds]
     assert entries(DOCS / "api" / "index.md") == sorted(names)
 

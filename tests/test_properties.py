@@ -24,8 +24,14 @@ from nlcg_optax.training.config import (
     to_json,
 )
 
+# The default, but without a warning of leaves that could be several things.
+ORTHOGONALIZATION = nlcg_optax.scale_by_orthogonalization(
+    matrices=nlcg_optax.matrices.recognize
+)
 FACTORIES = {
-    "nlcg": lambda: nlcg_optax.nlcg(0.04, weight_decay=0.01),
+    "nlcg": lambda: nlcg_optax.nlcg(
+        0.04, preconditioner=ORTHOGONALIZATION, weight_decay=0.01
+    ),
     "nlcg_paper": lambda: nlcg_optax.nlcg_paper(0.1),
     "quadratic_model": nlcg_optax.scale_by_quadratic_model,
     "hager_zhang": lambda: nlcg_optax.scale_by_conjugate_direction("hager_zhang"),

@@ -61,11 +61,19 @@ from nlcg_optax.training import models  # noqa: E402
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-4),
-    "nlcg": lambda: nlcg_optax.nlcg(1e-4),
+    # Embeddings too, which by default are no matrices.
+    "nlcg": lambda: nlcg_optax.nlcg(
+        1e-4,
+        preconditioner=nlcg_optax.scale_by_orthogonalization(
+            matrices=nlcg_optax.matrices.last_axis
+        ),
+    ),
     "nlcg, four steps": lambda: nlcg_optax.nlcg(
         1e-4,
         preconditioner=nlcg_optax.scale_by_orthogonalization(
-            iterations=4, coefficients="polar_express"
+            iterations=4,
+            coefficients="polar_express",
+            matrices=nlcg_optax.matrices.last_axis,
         ),
     ),
     "muon": lambda: optax.contrib.muon(

@@ -98,7 +98,16 @@ OPTIMIZERS = {
     "lamb": Case(lambda _: optax.lamb(RATE), (3, 1, 6)),
     "lbfgs(10)": Case(lambda _: optax.lbfgs(RATE, 10, linesearch=None), None),
     # Its products of matrices are arithmetic, not traffic: no bound by accesses.
-    "nlcg": Case(lambda _: nlcg_optax.nlcg(RATE), None),
+    # (Embeddings are orthogonalized here, which by default are no matrices.)
+    "nlcg": Case(
+        lambda _: nlcg_optax.nlcg(
+            RATE,
+            preconditioner=nlcg_optax.scale_by_orthogonalization(
+                matrices=nlcg_optax.matrices.last_axis
+            ),
+        ),
+        None,
+    ),
     "nlcg_paper": paper((7, 2, 10)),
     "nlcg_paper, no cosine, no step rule": lean(
         (7, 2, 9), lambda dtype: nlcg_optax.scale_by_diagonal_bfgs(state_dtype=dtype)

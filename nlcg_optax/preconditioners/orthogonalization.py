@@ -2,52 +2,18 @@
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
-from jax.sharding import AxisType
 
 from nlcg_optax import _check, _tree
-from nlcg_optax.matrices import describe as ready_matrices
-from nlcg_optax.matrices import newton_schulz, plan
-from nlcg_optax.matrices.plan import Matrix
-
-
-class NoSecondMoment(tuple):
-    """In a tree of second moments, the place of a matrix, which has none.
-
-    To whatever flattens or stores a state this is a named tuple without fields. What it
-    says is said by its class, of which there is one for each matrix and shape, so that
-    it is part of the tree's structure and nothing of the kind has to be stored.
-
-    Attributes:
-      matrix: which axes of the leaf are its rows, its columns, and count matrices.
-      shape: of the whole leaf, by which shards of it are known in a `shard_map`; None
-        where `init` saw a shard, or may have.
-    """
-
-    __slots__ = ()
-    _fields = ()
-    matrix: ClassVar[Matrix]
-    shape: ClassVar[tuple[int, ...] | None]
-
-    def __reduce__(self) -> Any:
-        return no_second_moment, (self.matrix, self.shape)
-
-    def __repr__(self) -> str:
-        return f"NoSecondMoment(matrix={self.matrix}, shape={self.shape})"
-
-
-@functools.cache
-def no_second_moment(matrix: Matrix, shape: tuple[int, ...] | None) -> NoSecondMoment:
-    """The place of a matrix; the same object for the same matrix and shape."""
-    said = {"__slots__": (), "matrix": matrix, "shape": shape}
-    return type("NoSecondMoment", (NoSecondMoment,), said)()
+from nlcg_optax.matrices import devices, newton_schulz, plan, recognition
+from nlcg_optax.matrices.matrix import Mask, Matrices, is_mask
 
 
 class OrthogonalizationState(NamedTuple):
@@ -71,25 +37,30 @@ def scale_by_orthogonalization(
     coefficients: str | Sequence[tuple[float, float, float]] = "muon",
     precision: str = "highest",
     batch_axes: int = 0,
-    matrices: ready_matrices.Matrices | None = None,
+    matrices: Matrices | None = None,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Preconditions each matrix of the gradient to (nearly) equal singular values.
 
-    A leaf of two or more axes is a matrix :math:`G` of shape [m, n]: the last axis
-    counts its columns, all before it together its rows, as the kernels of Flax's dense
-    and convolutional layers have it. The output is
+    Which leaves are matrices, and how, is recognized by the names and shapes of Flax,
+    Haiku and Equinox (:func:`nlcg_optax.matrices.recognize`). Of other leaves of two
+    axes and more the last counts columns, all before it together rows; where there are
+    more than two, that is a guess, and `init` warns. For a matrix :math:`G` of shape
+    [m, n] the output is
 
     .. math::
         z = 0.2 \sqrt{\max(m, n)}\; (G G^\top)^{-1/2} G ,
 
     the orthogonal polar factor of G, scaled to a root mean square of 0.2 where G has
-    full rank. Other leaves (biases, scales of normalizations) are divided by the root
-    of their second moment, as by Adam without its first: with
+    full rank. Other leaves (biases, scales of normalizations, embeddings) are divided
+    by the root of their second moment, as by Adam without its first: with
     :math:`v_t = \gamma v_{t-1} + (1 - \gamma) g_t^2`,
 
-    .. math:: z = g_t / (\sqrt{v_t / (1 - \gamma^t)} + \epsilon) .
+    .. math:: z = g_t / (\sqrt{v_t / (1 - \gamma^t)} + \epsilon) ,
+
+    and those of two axes and more (embeddings) multiplied by 0.2, so that one learning
+    rate suits them and the matrices.
 
     This is what Muon (Jordan et al., 2024) does to its momentum, with the scale of Liu
     et al. (arXiv:2502.16982), done to the gradient; it is also Shampoo
@@ -127,17 +98,14 @@ def scale_by_orthogonalization(
         ``"highest"``, or half precision with sums in float32, ``"float16"`` or
         ``"bfloat16"``, for matrix units that are faster so. The Gram matrix is then
         made anew of X after each step, without which rounding can grow without bound.
-      batch_axes: leading axes of every leaf that count layers (of a scan over layers),
-        not rows.
+      batch_axes: leading axes of every leaf that count layers (of a scan over layers).
+        What a leaf is then follows from the axes behind them.
       matrices: a function of a leaf's path (keys, as in `jax.tree_util`) and the leaf
         that returns a :class:`~nlcg_optax.Matrix`, which names the axes of rows, of
         columns and those that count matrices, and the number of parts side by side; or
-        None for a leaf that is no matrix: it is divided by the root of its second
-        moment, and where it has two axes or more (an embedding) multiplied by 0.2, so
-        that one learning rate suits it and the matrices beside it.
-        :mod:`nlcg_optax.matrices` has such functions for Flax and Equinox, and
-        :func:`nlcg_optax.describe` prints what went where. By default (None) it is as
-        said above.
+        None for a leaf that is no matrix. By default (None) it is
+        :func:`nlcg_optax.matrices.recognize`, with a warning for what that only
+        guesses; :func:`nlcg_optax.describe` prints what went where, and why.
       mesh: the mesh over whose devices the work is shared out under `jit`; None for
         the one that is set (`jax.set_mesh`), if any. Arrays with explicit axes bring
         their own.
@@ -169,40 +137,29 @@ def scale_by_orthogonalization(
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
     _check.number("epsilon", epsilon, minimum=0)
     _check.static_counts(iterations=(iterations, 1), batch_axes=(batch_axes, 0))
-    if mesh is not None and not isinstance(
-        mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh
-    ):
+    kinds = jax.sharding.Mesh | jax.sharding.AbstractMesh | None
+    if not isinstance(mesh, kinds):
         raise ValueError(
             f"mesh={mesh!r} is not valid: expected a jax.sharding.Mesh or None."
         )
-
     _check_coefficients(coefficients)
     _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))
-    method = newton_schulz.Method.of(
-        coefficients, operator.index(iterations), precision
-    )
-
+    iterations = operator.index(iterations)
+    work = work_of(newton_schulz.Method.of(coefficients, iterations, precision))
     if matrices is not None and batch_axes != 0:
         raise ValueError(
             f"batch_axes={batch_axes!r} is not valid beside `matrices`, which says of "
             "each leaf which axes count matrices: Matrix(rows, columns, batch)."
         )
 
-    def treatment(path: Any, leaf: Any) -> Matrix | None:
-        if matrices is not None:
-            return ready_matrices.check(path, leaf, matrices(path, leaf))
-        return ready_matrices.by_last_axis(leaf, batch_axes)
-
     def init_fn(params: optax.Params) -> OrthogonalizationState:
-        mapped = _mapped_axes(axis_name)
+        found = recognition.all_of(params, matrices, batch_axes)
 
         def moment(path: Any, x: Any) -> Any:
-            matrix = treatment(path, x)
+            matrix = found[path]
             if matrix is None:
                 return jnp.zeros_like(x, dtype=_tree.scalar_dtype(x))
-            _check_devices(path, x, mesh)
-            whole = _known_whole(x, mapped)
-            return no_second_moment(matrix, tuple(jnp.shape(x)) if whole else None)
+            return devices.mask_of(path, x, matrix, mesh, axis_name)
 
         return OrthogonalizationState(
             count=jnp.zeros([], jnp.int32),
@@ -218,44 +175,25 @@ def scale_by_orthogonalization(
         del params, extra_args
         _check_moments(updates, state.second_moment)
         count = optax.safe_increment(state.count)
-
-        def new_moment(g, v):
-            if isinstance(v, NoSecondMoment):
-                return v
-            rate = _tree.real_scalar(1 - decay, v.dtype)
-            return v + rate * (_tree.abs_sq(_tree.lift(g)) - v)
-
-        def normalize(g, v):
-            x = _tree.lift(g)
-            base = _tree.real_scalar(decay, v.dtype)
-            correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
-            root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
-            # A gradient that was never other than zero stays zero, whatever ε is.
-            safe = jnp.where(root == 0, 1, root)
-            if matrices is not None and g.ndim > 1:  # an embedding, beside matrices
-                safe = safe / _tree.real_scalar(0.2, safe.dtype)
-            return (x / safe.astype(x.dtype)).astype(g.dtype)
-
-        # A matrix's place is no leaf of its own, so the trees are walked side by side.
+        # A mask is no leaf of its own, so the trees are walked side by side.
         paths, structure = jax.tree_util.tree_flatten_with_path(updates)
-        moments = [
-            new_moment(g, v)
-            for (_, g), v in zip(paths, _moments(state.second_moment), strict=True)
-        ]
-        results = [g for _, g in paths]
-        found = [
-            (i, path, g, v)
+        results, moments = [g for _, g in paths], []
+        for i, v in enumerate(jax.tree.leaves(state.second_moment, is_leaf=is_mask)):
+            if not isinstance(v, Mask):
+                # An embedding is scaled as the matrices beside it.
+                scale = 0.2 if results[i].ndim - batch_axes > 1 else 1.0
+                v, results[i] = _normalize(results[i], v, count, decay, epsilon, scale)
+            moments.append(v)
+        found = {
+            i: (path, g, v)
             for i, ((path, g), v) in enumerate(zip(paths, moments, strict=True))
-            if isinstance(v, NoSecondMoment) and jnp.size(g)
-        ]
-        orthogonalized = _orthogonalize(
-            [entry[1:] for entry in found], method, mesh, axis_name
-        )
-        for (i, *_), z in zip(found, orthogonalized, strict=True):
-            results[i] = z
-        for i, v in enumerate(moments):
-            if not isinstance(v, NoSecondMoment):
-                results[i] = normalize(results[i], v)
+            if isinstance(v, Mask) and jnp.size(g)
+        }
+        factors, _ = devices.apply(work, list(found.values()), mesh, axis_name)
+        for (i, (_, g, v)), z in zip(found.items(), factors, strict=True):
+            whole = v.shape if axis_name is not None and v.shape else g.shape
+            _, rows, columns = v.matrix.sides(whole)
+            results[i] = (0.2 * math.sqrt(max(rows, columns)) * z).astype(g.dtype)
         return jax.tree.unflatten(structure, results), OrthogonalizationState(
             count=count, second_moment=jax.tree.unflatten(structure, moments)
         )
@@ -263,62 +201,45 @@ def scale_by_orthogonalization(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _orthogonalize(
-    matrices: Sequence[tuple[Any, jax.Array, NoSecondMoment]],
-    method: newton_schulz.Method,
-    mesh: Any,
-    axis_name: _tree.AxisName | None,
-) -> list[jax.Array]:
-    """The leaves of some paths, orthogonalized where and how it takes least time."""
-    grads = [g for _, g, _ in matrices]
-    leaves = [plan.Leaf(_tree.lift(g), v.matrix) for _, g, v in matrices]
-    axes: tuple[_tree.AxisName, ...] = ()
-    explicit = None
-    if axis_name is not None:
-        axes = _tree.bound_axes(axis_name)
-        leaves = [
-            leaf._replace(sharded=_find_shards(path, g, v, axes))
-            for leaf, (path, g, v) in zip(leaves, matrices, strict=True)
-        ]
-        leaves = [leaf._replace(everywhere=not leaf.sharded) for leaf in leaves]
-        axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
-    elif grads:
-        explicit = _explicit_mesh(grads)
-        if explicit is not None:
-            leaves = [
-                leaf._replace(everywhere=not any(jax.typeof(leaf.value).sharding.spec))
-                for leaf in leaves
-            ]
-        elif mesh is None:
-            mesh = jax.sharding.get_abstract_mesh()
-            mesh = None if mesh.empty else mesh
-        if not any(isinstance(g, Tracer) for g in grads):
-            mesh = None  # outside of `jit` there is no compiler to place anything
+def _normalize(
+    g: jax.Array, v: jax.Array, count: Any, decay: Any, epsilon: Any, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The second moment, and a leaf that is no matrix over its root."""
+    x = _tree.lift(g)
+    v = v + _tree.real_scalar(1 - decay, v.dtype) * (_tree.abs_sq(x) - v)
+    base = _tree.real_scalar(decay, v.dtype)
+    correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
+    root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
+    # A gradient that was never other than zero stays zero, whatever ε is.
+    safe = jnp.where(root == 0, 1, root)
+    if scale != 1:
+        safe = safe / _tree.real_scalar(scale, safe.dtype)
+    return v, (x / safe.astype(x.dtype)).astype(g.dtype)
 
-    def compute(values: Sequence[jax.Array], mesh: Any = mesh) -> list[jax.Array]:
-        placed = [
-            leaf._replace(value=x) for leaf, x in zip(leaves, values, strict=True)
-        ]
-        results = plan.orthogonalize(placed, method, mesh, axes)
-        return [x.astype(g.dtype) for x, g in zip(results, grads, strict=True)]
 
-    values = [leaf.value for leaf in leaves]
-    if explicit is None:
-        return compute(values)
-    # Explicit axes do not say how to multiply or reshape along them: as automatic ones.
-    names = tuple(
-        name
-        for name, kind in zip(explicit.axis_names, explicit.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
+def work_of(method: newton_schulz.Method) -> plan.Work:
+    """Polar factors as work for several devices."""
 
-    def automatic(values: Sequence[jax.Array]) -> list[jax.Array]:
-        return compute(values, jax.sharding.get_abstract_mesh())
+    def function(
+        xs: list[jax.Array], share: plan.Share, kept: Any
+    ) -> tuple[list[jax.Array], Any]:
+        polar_factors = functools.partial(
+            newton_schulz.polar_factors,
+            method=method,
+            largest=share.largest,
+            total=share.total,
+        )
+        shape = xs[0].shape
+        if len(xs) == 1 and math.prod(shape[:3]) == 1:  # one matrix, and no stack
+            (y,) = polar_factors([xs[0].reshape(shape[3:])])
+            return [y.reshape(shape)], kept
+        slots = share.slots
+        return polar_factors(xs, add=slots.add, pick=slots.pick), kept
 
-    shardings = [jax.typeof(g).sharding for g in grads]
-    with jax.sharding.use_abstract_mesh(explicit):
-        run: Any = jax.sharding.auto_axes(automatic, axes=names, out_sharding=shardings)
-        return run(values)
+    def operations(small: int, long: int, stacked: bool) -> tuple[float, float]:
+        return newton_schulz.operations(small, long, method, stacked=stacked)
+
+    return plan.Work(function, operations)
 
 
 def _check_coefficients(coefficients: Any) -> None:
@@ -340,109 +261,18 @@ def _check_coefficients(coefficients: Any) -> None:
         )
 
 
-def _explicit_mesh(grads: Sequence[jax.Array]) -> Any:
-    """The mesh of the leaves, if it has explicit axes; else None."""
-    for g in grads:
-        mesh = jax.typeof(g).sharding.mesh
-        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
-
-
-def _mapped_axes(axis_name: _tree.AxisName | None) -> tuple[_tree.AxisName, ...]:
-    """The named axes, if something maps them here; else none."""
-    if axis_name is None:
-        return ()
-    try:
-        return _tree.bound_axes(axis_name)
-    except NameError:
-        return ()
-
-
-def _known_whole(x: Any, axes: Sequence[_tree.AxisName]) -> bool:
-    """Whether this device is known to hold all of the leaf."""
-    return not axes or set(axes) <= _tree.tracked_axes(axes) - _tree.varying_axes(x)
-
-
-def _find_shards(
-    path: Any, g: jax.Array, moment: NoSecondMoment, axes: Sequence[_tree.AxisName]
-) -> dict[_tree.AxisName, int]:
-    """Along which of a leaf's axes each mapped axis splits it."""
-    if _known_whole(g, axes):
-        return {}
-    tracked, varying = _tree.tracked_axes(axes), _tree.varying_axes(g)
-    parts = [axis for axis in axes if axis not in tracked - varying]
-    names = ", ".join(map(repr, parts))
-    where = jax.tree_util.keystr(path)
-    if moment.shape is None or len(moment.shape) != g.ndim:
-        raise ValueError(
-            f"The gradient's leaf '{where}' of shape {g.shape} is sharded over {names} "
-            "(or not known to be the same on all devices), but `init` did not see the "
-            "whole leaf, by whose shape the shards of a matrix are put together. Call "
-            "`init` outside of the `shard_map` (under `jit`, with `out_shardings`); or "
-            "use another preconditioner, such as 'diagonal_bfgs'; or, where every "
-            "device has the whole leaf, name no axis."
-        )
-    # Axes of one device split nothing.
-    parts = [axis for axis in parts if jax.lax.axis_size(axis) > 1]
-    fits = []
-    for dims in itertools.product([*range(g.ndim), None], repeat=len(parts)):
-        sizes = list(g.shape)
-        for axis, dim in zip(parts, dims, strict=True):
-            if dim is not None:
-                sizes[dim] *= jax.lax.axis_size(axis)
-        copied = [axis for axis, dim in zip(parts, dims, strict=True) if dim is None]
-        if tuple(sizes) == moment.shape and tracked.isdisjoint(copied):
-            fits.append(dict(zip(parts, dims, strict=True)))
-    if len(fits) != 1:
-        found = "could be so in several ways" if fits else "cannot be"
-        raise ValueError(
-            f"The gradient's leaf '{where}' has shape {g.shape} on each device, and "
-            f"`init` saw one of shape {moment.shape}: that it is split over {names} "
-            f"{found}. Shard it over one axis, or over axes of different sizes, and "
-            "average gradients over the others; or use another preconditioner, such "
-            "as 'diagonal_bfgs'."
-        )
-    return {axis: dim for axis, dim in fits[0].items() if dim is not None}
-
-
-def _check_devices(path: Any, x: Any, mesh: Any) -> None:
-    """Raises if a leaf lies on devices that the mesh does not have."""
-    if not isinstance(mesh, jax.sharding.Mesh) or isinstance(x, Tracer):
-        return
-    if isinstance(x, jax.Array) and x.committed:
-        missing = x.sharding.device_set - set(mesh.devices.flat)
-        if missing:
-            names = ", ".join(sorted(map(str, missing)))
-            raise ValueError(
-                f"The parameter '{jax.tree_util.keystr(path)}' of shape {x.shape} lies "
-                f"on {names}, which the mesh of `scale_by_orthogonalization` "
-                f"({mesh.devices.size} devices) does not have. Put the parameters on "
-                "the mesh, or give the mesh that they are on."
-            )
-
-
-def _moments(tree: Any) -> list[Any]:
-    """The second moments, and the places of those that there are none of."""
-    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, NoSecondMoment))
-
-
 def _check_moments(updates: Any, moments: Any) -> None:
     """Raises unless the gradients are of the tree that `init` saw."""
-    leaves, structure = jax.tree.flatten(
-        moments, is_leaf=lambda x: isinstance(x, NoSecondMoment)
-    )
+    leaves, structure = jax.tree.flatten(moments, is_leaf=is_mask)
     if jax.tree.structure(updates) == structure:
 
         def as_given(g: Any, v: Any) -> Any:
-            place = isinstance(v, NoSecondMoment)
-            return g if place and jnp.ndim(g) == len(v.matrix.order) else v
+            matrix = isinstance(v, Mask) and jnp.ndim(g) == len(v.matrix.order)
+            return g if matrix else v
 
         leaves = list(map(as_given, jax.tree.leaves(updates), leaves))
     leaves = [
-        jax.ShapeDtypeStruct(v.shape or (), float)
-        if isinstance(v, NoSecondMoment)
-        else v
+        jax.ShapeDtypeStruct(v.shape or (), float) if isinstance(v, Mask) else v
         for v in leaves
     ]
     expected = jax.tree.unflatten(structure, leaves)

@@ -1,4 +1,4 @@
-"""Which leaves are matrices: the ready functions, the table, and what does not fit."""
+"""What is done with matrices as they are told, the table, and what does not fit."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from jax.tree_util import DictKey, GetAttrKey
 
 import nlcg_optax
 from nlcg_optax import Matrix, matrices, scale_by_orthogonalization
@@ -52,33 +51,6 @@ def test_batches_and_parts_are_matrices_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("names", "shape", "expected"),
-    [
-        (["dense", "kernel"], (3, 4), Matrix((0,), (1,))),
-        (["conv", "kernel"], (3, 3, 4, 8), Matrix((0, 1, 2), (3,))),
-        (["key", "kernel"], (8, 2, 4), Matrix((0,), (1, 2))),
-        (["out", "kernel"], (2, 4, 8), Matrix((0, 1), (2,))),
-        (["key", "kernel", "value"], (8, 2, 4), Matrix((0,), (1, 2))),  # an nnx.State
-        (["key", "bias"], (2, 4), None),
-        (["embed", "embedding"], (9, 4), None),
-        (["norm", "scale"], (4,), None),
-        (["lora_a"], (4, 2), Matrix((0,), (1,))),
-    ],
-    ids=str,
-)
-def test_flax(names, shape, expected):
-    path = tuple(map(DictKey, names))
-    assert matrices.flax(path, jnp.ones(shape)) == expected
-
-
-def test_equinox():
-    weight, bias = (GetAttrKey("layer"), GetAttrKey("weight")), (GetAttrKey("bias"),)
-    assert matrices.equinox(weight, jnp.ones((5, 3))) == Matrix((1,), (0,))
-    assert matrices.equinox(bias, jnp.ones((5, 1, 1))) is None  # that of a convolution
-    assert matrices.equinox(weight, jnp.ones(5)) is None
-
-
-@pytest.mark.parametrize(
     ("given", "words"),
     [
         (((0,), (1,)), "expected an nlcg_optax.Matrix"),
@@ -108,15 +80,22 @@ def test_the_table(capsys):
     }
     nlcg_optax.describe(matrices.flax, params)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["path", "shape", "treatment", "operations", "bytes"]
+    assert rows[0] == ["path", "shape", "treatment", "operations", "bytes", "why"]
     by_path = {row[0]: row[1:] for row in rows[1:]}
     assert by_path["['attention']['query']['bias']"][:3] == ["2×4", "second", "moment"]
     # 17 products of 8 by 8 matrices, and two with the matrix.
     kernel = by_path["['attention']['query']['kernel']"]
-    assert kernel == ["8×2×4", "8×8", f"{19 * 2 * 8**3:.4g}", "512"]
-    assert by_path["['embed']['embedding']"] == ["9×4", "second", "moment", "0", "144"]
+    assert kernel[:4] == ["8×2×4", "8×8", f"{19 * 2 * 8**3:.4g}", "512"]
+    assert kernel[4:] == "attention, by heads".split()
+    embedding = by_path["['embed']['embedding']"]
+    assert embedding[:5] == ["9×4", "second", "moment", "0", "144"]
+    assert embedding[5:] == "an embedding".split()
+    # The default decides as that function does here, and says so of an optimizer.
     nlcg_optax.describe(nlcg_optax.nlcg(0.1), jax.eval_shape(lambda: params))
-    assert "8×2×4" in capsys.readouterr().out
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == rows
+    nlcg_optax.describe(matrices.last_axis, params)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.endswith("  as told") for line in told] == [False, True, True, True]
     with pytest.raises(ValueError, match="orthogonalizes nothing"):
         nlcg_optax.describe(nlcg_optax.nlcg_paper(0.1), params)
 

@@ -7,17 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from nlcg_optax.matrices.layout import Leaf, Slots, Stack, group
+from nlcg_optax.matrices.matrix import Matrix
 from nlcg_optax.matrices.newton_schulz import Method, coefficients_of
-from nlcg_optax.matrices.plan import (
-    Leaf,
-    Matrix,
-    Slots,
-    Stack,
-    _plan,
-    choose,
-    group,
-    join,
-)
+from nlcg_optax.matrices.plan import choose, divide, join
+from nlcg_optax.preconditioners.orthogonalization import work_of
 
 # One process measures for all the tests of a group, which xdist leaves together.
 pytestmark = pytest.mark.xdist_group("placement")
@@ -75,6 +69,16 @@ def test_matrices_without_work_are_not_sent_to_one_device(found):
     assert found["shard_map, counted"]["collectives"].get("all-to-all", 0) == 0
 
 
+def test_another_work_has_the_numbers_of_one_device_and_its_state_stays(printed):
+    # Norms of matrices, averaged over the steps; not orthogonalization.
+    found = printed["another"]
+    assert len(found) == 6
+    for case in found.values():
+        assert case["difference"] < 1e-12
+        # Matrices are sent, and what is kept for them is not.
+        assert case["collectives"] == case["without state"] != {}
+
+
 def test_nlcg_needs_no_other_preconditioner_over_sharded_parameters(printed):
     assert printed["nlcg"] < 1e-11
 
@@ -86,14 +90,14 @@ def test_parameters_that_lie_elsewhere_are_refused(printed):
 
 
 def test_matrices_of_nearly_one_side_share_an_iteration():
-    method = Method(coefficients_of("muon", 5))
+    work = work_of(Method(coefficients_of("muon", 5)))
 
     def joined(*shapes, dtypes=(jnp.float32, jnp.float32)):
         leaves = [
             Leaf(jax.ShapeDtypeStruct(shape, dtype), Matrix((0,), (1,)))
             for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
-        bundles = join(group(leaves), leaves, lambda b: _plan(b, 8, method)[0])
+        bundles = join(group(leaves), leaves, lambda b: divide(b, 8, work)[0])
         return [[one.stack.small for one in bundle] for bundle in bundles]
 
     # Of ResNet-50 the classifier and one convolution.
@@ -113,14 +117,14 @@ def test_as_few_slots_as_can_be():
 
 
 def test_the_choice_follows_the_count():
-    method = Method(coefficients_of("muon", 5))
+    work = work_of(Method(coefficients_of("muon", 5)))
     small = [Stack(count=10, small=64, long=64)]
-    assert choose(small, 8, method)[1] == ["each"]
+    assert choose(small, 8, work)[1] == ["each"]
     # The kernels of a transformer, and its embedding, of which there is one.
     large = [Stack(16, 768, 3072, sharded=True), Stack(1, 768, 50304, sharded=True)]
-    assert choose(large, 8, method)[1] == ["spread", "split"]
-    assert choose(large, 1, method)[1] == ["each", "each"]
+    assert choose(large, 8, work)[1] == ["spread", "split"]
+    assert choose(large, 1, work)[1] == ["each", "each"]
     # Replicated matrices pay for a gather: only those that are worth it.
     for size, expected in ((64, "each"), (2048, "spread")):
         stack = Stack(32, size, size, sharded=False)
-        assert choose([stack], 8, method)[1] == [expected]
+        assert choose([stack], 8, work)[1] == [expected]

@@ -14,12 +14,16 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 import compiled  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
+from jax.tree_util import DictKey  # noqa: E402
 
 import nlcg_optax  # noqa: E402
-from nlcg_optax.matrices import plan  # noqa: E402
+from nlcg_optax import Matrix, matrices  # noqa: E402
+from nlcg_optax.matrices import devices, plan  # noqa: E402
+from nlcg_optax.matrices.matrix import mask  # noqa: E402
 
 RNG = np.random.default_rng(0)
 # Ten matrices of one shape, on eight devices; a few of its transpose; convolutions; a
@@ -80,7 +84,9 @@ def specs_of(state, specs):
 
 def compare(shapes, layout, mesh, door, check_vma=True, through=None, **options):
     """How far a step on the devices is from one on one device; and the collectives."""
-    options = {"iterations": 2, **options}
+    # Names like these say nothing.
+    named = {} if "batch_axes" in options else {"matrices": matrices.last_axis}
+    options = {"iterations": 2, **named, **options}
     grads = gradients(shapes)
     specs = {name: layout(shape) for name, shape in shapes.items()}
     plain = nlcg_optax.scale_by_orthogonalization(**options)
@@ -184,6 +190,95 @@ def everything():
     return found
 
 
+def norms():
+    """Another work: matrices over the mean of their norms, halved from step to step.
+
+    These means are kept where the matrices are worked on.
+    """
+
+    def function(stacks, share, kept):
+        squares = [jnp.sum(x**2, (-2, -1), keepdims=True) for x in stacks]
+        found = jnp.sqrt(share.total(share.slots.add(jnp.add, squares)))
+        mean = found if kept is None else share.exchange.stay(kept / 2 + found)
+        safe = jnp.where(mean == 0, 1, mean)  # slots that no matrix is in
+        return [x / share.slots.pick(safe, i) for i, x in enumerate(stacks)], mean
+
+    def operations(small, long, stacked):
+        return 0.0, 2.0 * small * long
+
+    return plan.Work(function, operations, ("spread",))
+
+
+def another_work(layout, mesh, door):
+    """How far two steps of it are from NumPy's; the collectives of one."""
+    shapes = {name: shape for name, shape in SHAPES.items() if shape[1:]}
+    shapes["layers"] = LAYERS["layers"]
+    batch = {"layers": (0,)}
+    work, axis = norms(), "fsdp" if door == "shard_map" else None
+    specs = {name: layout(shape) for name, shape in shapes.items()}
+    grads = [gradients(shapes) for _ in range(2)]
+
+    def masked(values):
+        found = []
+        for name, shape in shapes.items():
+            axes, layers = tuple(range(len(shape))), len(batch.get(name, ()))
+            matrix = Matrix(axes[layers:-1], axes[-1:], axes[:layers])
+            found.append(((DictKey(name),), values[name], mask(matrix, shape)))
+        return found
+
+    def start(values):
+        leaves, used, axes = devices.locate(masked(values), None, axis)
+        made = []
+        for share in plan.shares(leaves, work, used, axes):
+            stacks = jax.eval_shape(share.scatter, leaves)
+            assert share.how == "spread"
+            made.append(jnp.zeros((share.slots.rows, *stacks[0].shape[1:3], 1, 1)))
+        return made
+
+    def step(values, kept):
+        arrays, kept = devices.apply(work, masked(values), None, axis, kept)
+        return dict(zip(shapes, arrays, strict=True)), kept
+
+    slots = P(None, "fsdp")
+    if door == "shard_map":
+        both = {"mesh": mesh, "in_specs": (specs,), "out_specs": slots}
+        start = jax.shard_map(start, **both)
+        both = {"in_specs": (specs, slots), "out_specs": (specs, slots)}
+        step = jax.shard_map(step, mesh=mesh, **both)
+    put = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (specs, slots))
+    placed = [jax.device_put(g, put[0]) for g in grads]
+    with jax.set_mesh(make_mesh((8,), ("fsdp",))):
+        kept = jax.jit(start)(grads[0])
+    with jax.set_mesh(mesh):
+        kept = jax.device_put(kept, put[1])
+        run = jax.jit(step, out_shardings=put).lower(placed[0], kept).compile()
+        worst, mean = 0.0, dict.fromkeys(shapes, 0.0)
+        for g, here in zip(grads, placed, strict=True):
+            got, kept = run(here, kept)
+            for name, x in g.items():
+                count = len(batch.get(name, ()))
+                square = np.sum(x**2, tuple(range(count, x.ndim)), keepdims=True)
+                mean[name] = mean[name] / 2 + np.sqrt(square)
+                worst = max(worst, difference(got[name], x / mean[name]))
+        forgetful = jax.jit(step, out_shardings=put).lower(placed[0], None).compile()
+    return {
+        "difference": worst,
+        "collectives": compiled.read(run).counts(),
+        "without state": compiled.read(forgetful).counts(),
+    }
+
+
+def another():
+    """That of each layout and door."""
+    found = {}
+    for name, layout in {"last": last("fsdp"), "replicated": replicated}.items():
+        for door in ("set", "explicit", "shard_map"):
+            kind = AxisType.Explicit if door == "explicit" else AxisType.Auto
+            mesh = make_mesh((8,), ("fsdp",), kind)
+            found[f"{door}, {name}"] = another_work(layout, mesh, door)
+    return found
+
+
 def whole_optimizer():
     """How far some steps of `nlcg` over sharded parameters are from one device's."""
     mesh, layout = make_mesh((8,), ("fsdp",)), last("fsdp")
@@ -205,9 +300,13 @@ def whole_optimizer():
         name = getattr(path[-1], "key", None)
         return specs[name] if x.shape == SHAPES.get(name) else P()
 
-    alone = nlcg_optax.nlcg(0.05)
+    plain = nlcg_optax.scale_by_orthogonalization(matrices=matrices.last_axis)
+    alone = nlcg_optax.nlcg(0.05, preconditioner=plain)
     expected = run(functools.partial(step, alone), params, alone.init(params))
-    tx = nlcg_optax.nlcg(0.05, axis_name="fsdp")
+    through = nlcg_optax.scale_by_orthogonalization(
+        matrices=matrices.last_axis, axis_name="fsdp"
+    )
+    tx = nlcg_optax.nlcg(0.05, preconditioner=through, axis_name="fsdp")
     state = tx.init(params)
     where = jax.tree_util.tree_map_with_path(spec, state)
     sharded = jax.shard_map(
@@ -232,5 +331,6 @@ def refused():
 
 
 if __name__ == "__main__":
-    found = {"cases": everything(), "nlcg": whole_optimizer(), "refused": refused()}
+    found = {"cases": everything(), "another": another()}
+    found |= {"nlcg": whole_optimizer(), "refused": refused()}
     print(json.dumps(found, indent=1))

@@ -273,7 +273,13 @@ def on_mesh(layout, door):
         for name, s in shapes.items()
     }
     axis = "fsdp" if door == "shard_map" else None
-    tx = nlcg_optax.nlcg(0.05, step_rule=None, axis_name=axis)
+    # Of names like these the default knows nothing, or another thing (an embedding).
+    preconditioner = nlcg_optax.scale_by_orthogonalization(
+        matrices=nlcg_optax.matrices.last_axis, axis_name=axis
+    )
+    tx = nlcg_optax.nlcg(
+        0.05, preconditioner=preconditioner, step_rule=None, axis_name=axis
+    )
 
     def spec(path, x):
         name = getattr(path[-1], "key", None)
