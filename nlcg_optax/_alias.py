@@ -53,11 +53,6 @@ def nlcg(
     :math:`0.2 \alpha`, and up to ten times that where directions agree (β = 0.9); 0.04
     is a learning rate to try first, then a factor of 4 to either side.
 
-    As parts of one optimizer they share the previous direction, of which the chain of
-    the three has two copies. So where the loss rises, part of :math:`d_{t-1}` is taken
-    back, and in the chain part of its last step, which looked ahead; and after a loss
-    that is not finite it is the direction taken then, not the one before.
-
     With ``step_rule="quadratic_model"`` there is no learning rate to choose: the
     curvature of the loss, which `update` is given, chooses the length of the step and β
     (:func:`~nlcg_optax.scale_by_quadratic_model`).
@@ -181,7 +176,9 @@ def nlcg(
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
-    return _chain(direction, step_rule, learning_rate, decay=decay)
+    return _chain(
+        direction, step_rule, learning_rate, decay=decay, state_dtype=state_dtype
+    )
 
 
 def nlcg_auto(
@@ -257,7 +254,9 @@ def nlcg_paper(
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
-    return _chain(direction, step_rule, learning_rate, period, threshold)
+    return _chain(
+        direction, step_rule, learning_rate, period, threshold, state_dtype=state_dtype
+    )
 
 
 def _preconditioner(
@@ -337,6 +336,7 @@ def _chain(
     period: int = 5,
     threshold: float = 1.0,
     decay: optax.GradientTransformation | None = None,
+    state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Chains a direction, a step rule, weight decay and the learning rate."""
     if learning_rate is None:
@@ -359,18 +359,6 @@ def _chain(
         ", a gradient transformation, or None",
     )
     feedback = scale_by_loss_feedback(
-        step_rule, period, threshold, keep_prev_update=False
+        step_rule, period, threshold, state_dtype=state_dtype
     )
-    chain = optax.chain(direction, feedback, *last)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        # The step rule is shown the last direction, of which the state has one copy.
-        shown = state[0].prev_update
-        return chain.update(updates, state, params, prev_update=shown, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+    return optax.chain(direction, feedback, *last)
