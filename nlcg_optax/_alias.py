@@ -8,7 +8,7 @@ import optax
 
 from nlcg_optax import _check, _tree
 from nlcg_optax.curvature.transform import scale_by_quadratic_model
-from nlcg_optax.directions.beta import BetaRule
+from nlcg_optax.directions.beta import BetaFunction
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
@@ -21,7 +21,7 @@ Preconditioner = str | optax.GradientTransformation | None
 def nlcg(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
-    beta_rule: str | BetaRule = _BETA_RULE,
+    beta_rule: str | BetaFunction = _BETA_RULE,
     beta_bounds: tuple[float, float] = _BETA_BOUNDS,
     preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
     step_rule: str | optax.GradientTransformation | None = "step",
@@ -209,7 +209,7 @@ def nlcg_auto(
 def nlcg_paper(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta_rule: str | BetaRule = "fletcher_reeves",
+    beta_rule: str | BetaFunction = "fletcher_reeves",
     preconditioner: str | optax.GradientTransformation | None = "diagonal_bfgs",
     step_rule: str | optax.GradientTransformation | None = "step",
     period: int = 5,

@@ -46,7 +46,7 @@ class ConjugateDirectionState(NamedTuple):
 
 
 def scale_by_conjugate_direction(
-    beta_rule: str | beta_rules.BetaRule = "fletcher_reeves",
+    beta_rule: str | beta_rules.BetaFunction = "fletcher_reeves",
     preconditioner: optax.GradientTransformation | None = None,
     *,
     beta_bounds: tuple[float, float] = (0.0, 1.0),
@@ -81,7 +81,8 @@ def scale_by_conjugate_direction(
       beta_rule: ``"fletcher_reeves"``, ``"polak_ribiere"``, ``"hestenes_stiefel"``,
         ``"dai_yuan"``, ``"hybrid_hs_dy"``, ``"liu_storey"``, ``"hager_zhang"``,
         ``"dai_kou"``, or a function of
-        :class:`nlcg_optax.beta.InnerProducts` and ε that returns β.
+        :class:`nlcg_optax.beta.InnerProducts` and ε that returns β, or such a function
+        and what it needs, a :class:`nlcg_optax.beta.BetaRule`.
       preconditioner: any gradient transformation, such as
         :func:`nlcg_optax.scale_by_diagonal_bfgs`, ``optax.scale_by_rms()`` or a chain;
         None for the plain gradient. It is given `params` and all extra arguments.
@@ -136,10 +137,15 @@ def scale_by_conjugate_direction(
         _check.number("restart_every", restart_every, minimum=1, integer=True)
     if restart_nonorthogonal is not None:
         _check.number("restart_nonorthogonal", restart_nonorthogonal, minimum=0)
+    needs_prev_grad = "y_w" in rule.needs
     needs_prev_preconditioned = (
-        rule.needs_prev_preconditioned or restart_nonorthogonal is not None
+        needs_prev_grad or "g_w" in rule.needs or restart_nonorthogonal is not None
     )
-    needs_slope = rule.needs_slope or restart_on_ascent or track_cosine
+    needs_slope = (
+        bool(rule.needs & {"g_d", "prev_g_d", "prev_d_d"})
+        or restart_on_ascent
+        or track_cosine
+    )
     _check.number("epsilon", epsilon, minimum=0)
     _check.floating_dtype("state_dtype", state_dtype)
     if preconditioner is None:
@@ -163,7 +169,7 @@ def scale_by_conjugate_direction(
             preconditioner_state=inner.init(params),
             prev_update=zeros(),
             prev_preconditioned=zeros() if needs_prev_preconditioned else None,
-            prev_grad=zeros() if rule.needs_prev_grad else None,
+            prev_grad=zeros() if needs_prev_grad else None,
             prev_g_z=scalar(),
             prev_g_d=scalar(),
             prev_d_d=scalar(),
@@ -195,7 +201,7 @@ def scale_by_conjugate_direction(
                 dots += [(g, g), (z, z), (z, u), (u, u)]
             if needs_prev_preconditioned:
                 dots.append((g, z - prev_z))
-            if rule.needs_prev_grad:
+            if needs_prev_grad:
                 dots.append((g - prev_g, z - prev_z))
             return [_tree.real_inner(a, b) for a, b in dots]
 
@@ -222,12 +228,12 @@ def scale_by_conjugate_direction(
             g_d=-g_u,
             prev_g_d=state.prev_g_d,
             g_w=next(rest) if needs_prev_preconditioned else nan,
-            y_w=next(rest) if rule.needs_prev_grad else nan,
+            y_w=next(rest) if needs_prev_grad else nan,
             prev_d_d=state.prev_d_d,
         )
 
         first = state.count == 0
-        beta = jnp.asarray(rule.function(products, epsilon)).astype(dtype)
+        beta = jnp.asarray(rule(products, epsilon)).astype(dtype)
         # Bounds of a wider dtype, such as NumPy's, would widen β and the state.
         ends = _tree.real_scalar(lower, dtype), _tree.real_scalar(upper, dtype)
         beta = jnp.clip(beta, *ends)
