@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.curvature.transform import scale_by_quadratic_model
 from nlcg_optax.directions.beta import BetaFunction
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
@@ -155,9 +155,7 @@ def nlcg(
                 )
         if learning_rate is not None and not callable(learning_rate):
             _check.number("learning_rate", learning_rate, minimum=0)
-        # A transformation is a (named) tuple itself.
-        one = isinstance(preconditioner, str | optax.GradientTransformation | None)
-        several: Any = [preconditioner] if one else preconditioner
+        several = _transformations.several(preconditioner)
         model = scale_by_quadratic_model(
             [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
             multiplier=1.0 if learning_rate is None else learning_rate,
@@ -192,9 +190,7 @@ def nlcg_auto(
     axis_name: _tree.AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""NLCG without a learning rate: the curvature of the loss chooses the step."""
-    # A transformation is a (named) tuple itself.
-    one = isinstance(preconditioner, str | optax.GradientTransformation | None)
-    several: Any = [preconditioner] if one else preconditioner
+    several = _transformations.several(preconditioner)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,

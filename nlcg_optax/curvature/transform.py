@@ -73,6 +73,21 @@ class QuadraticModelState(NamedTuple):
     rejected: jax.typing.ArrayLike
     nonfinite: jax.typing.ArrayLike
 
+    def report(self) -> dict[str, jax.typing.ArrayLike]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {
+            "coefficients": self.coefficients,
+            "damping": self.damping,
+            "predicted_decrease": self.predicted_decrease,
+            "actual_decrease": self.actual_decrease,
+            "conjugacy": self.conjugacy,
+            "signal": self.signal,
+            "rate": self.rate,
+            "bounded_steps": self.bounded,
+            "rejected_steps": self.rejected,
+            "nonfinite_products": self.nonfinite,
+        }
+
 
 # A step that is taken back keeps this part of its length.
 _CUT = 0.25

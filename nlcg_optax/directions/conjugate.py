@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from nlcg_optax import _check, _tree, _xla
+from nlcg_optax import _check, _transformations, _tree, _xla
 from nlcg_optax.directions import beta as beta_rules
 
 
@@ -32,7 +32,7 @@ class ConjugateDirectionState(NamedTuple):
       restarts: restarts so far, int32 scalar.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array
     preconditioner_state: optax.OptState
     prev_update: optax.Updates
     prev_preconditioned: optax.Updates | None
@@ -43,6 +43,14 @@ class ConjugateDirectionState(NamedTuple):
     beta: jax.Array
     cosine: jax.Array
     restarts: jax.Array
+
+    def report(self) -> dict[str, jax.Array]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {
+            "beta": self.beta,
+            "cosine": self.cosine,
+            "restarts": self.restarts,
+        }
 
 
 def scale_by_conjugate_direction(
@@ -103,10 +111,8 @@ def scale_by_conjugate_direction(
         do without.
       state_dtype: dtype of the history (kept complex for complex leaves); None for each
         parameter's own.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
+      axis_name: the mapped axis (or axes) over which the trees are sharded, see
+        :func:`~nlcg_optax.nlcg`; None where they are whole, as they are under `jit`.
 
     Returns:
       A transformation. Updates keep the gradient's dtype; inner products are taken in
@@ -148,16 +154,9 @@ def scale_by_conjugate_direction(
     )
     _check.number("epsilon", epsilon, minimum=0)
     _check.floating_dtype("state_dtype", state_dtype)
-    if preconditioner is None:
-        preconditioner = optax.identity()
-    elif not isinstance(preconditioner, optax.GradientTransformation):
-        raise ValueError(
-            f"preconditioner={preconditioner!r} is not valid: expected an "
-            "optax.GradientTransformation or None."
-        )
-    inner = optax.with_extra_args_support(preconditioner)
+    inner = _transformations.preconditioner(preconditioner)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> ConjugateDirectionState:
         def zeros() -> optax.Updates:
             return _tree.zeros_like(params, state_dtype)
 
@@ -180,10 +179,10 @@ def scale_by_conjugate_direction(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: ConjugateDirectionState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, ConjugateDirectionState]:
         _tree.check_match(updates, state.prev_update, "the optimizer's state")
         grad = updates
         preconditioned, preconditioner_state = inner.update(
@@ -264,7 +263,7 @@ def scale_by_conjugate_direction(
         cosine = jnp.where(norms == 0, 0, -slope / jnp.where(norms == 0, 1, norms))
 
         return _tree.cast_like(output, grad), ConjugateDirectionState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             preconditioner_state=preconditioner_state,
             prev_update=_tree.cast_like(turned, state.prev_update),
             prev_preconditioned=None
@@ -280,7 +279,7 @@ def scale_by_conjugate_direction(
             restarts=state.restarts + restart.astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _transformations.make(init_fn, update_fn)
 
 
 def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree, _xla
+from nlcg_optax import _check, _transformations, _tree, _xla
 
 # What follows a rise of the loss by more than a fraction (times the threshold): the
 # factor of the base step, and how much of the previous direction is taken back.
@@ -17,6 +17,13 @@ _TAKE_BACK = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.1)
 _MIN_STEP, _MAX_STEP = 1e-4, 1.0
 _AVERAGE_DECAY = 0.7
 _GROWTH = {"step": 1.05, "online": 1.02}
+
+_MISSING = (
+    "the step size follows the loss. Call `update(grads, state, params, value=loss)` "
+    "with the loss averaged over the global batch, or switch this piece off "
+    "(`nlcg(..., step_rule=None)`). The TrainState of Flax drops it: its "
+    "`apply_gradients` does not pass `value` on, so call `state.tx.update` yourself."
+)
 
 
 class LossFeedbackState(NamedTuple):
@@ -31,12 +38,16 @@ class LossFeedbackState(NamedTuple):
       nonfinite: losses seen that were not finite, int32 scalar.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array
     base_step: jax.Array
     loss_average: jax.Array
     prev_loss_average: jax.Array
     prev_update: optax.Updates
-    nonfinite: jax.typing.ArrayLike
+    nonfinite: jax.Array
+
+    def report(self) -> dict[str, jax.Array]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {"base_step": self.base_step, "nonfinite_losses": self.nonfinite}
 
 
 def scale_by_loss_feedback(
@@ -111,7 +122,7 @@ def scale_by_loss_feedback(
     _check.number("threshold", threshold, minimum=0, exclusive=True)
     _check.floating_dtype("state_dtype", state_dtype)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> LossFeedbackState:
         dtype = _tree.scalar_dtype(params)
         return LossFeedbackState(
             count=jnp.zeros([], jnp.int32),
@@ -124,15 +135,15 @@ def scale_by_loss_feedback(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: LossFeedbackState,
         params: optax.Params | None = None,
         *,
         value: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, LossFeedbackState]:
         del params, extra_args
         dtype = state.base_step.dtype
-        loss = _check_loss(value).astype(dtype)
+        loss = _check.loss(value, _MISSING).astype(dtype)
         _tree.check_match(updates, state.prev_update, "the optimizer's state")
 
         finite = jnp.isfinite(loss)
@@ -183,7 +194,7 @@ def scale_by_loss_feedback(
         kept = _tree.cast_like(updates, state.prev_update)
         compared = first | act
         new_state = LossFeedbackState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             base_step=base_step,
             loss_average=average,
             prev_loss_average=jnp.where(compared, average, state.prev_loss_average),
@@ -191,27 +202,8 @@ def scale_by_loss_feedback(
             nonfinite=state.nonfinite,
         )
         unchanged = state._replace(
-            prev_update=kept, nonfinite=optax.safe_increment(state.nonfinite)
+            prev_update=kept, nonfinite=_transformations.increment(state.nonfinite)
         )
         return scaled, _tree.where(finite, new_state, unchanged)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_loss(value: jax.typing.ArrayLike | None) -> jax.Array:
-    """Returns the loss as an array, or says how to pass it."""
-    if value is None:
-        raise ValueError(
-            "value=None: the step size follows the loss. Call `update(grads, state, "
-            "params, value=loss)` with the loss averaged over the global batch, or "
-            "switch this piece off (`nlcg(..., step_rule=None)`). The TrainState of "
-            "Flax drops it: its `apply_gradients` does not pass `value` on, so call "
-            "`state.tx.update` yourself."
-        )
-    value = jnp.asarray(value)
-    if value.ndim or jnp.iscomplexobj(value):
-        raise ValueError(
-            f"value of shape {value.shape} and dtype {value.dtype} is not valid: "
-            "expected the loss, a real scalar."
-        )
-    return value
+    return _transformations.make(init_fn, update_fn)
