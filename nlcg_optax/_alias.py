@@ -6,9 +6,9 @@ from typing import Any, cast
 import jax
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.curvature.transform import scale_by_quadratic_model
-from nlcg_optax.directions.beta import BetaRule
+from nlcg_optax.directions.beta import BetaFunction
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
@@ -22,7 +22,7 @@ Preconditioner = str | optax.GradientTransformation | None
 def nlcg(
     learning_rate: optax.ScalarOrSchedule = _GIVE_ONE,
     *,
-    beta_rule: str | BetaRule = "fletcher_reeves",
+    beta_rule: str | BetaFunction = "fletcher_reeves",
     beta_bounds: tuple[float, float] = (0.0, 0.9),
     preconditioner: Preconditioner = "orthogonalization",
     step_rule: str | optax.GradientTransformation | None = "step",
@@ -53,11 +53,6 @@ def nlcg(
     One step moves a matrix of full rank by a root mean square of
     :math:`0.2 \alpha`, and up to ten times that where directions agree (β = 0.9); 0.04
     is a learning rate to try first, then a factor of 4 to either side.
-
-    As parts of one optimizer they share the previous direction, of which the chain of
-    the three has two copies. So where the loss rises, part of :math:`d_{t-1}` is taken
-    back, and in the chain part of its last step, which looked ahead; and after a loss
-    that is not finite it is the direction taken then, not the one before.
 
     :func:`~nlcg_optax.nlcg_auto` has no learning rate.
 
@@ -140,7 +135,9 @@ def nlcg(
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
-    return _chain(direction, step_rule, learning_rate, decay=decay)
+    return _chain(
+        direction, step_rule, learning_rate, decay=decay, state_dtype=state_dtype
+    )
 
 
 def nlcg_auto(
@@ -217,9 +214,7 @@ def nlcg_auto(
     >>> print(bool(value < 1e-3))
     True
     """
-    # A transformation is a (named) tuple itself.
-    one = isinstance(preconditioner, str | optax.GradientTransformation | None)
-    several: Any = [preconditioner] if one else preconditioner
+    several = _transformations.several(preconditioner)
     if num_steps is not None:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
     model = scale_by_quadratic_model(
@@ -238,7 +233,7 @@ def nlcg_auto(
 def nlcg_paper(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    beta_rule: str | BetaRule = "fletcher_reeves",
+    beta_rule: str | BetaFunction = "fletcher_reeves",
     preconditioner: str | optax.GradientTransformation | None = "diagonal_bfgs",
     step_rule: str | optax.GradientTransformation | None = "step",
     period: int = 5,
@@ -283,7 +278,9 @@ def nlcg_paper(
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
-    return _chain(direction, step_rule, learning_rate, period, threshold)
+    return _chain(
+        direction, step_rule, learning_rate, period, threshold, state_dtype=state_dtype
+    )
 
 
 def _preconditioner(
@@ -356,6 +353,7 @@ def _chain(
     period: int = 5,
     threshold: float = 1.0,
     decay: optax.GradientTransformation | None = None,
+    state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Chains a direction, a step rule, weight decay and the learning rate."""
     if not callable(learning_rate):
@@ -373,18 +371,6 @@ def _chain(
         ", a gradient transformation, or None",
     )
     feedback = scale_by_loss_feedback(
-        step_rule, period, threshold, keep_prev_update=False
+        step_rule, period, threshold, state_dtype=state_dtype
     )
-    chain = optax.chain(direction, feedback, *last)
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        # The step rule is shown the last direction, of which the state has one copy.
-        shown = state[0].prev_update
-        return chain.update(updates, state, params, prev_update=shown, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+    return optax.chain(direction, feedback, *last)

@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
@@ -76,3 +77,28 @@ def one_of(name: str, value: Any, known: Iterable[str], otherwise: str = "") -> 
         raise ValueError(
             f"{name}={value!r} is unknown: expected one of {names}{otherwise}."
         )
+
+
+def loss(
+    value: Any,
+    missing: str,
+    name: str = "value",
+    expected: str = "the loss, a real scalar.",
+) -> jax.Array:
+    """The loss as an array, or an error that says what it should be.
+
+    Args:
+      value: what was given.
+      missing: why it is needed and how to pass it, for where it is None.
+      name: what it is called.
+      expected: what it should have been.
+    """
+    if value is None:
+        raise ValueError(f"{name}=None: {missing}")
+    value = jnp.asarray(value)
+    if value.ndim or jnp.iscomplexobj(value):
+        raise ValueError(
+            f"{name} of shape {value.shape} and dtype {value.dtype} is not valid: "
+            f"expected {expected}"
+        )
+    return value

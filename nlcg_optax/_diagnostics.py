@@ -5,38 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax.curvature.state import QuadraticModelState
-from nlcg_optax.directions.conjugate import ConjugateDirectionState
-from nlcg_optax.preconditioners.diagonal_bfgs import DiagonalBfgsState
-from nlcg_optax.preconditioners.limited_memory_bfgs import LimitedMemoryBfgsState
-from nlcg_optax.step_sizes.loss_feedback import LossFeedbackState
 
-_MODEL = (
-    *("coefficients", "damping", "predicted_decrease", "actual_decrease"),
-    *("conjugacy", "signal", "rate", "bounded_steps", "rejected_steps"),
-    *("nonfinite_products", "loss_mismatch", "decrease_ratio"),
-)
-# Name of the diagnostic -> field of the state that holds it.
-_FIELDS: dict[type, dict[str, str]] = {
-    DiagonalBfgsState: {"skipped_curvature": "skipped"},
-    LimitedMemoryBfgsState: {"skipped_curvature": "skipped"},
-    ConjugateDirectionState: {
-        "beta": "beta",
-        "cosine": "cosine",
-        "restarts": "restarts",
-    },
-    LossFeedbackState: {
-        "base_step": "base_step",
-        "nonfinite_losses": "nonfinite",
-    },
-    QuadraticModelState: {name: name for name in _MODEL},
-}
+def _reports(node: Any) -> bool:
+    return hasattr(type(node), "_fields") and callable(getattr(node, "report", None))
 
 
 def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     """What the last step did, from any optimizer state that contains ours.
 
-    Chained, masked, partitioned, and wrapped states are searched through.
+    Chained, masked, partitioned, and wrapped states are searched through. A state of
+    your own is asked too, if it is a named tuple with a method ``report`` that returns
+    a dictionary of arrays.
 
     Args:
       opt_state: an optimizer state.
@@ -88,22 +67,17 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     >>> print(report["beta"].round(3), report["base_step"], report["skipped_curvature"])
     1.0 1.0 1
     """
-    found: list[tuple[str, Any]] = []
+    found: list[tuple[str, dict[str, Any]]] = []
 
     def collect(path: str, tree: Any) -> None:
-        nodes, _ = jax.tree_util.tree_flatten_with_path(
-            tree, is_leaf=lambda node: type(node) in _FIELDS
-        )
+        nodes, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_reports)
         for keys, node in nodes:
-            if type(node) in _FIELDS:
+            if _reports(node):
                 where = path + jax.tree_util.keystr(keys)
-                found.append((where, node))
+                found.append((where, node.report()))
                 # A preconditioner's state lies within that of what it serves.
-                if isinstance(node, ConjugateDirectionState):
-                    collect(where + ".preconditioner_state", node.preconditioner_state)
-                if isinstance(node, QuadraticModelState):
-                    states = node.preconditioner_states
-                    collect(where + ".preconditioner_states", states)
+                for field, value in zip(node._fields, node, strict=True):
+                    collect(f"{where}.{field}", value)
 
     collect("", opt_state)
     if not found:
@@ -113,12 +87,9 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
             "containing one of its pieces returned."
         )
     # Two kinds of state may share a name, so names are counted and not kinds.
-    names = [name for _, node in found for name in _FIELDS[type(node)]]
-    report = {}
-    for where, node in found:
-        for name, field in _FIELDS[type(node)].items():
-            key = f"{where}/{name}" if names.count(name) > 1 else name
-            own = isinstance(node, QuadraticModelState)
-            told = node.report()[field] if own else getattr(node, field)
-            report[key] = jnp.asarray(told)
-    return report
+    names = [name for _, told in found for name in told]
+    return {
+        f"{where}/{name}" if names.count(name) > 1 else name: jnp.asarray(value)
+        for where, told in found
+        for name, value in told.items()
+    }

@@ -7,7 +7,7 @@ sum in each kernel that uses the result. Neither changes a value; both cost time
 ============================== ============= ============== ========
 ``nlcg_paper``, jax 0.10.2     with          without        what for
 ============================== ============= ============== ========
-accesses of a flat leaf        40, 1 copy    42, 2 copies   `after`
+accesses of a flat leaf        42, 1 copy    46, 3 copies   `after`
 a step on it (4 Mi, float32)   20 ms         41 ms          `after`
 additions, 160 leaves          5,289         57,283         `compute_once`
 compiling them, CPU time       35 s          77 s           `compute_once`

@@ -1,5 +1,7 @@
 """Diagnostics, from any state that contains ours."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,6 +150,35 @@ def test_two_kinds_that_share_a_name_are_told_apart_by_their_path():
         key = f".preconditioner_states[{i}]/skipped_curvature"
         assert report.pop(key) == i + 1
     assert not any("skipped" in key or "/" in key for key in report)
+
+
+class Counting(NamedTuple):
+    """A state from elsewhere, within which lies one of ours."""
+
+    within: Any
+    steps: Any
+
+    def report(self):
+        return {"steps": self.steps}
+
+
+class Silent(NamedTuple):
+    """A state that happens to have something of that name."""
+
+    report: Any
+
+
+def test_a_state_from_elsewhere_is_asked_too():
+    inner = (Silent(jnp.ones(2)), feed(optimizer()))
+    state = {"a": Counting(inner, 3), "b": (Silent(jnp.ones([])),)}
+    report = diagnostics(state)
+    assert set(report) == ALL | {"steps"}
+    assert report["steps"] == 3
+    assert isinstance(report["steps"], jax.Array)
+    twice = diagnostics({"a": Counting(Counting(inner, 4), 3)})
+    assert twice["['a']/steps"] == 3
+    assert twice["['a'].within/steps"] == 4
+    assert set(twice) - set(report) == {"['a']/steps", "['a'].within/steps"}
 
 
 def test_under_jit_and_vmap():

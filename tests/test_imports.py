@@ -35,7 +35,7 @@ def test_import_pulls_in_jax_and_optax_alone():
 
 # From the bottom up; a file imports from those of lower layers alone.
 LAYERS = (
-    ("_check", "_xla"),
+    ("_check", "_diagnostics", "_transformations", "_xla"),
     ("_tree",),
     ("_parallel",),
     ("matrices/matrix", "matrices/newton_schulz"),
@@ -58,7 +58,7 @@ LAYERS = (
     ("curvature/trust",),
     ("curvature/memory",),
     ("curvature/transform", "curvature/objective", "curvature/checkup"),
-    ("beta", "_alias", "_diagnostics"),
+    ("beta", "_alias"),
     ("minimization/minimize",),
     ("__init__",),
 )

@@ -140,9 +140,8 @@ class Curvature:
             parts = (images.outputs, self.microbatches)
             total = jax.lax.map(lambda each: self._value(params, *each), parts)
             total = jnp.mean(total)
-        return self._mean(total.astype(_tree.scalar_dtype(params))) + self.penalty(
-            params
-        )
+        total = total.astype(_tree.scalar_dtype(params))
+        return self._mean(total + self._own_penalty(params))
 
     def loss(self, params: Any) -> jax.Array:
         """The loss itself, of parameters alone."""
@@ -150,13 +149,18 @@ class Curvature:
 
     def penalty(self, params: Any) -> jax.Array:
         """The sum of the penalties."""
+        total = self._own_penalty(params)
+        return self._mean(total) if self.penalties else total
+
+    def _own_penalty(self, params: Any) -> jax.Array:
+        """The numbers of which `penalty` is the mean over the devices."""
         total = jnp.zeros([], _tree.scalar_dtype(params))
         for penalty in self.penalties:
             factor = _tree.real_scalar(penalty.factor, total.dtype)
             for w in jax.tree.leaves(self.penalized(penalty, params, params)):
                 square = jnp.sum(_tree.abs_sq(_tree.lift(w))).astype(total.dtype)
                 total += 0.5 * factor * square * _shards(w, self.axis_name)
-        return self._mean(total) if self.penalties else total
+        return total
 
     def add_decay(self, grads: Any, params: Any) -> Any:
         """A gradient, and that of the penalties (as `jax.grad` has it)."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.curvature import memory, noise, subspace, trust
 from nlcg_optax.curvature.compilations import Compilations
 from nlcg_optax.curvature.products import Constant, Curvature, Penalty
@@ -195,7 +195,7 @@ def scale_by_quadratic_model(
         **extra_args: Any,
     ) -> tuple[optax.Updates, QuadraticModelState]:
         _tree.check_params(updates, params, "the quadratic model")
-        loss = _check_loss(value).astype(state.trust.damping.dtype)
+        loss = _check.loss(value, _MISSING).astype(state.trust.damping.dtype)
         given = _Given(updates, params, loss, _check_curvature(curvature), extra_args)
         compilations.watch(given.curvature, updates)
         given = _with_decay(given, settings)
@@ -256,8 +256,7 @@ def scale_by_quadratic_model(
         )
         return output, new_state._replace(memory=new_memory)
 
-    update: Any = update_fn  # whose state is known by its type
-    return optax.GradientTransformationExtraArgs(init_fn, update)
+    return _transformations.make(init_fn, update_fn)
 
 
 class _Settings(NamedTuple):
@@ -647,47 +646,26 @@ def _decay(weight_decay: Any, mask: Any) -> Penalty | None:
 
 
 def _preconditioners(
-    preconditioner: Any,
+    given: Preconditioners,
 ) -> tuple[optax.GradientTransformationExtraArgs, ...]:
     """The preconditioners as a tuple; None stands for the plain gradient."""
-    # A transformation is a (named) tuple itself.
-    if preconditioner is None or isinstance(
-        preconditioner, optax.GradientTransformation
-    ):
-        preconditioner = (preconditioner,)
-    given: list[Any] = [
-        optax.identity() if each is None else each for each in preconditioner
-    ]
-    if not given or not all(
-        isinstance(each, optax.GradientTransformation) for each in given
-    ):
+    found = tuple(map(_transformations.preconditioner, _transformations.several(given)))
+    if not found:
         raise ValueError(
-            f"preconditioner={preconditioner!r} is not valid: expected an "
+            f"preconditioner={given!r} is not valid: expected an "
             "optax.GradientTransformation, a sequence of them, or None."
         )
-    return tuple(optax.with_extra_args_support(each) for each in given)
+    return found
 
 
 _CALL = (
     "`update(grads, state, params, value=loss, curvature=nlcg_optax.gauss_newton("
     "lambda params: model(params, x), lambda outputs: loss(outputs, y).mean()))`"
 )
-
-
-def _check_loss(value: jax.typing.ArrayLike | None) -> jax.Array:
-    """Returns the loss as an array, or says how to pass it."""
-    if value is None:
-        raise ValueError(
-            "value=None: a step is judged by the loss that follows it. Call "
-            f"{_CALL} with the loss averaged over the global batch."
-        )
-    value = jnp.asarray(value)
-    if value.ndim or jnp.iscomplexobj(value):
-        raise ValueError(
-            f"value of shape {value.shape} and dtype {value.dtype} is not valid: "
-            "expected the loss, a real scalar."
-        )
-    return value
+_MISSING = (
+    f"a step is judged by the loss that follows it. Call {_CALL} with the loss "
+    "averaged over the global batch."
+)
 
 
 def _check_curvature(curvature: Any) -> Curvature:

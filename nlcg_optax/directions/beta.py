@@ -7,7 +7,8 @@ With the gradient :math:`g_t`, the preconditioned gradient
 of a few scalars, the :class:`InnerProducts`.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,74 @@ class InnerProducts(NamedTuple):
     prev_d_d: jax.typing.ArrayLike = jnp.nan
 
 
-BetaRule = Callable[[InnerProducts, jax.typing.ArrayLike], jax.Array]
+BetaFunction = Callable[[InnerProducts, jax.typing.ArrayLike], jax.typing.ArrayLike]
+
+
+@dataclasses.dataclass(frozen=True)
+class BetaRule:
+    r"""A β rule that says which inner products it looks at.
+
+    A plain function serves as a rule too, and is given everything. For that the state
+    keeps two more trees, z and g of the last step; a rule that declares its needs does
+    not pay for what it never reads.
+
+    Args:
+      function: a function of :class:`InnerProducts` and ε that returns β, a scalar.
+      needs: the names of those fields of :class:`InnerProducts` that it reads. Others
+        may be NaN.
+
+    Raises:
+      ValueError: for a name that is no field, or a function that is none.
+
+    >>> import jax.numpy as jnp
+    >>> import nlcg_optax
+    >>> def halved(p, epsilon):
+    ...     return 0.5 * p.g_z / (p.prev_g_z + epsilon)
+    >>> rule = nlcg_optax.beta.BetaRule(halved, needs={"g_z", "prev_g_z"})
+    >>> tx = nlcg_optax.scale_by_conjugate_direction(rule)
+    >>> state = tx.init(jnp.ones(2))
+    >>> for _ in range(2):
+    ...     _, state = tx.update(jnp.ones(2), state)
+    >>> print(state.beta, state.prev_grad, state.prev_preconditioned)
+    0.5 None None
+    """
+
+    function: BetaFunction
+    needs: Set[str] = frozenset(InnerProducts._fields)
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise ValueError(
+                f"function={self.function!r} is not valid: expected a function of "
+                "InnerProducts and ε that returns β."
+            )
+        needs = frozenset(self.needs)
+        for name in sorted(needs):
+            _check.one_of("needs", name, InnerProducts._fields)
+        object.__setattr__(self, "needs", needs)
+        # So that the documentation of a rule is that of its function.
+        object.__setattr__(self, "__doc__", self.function.__doc__)
+        object.__setattr__(self, "__wrapped__", self.function)
+
+    def __call__(
+        self, products: InnerProducts, epsilon: jax.typing.ArrayLike = 0
+    ) -> jax.typing.ArrayLike:
+        """β, by the function."""
+        return self.function(products, epsilon)
+
+
+BETA_RULES: dict[str, BetaRule] = {}
+
+
+def _rule(*needs: str) -> Callable[[BetaFunction], BetaRule]:
+    """Enters a function into ``BETA_RULES``, as a rule with these needs."""
+
+    def enter(function: BetaFunction) -> BetaRule:
+        name = getattr(function, "__name__")  # noqa: B009 - no callable needs a name
+        BETA_RULES[name] = BetaRule(function, frozenset(needs))
+        return BETA_RULES[name]
+
+    return enter
 
 
 def _divide(
@@ -55,11 +123,13 @@ def _divide(
     return jnp.where(denominator == 0, 0, numerator / safe)
 
 
+@_rule("g_z", "prev_g_z")
 def fletcher_reeves(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Fletcher & Reeves (1964): :math:`\rho_t / (\rho_{t-1} + \epsilon)`."""
     return _divide(p.g_z, p.prev_g_z, epsilon)
 
 
+@_rule("g_w", "prev_g_z")
 def polak_ribiere(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Polak & Ribière (1969): :math:`g_t^\top w_t / (\rho_{t-1} + \epsilon)`.
 
@@ -68,11 +138,13 @@ def polak_ribiere(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Ar
     return _divide(p.g_w, p.prev_g_z, epsilon)
 
 
+@_rule("g_w", "g_d", "prev_g_d")
 def hestenes_stiefel(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Hestenes & Stiefel (1952): :math:`g_t^\top w_t / d_{t-1}^\top y_t`."""
     return _divide(p.g_w, p.g_d - p.prev_g_d, epsilon)
 
 
+@_rule("g_z", "g_d", "prev_g_d")
 def dai_yuan(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Dai & Yuan (1999): :math:`\rho_t / d_{t-1}^\top y_t`."""
     return _divide(p.g_z, p.g_d - p.prev_g_d, epsilon)
@@ -89,6 +161,7 @@ def _truncate(
     return jnp.where(known & (bound > beta), bound, beta)
 
 
+@_rule("g_w", "y_w", "g_d", "prev_g_d", "prev_d_d")
 def hager_zhang(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Hager & Zhang (2005), preconditioned and truncated as in CG_DESCENT.
 
@@ -109,6 +182,7 @@ def hager_zhang(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Arra
     return _truncate(beta, p.prev_g_d, p, 0.4)
 
 
+@_rule("g_w", "y_w", "g_d", "prev_g_d", "prev_d_d")
 def dai_kou(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Dai & Kou (2013), preconditioned, with :math:`\tau_k` of Oren & Luenberger.
 
@@ -125,6 +199,7 @@ def dai_kou(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     return _truncate(beta, p.g_d, p, 0.5)
 
 
+@_rule("g_z", "g_w", "g_d", "prev_g_d")
 def hybrid_hs_dy(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Dai & Yuan (2001): :math:`\max(0, \min(\beta_{HS}, \beta_{DY}))`."""
     return jnp.maximum(
@@ -132,54 +207,17 @@ def hybrid_hs_dy(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Arr
     )
 
 
+@_rule("g_w", "prev_g_d")
 def liu_storey(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
     r"""Liu & Storey (1991): :math:`g_t^\top w_t / (-g_{t-1}^\top d_{t-1})`."""
     return _divide(p.g_w, -p.prev_g_d, epsilon)
 
 
-BETA_RULES: dict[str, BetaRule] = {
-    rule.__name__: rule
-    for rule in (
-        fletcher_reeves,
-        polak_ribiere,
-        hestenes_stiefel,
-        dai_yuan,
-        hager_zhang,
-        dai_kou,
-        hybrid_hs_dy,
-        liu_storey,
-    )
-}
-
-# Rules that need no slope, no vector of the previous step, and only z_{t-1}.
-_WITHOUT_SLOPE = (fletcher_reeves, polak_ribiere)
-_WITHOUT_HISTORY = (fletcher_reeves, dai_yuan)
-_WITHOUT_PREV_GRAD = (
-    *_WITHOUT_HISTORY,
-    polak_ribiere,
-    hestenes_stiefel,
-    hybrid_hs_dy,
-    liu_storey,
-)
-
-
-class ResolvedRule(NamedTuple):
-    """A β rule, and what its inner products need."""
-
-    function: BetaRule
-    needs_slope: bool
-    needs_prev_preconditioned: bool
-    needs_prev_grad: bool
-
-
-def resolve(beta_rule: str | BetaRule) -> ResolvedRule:
-    """Finds a rule by name; a callable stands for itself and is given everything."""
-    if not callable(beta_rule):
-        _check.one_of("beta_rule", beta_rule, BETA_RULES, " or a callable")
-        beta_rule = BETA_RULES[beta_rule]
-    return ResolvedRule(
-        function=beta_rule,
-        needs_slope=beta_rule not in _WITHOUT_SLOPE,
-        needs_prev_preconditioned=beta_rule not in _WITHOUT_HISTORY,
-        needs_prev_grad=beta_rule not in _WITHOUT_PREV_GRAD,
-    )
+def resolve(beta_rule: str | BetaFunction) -> BetaRule:
+    """Finds a rule by name; a plain function is given everything."""
+    if isinstance(beta_rule, BetaRule):
+        return beta_rule
+    if callable(beta_rule):
+        return BetaRule(beta_rule)
+    _check.one_of("beta_rule", beta_rule, BETA_RULES, " or a callable")
+    return BETA_RULES[beta_rule]

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from nlcg_optax import _check, _tree, _xla
+from nlcg_optax import _check, _transformations, _tree, _xla
 from nlcg_optax.directions import beta as beta_rules
 
 
@@ -32,7 +32,7 @@ class ConjugateDirectionState(NamedTuple):
       restarts: restarts so far, int32 scalar.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array
     preconditioner_state: optax.OptState
     prev_update: optax.Updates
     prev_preconditioned: optax.Updates | None
@@ -44,9 +44,17 @@ class ConjugateDirectionState(NamedTuple):
     cosine: jax.Array
     restarts: jax.Array
 
+    def report(self) -> dict[str, jax.Array]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {
+            "beta": self.beta,
+            "cosine": self.cosine,
+            "restarts": self.restarts,
+        }
+
 
 def scale_by_conjugate_direction(
-    beta_rule: str | beta_rules.BetaRule = "fletcher_reeves",
+    beta_rule: str | beta_rules.BetaFunction = "fletcher_reeves",
     preconditioner: optax.GradientTransformation | None = None,
     *,
     beta_bounds: tuple[float, float] = (0.0, 1.0),
@@ -81,7 +89,8 @@ def scale_by_conjugate_direction(
       beta_rule: ``"fletcher_reeves"``, ``"polak_ribiere"``, ``"hestenes_stiefel"``,
         ``"dai_yuan"``, ``"hybrid_hs_dy"``, ``"liu_storey"``, ``"hager_zhang"``,
         ``"dai_kou"``, or a function of
-        :class:`nlcg_optax.beta.InnerProducts` and ε that returns β.
+        :class:`nlcg_optax.beta.InnerProducts` and ε that returns β, or such a function
+        and what it needs, a :class:`nlcg_optax.beta.BetaRule`.
       preconditioner: any gradient transformation, such as
         :func:`nlcg_optax.scale_by_diagonal_bfgs`, ``optax.scale_by_rms()`` or a chain;
         None for the plain gradient. It is given `params` and all extra arguments.
@@ -102,10 +111,8 @@ def scale_by_conjugate_direction(
         do without.
       state_dtype: dtype of the history (kept complex for complex leaves); None for each
         parameter's own.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
+      axis_name: the mapped axis (or axes) over which the trees are sharded, see
+        :func:`~nlcg_optax.nlcg`; None where they are whole, as they are under `jit`.
 
     Returns:
       A transformation. Updates keep the gradient's dtype; inner products are taken in
@@ -136,22 +143,20 @@ def scale_by_conjugate_direction(
         _check.number("restart_every", restart_every, minimum=1, integer=True)
     if restart_nonorthogonal is not None:
         _check.number("restart_nonorthogonal", restart_nonorthogonal, minimum=0)
+    needs_prev_grad = "y_w" in rule.needs
     needs_prev_preconditioned = (
-        rule.needs_prev_preconditioned or restart_nonorthogonal is not None
+        needs_prev_grad or "g_w" in rule.needs or restart_nonorthogonal is not None
     )
-    needs_slope = rule.needs_slope or restart_on_ascent or track_cosine
+    needs_slope = (
+        bool(rule.needs & {"g_d", "prev_g_d", "prev_d_d"})
+        or restart_on_ascent
+        or track_cosine
+    )
     _check.number("epsilon", epsilon, minimum=0)
     _check.floating_dtype("state_dtype", state_dtype)
-    if preconditioner is None:
-        preconditioner = optax.identity()
-    elif not isinstance(preconditioner, optax.GradientTransformation):
-        raise ValueError(
-            f"preconditioner={preconditioner!r} is not valid: expected an "
-            "optax.GradientTransformation or None."
-        )
-    inner = optax.with_extra_args_support(preconditioner)
+    inner = _transformations.preconditioner(preconditioner)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> ConjugateDirectionState:
         def zeros() -> optax.Updates:
             return _tree.zeros_like(params, state_dtype)
 
@@ -163,7 +168,7 @@ def scale_by_conjugate_direction(
             preconditioner_state=inner.init(params),
             prev_update=zeros(),
             prev_preconditioned=zeros() if needs_prev_preconditioned else None,
-            prev_grad=zeros() if rule.needs_prev_grad else None,
+            prev_grad=zeros() if needs_prev_grad else None,
             prev_g_z=scalar(),
             prev_g_d=scalar(),
             prev_d_d=scalar(),
@@ -174,10 +179,10 @@ def scale_by_conjugate_direction(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: ConjugateDirectionState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, ConjugateDirectionState]:
         _tree.check_match(updates, state.prev_update, "the optimizer's state")
         grad = updates
         preconditioned, preconditioner_state = inner.update(
@@ -195,7 +200,7 @@ def scale_by_conjugate_direction(
                 dots += [(g, g), (z, z), (z, u), (u, u)]
             if needs_prev_preconditioned:
                 dots.append((g, z - prev_z))
-            if rule.needs_prev_grad:
+            if needs_prev_grad:
                 dots.append((g - prev_g, z - prev_z))
             return [_tree.real_inner(a, b) for a, b in dots]
 
@@ -222,12 +227,12 @@ def scale_by_conjugate_direction(
             g_d=-g_u,
             prev_g_d=state.prev_g_d,
             g_w=next(rest) if needs_prev_preconditioned else nan,
-            y_w=next(rest) if rule.needs_prev_grad else nan,
+            y_w=next(rest) if needs_prev_grad else nan,
             prev_d_d=state.prev_d_d,
         )
 
         first = state.count == 0
-        beta = jnp.asarray(rule.function(products, epsilon)).astype(dtype)
+        beta = jnp.asarray(rule(products, epsilon)).astype(dtype)
         # Bounds of a wider dtype, such as NumPy's, would widen β and the state.
         ends = _tree.real_scalar(lower, dtype), _tree.real_scalar(upper, dtype)
         beta = jnp.clip(beta, *ends)
@@ -258,7 +263,7 @@ def scale_by_conjugate_direction(
         cosine = jnp.where(norms == 0, 0, -slope / jnp.where(norms == 0, 1, norms))
 
         return _tree.cast_like(output, grad), ConjugateDirectionState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             preconditioner_state=preconditioner_state,
             prev_update=_tree.cast_like(turned, state.prev_update),
             prev_preconditioned=None
@@ -274,7 +279,7 @@ def scale_by_conjugate_direction(
             restarts=state.restarts + restart.astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _transformations.make(init_fn, update_fn)
 
 
 def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:

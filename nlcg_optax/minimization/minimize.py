@@ -158,7 +158,7 @@ class _Options(NamedTuple):
     max_iter: int
     ftol: float
     has_aux: bool
-    beta_rule: str | beta_rules.BetaRule | None
+    beta_rule: str | beta_rules.BetaFunction | None
     preconditioner: str | optax.GradientTransformation | None
     line_search: str | optax.GradientTransformation
     memory_size: int
@@ -196,7 +196,7 @@ def minimize(
     gtol: jax.typing.ArrayLike | None = None,
     ftol: float = 0.0,
     has_aux: bool = False,
-    beta_rule: str | beta_rules.BetaRule | None = "auto",
+    beta_rule: str | beta_rules.BetaFunction | None = "auto",
     preconditioner: str | optax.GradientTransformation | None = "lbfgs",
     line_search: str | optax.GradientTransformation = "hager_zhang",
     memory_size: int = 10,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree, _xla
+from nlcg_optax import _check, _transformations, _tree, _xla
 
 
 class DiagonalBfgsState(NamedTuple):
@@ -21,11 +21,15 @@ class DiagonalBfgsState(NamedTuple):
       skipped: how often the curvature update was skipped, int32 scalar.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array
     diagonal: optax.Params
     prev_params: optax.Params
     prev_preconditioned: optax.Updates
     skipped: jax.Array
+
+    def report(self) -> dict[str, jax.Array]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {"skipped_curvature": self.skipped}
 
 
 def scale_by_diagonal_bfgs(
@@ -65,10 +69,8 @@ def scale_by_diagonal_bfgs(
       state_dtype: dtype of the last output in the state (kept complex for complex
         leaves); None for float32 or wider. B, and the copy of the parameters, always
         keep their precision: both are differences of large numbers.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
+      axis_name: the mapped axis (or axes) over which the trees are sharded, see
+        :func:`~nlcg_optax.nlcg`; None where they are whole, as they are under `jit`.
 
     Returns:
       A transformation whose `update` needs `params`. Updates keep the gradient's dtype;
@@ -95,7 +97,7 @@ def scale_by_diagonal_bfgs(
     _check.number("epsilon", epsilon, minimum=0)
     _check.floating_dtype("state_dtype", state_dtype)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> DiagonalBfgsState:
         def ones(x: jax.Array) -> jax.Array:
             return jnp.ones_like(x, dtype=_tree.scalar_dtype(x))
 
@@ -112,10 +114,10 @@ def scale_by_diagonal_bfgs(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: DiagonalBfgsState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, DiagonalBfgsState]:
         del extra_args
         _tree.check_match(updates, state.diagonal, "the optimizer's state")
         _tree.check_params(updates, params, "the diagonal of BFGS")
@@ -178,7 +180,7 @@ def scale_by_diagonal_bfgs(
         kept = jax.tree.map(keep, params, state.prev_params, diagonal)
         preconditioned = jax.tree.map(precondition, updates, diagonal, kept)
         return _tree.cast_like(preconditioned, updates), DiagonalBfgsState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             diagonal=diagonal,
             prev_params=kept,
             prev_preconditioned=_tree.cast_like(
@@ -187,4 +189,4 @@ def scale_by_diagonal_bfgs(
             skipped=state.skipped + (~first & ~usable).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _transformations.make(init_fn, update_fn)

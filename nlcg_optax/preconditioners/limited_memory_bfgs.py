@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.preconditioners import _two_loop
 
 
@@ -26,8 +26,8 @@ class LimitedMemoryBfgsState(NamedTuple):
       skipped: pairs skipped for want of positive curvature, int32 scalar.
     """
 
-    count: jax.typing.ArrayLike
-    pairs: jax.typing.ArrayLike
+    count: jax.Array
+    pairs: jax.Array
     prev_params: optax.Params
     prev_grad: optax.Updates
     params_differences: optax.Params
@@ -35,6 +35,10 @@ class LimitedMemoryBfgsState(NamedTuple):
     weights: jax.Array
     scale: jax.Array
     skipped: jax.Array
+
+    def report(self) -> dict[str, jax.Array]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {"skipped_curvature": self.skipped}
 
 
 def scale_by_limited_memory_bfgs(
@@ -59,10 +63,8 @@ def scale_by_limited_memory_bfgs(
 
     Args:
       memory_size: pairs kept.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
+      axis_name: the mapped axis (or axes) over which the trees are sharded, see
+        :func:`~nlcg_optax.nlcg`; None where they are whole, as they are under `jit`.
 
     Returns:
       A transformation whose `update` needs `params`. Updates keep the gradient's dtype;
@@ -112,10 +114,10 @@ def scale_by_limited_memory_bfgs(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: LimitedMemoryBfgsState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, LimitedMemoryBfgsState]:
         del extra_args
         _tree.check_params(updates, params, "limited-memory BFGS")
         _tree.check_match(updates, state.prev_grad, "the optimizer's state")
@@ -181,7 +183,7 @@ def scale_by_limited_memory_bfgs(
             inner,
         )
         return _tree.cast_like(q, updates), LimitedMemoryBfgsState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             pairs=pairs,
             prev_params=_tree.cast_like(params, state.prev_params),
             prev_grad=_tree.cast_like(updates, state.prev_grad),
@@ -192,4 +194,4 @@ def scale_by_limited_memory_bfgs(
             skipped=state.skipped + (~first & ~usable).astype(jnp.int32),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _transformations.make(init_fn, update_fn)

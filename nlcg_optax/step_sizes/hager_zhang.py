@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.step_sizes._interpolation import Point, cubic, secant
 
 INITIAL_STEPS = ("auto", "one", "quadratic")
@@ -48,7 +48,7 @@ class HagerZhangLinesearchState(NamedTuple):
       info: what the last search did.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array
     learning_rate: jax.Array
     value: jax.Array
     grad: optax.Updates
@@ -133,10 +133,8 @@ def scale_by_hager_zhang_linesearch(
         (quasi-Newton). ``"auto"`` is 1 too, but for the first search. Where there is no
         last step, it is 1% of the size of x, or such as to change the value by 1%
         where x is zero.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
+      axis_name: the mapped axis (or axes) over which the trees are sharded, see
+        :func:`~nlcg_optax.nlcg`; None where they are whole, as they are under `jit`.
 
     Returns:
       A transformation to be placed last, where updates are descent directions. Its
@@ -214,20 +212,17 @@ def scale_by_hager_zhang_linesearch(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: HagerZhangLinesearchState,
         params: optax.Params | None = None,
         *,
         value: jax.typing.ArrayLike | None = None,
         grad: optax.Updates | None = None,
         value_fn: Callable[..., Any] | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
-        if params is None or value is None or grad is None or value_fn is None:
-            raise ValueError(
-                "A line search needs the objective. Call `update(grads, state, params, "
-                "value=value, grad=grad, value_fn=value_fn)` with the objective and "
-                "its value and gradient at the parameters."
-            )
+    ) -> tuple[optax.Updates, HagerZhangLinesearchState]:
+        if params is None or grad is None or value_fn is None:
+            raise ValueError(f"A line search needs the objective. {_CALL}")
+        value = _check.loss(value, f"a line search needs the objective. {_CALL}")
         _tree.check_match(updates, state.grad, "the optimizer's state")
         dtype = state.learning_rate.dtype
         value_and_grad = jax.value_and_grad(_with_known_arguments(value_fn, extra_args))
@@ -245,7 +240,7 @@ def scale_by_hager_zhang_linesearch(
         zero = jnp.zeros([], dtype)
         start = Point(
             step=zero,
-            value=jnp.asarray(value).astype(dtype),
+            value=value.astype(dtype),
             slope=_slope(grad, updates, dtype, axis_name),
         )
         # C of the papers: an average of |f|, with a memory of about three searches.
@@ -292,7 +287,7 @@ def scale_by_hager_zhang_linesearch(
             return jnp.where(step > 0, moved, 0).astype(u.dtype)
 
         return jax.tree.map(scaled, updates), HagerZhangLinesearchState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             learning_rate=jnp.where(step > 0, step, state.learning_rate),
             value=search.best.value,
             grad=search.best_grad,
@@ -306,8 +301,13 @@ def scale_by_hager_zhang_linesearch(
             ),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return _transformations.make(init_fn, update_fn)
 
+
+_CALL = (
+    "Call `update(grads, state, params, value=value, grad=grad, value_fn=value_fn)` "
+    "with the objective and its value and gradient at the parameters."
+)
 
 _SMALL_CHANGE = 1e-3  # ω of the papers
 _EXPANSION = 5.0  # ρ of the papers
@@ -426,7 +426,7 @@ def _slope(grad: Any, updates: Any, dtype: Any, axis_name: Any) -> jax.Array:
 
 def _initial_step(
     kind: str,
-    state: Any,
+    state: HagerZhangLinesearchState,
     start: Point,
     params: Any,
     updates: Any,

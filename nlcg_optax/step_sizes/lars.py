@@ -31,10 +31,8 @@ def scale_by_lars(
     Args:
       coefficient: c, positive.
       damping: the factor 0.1, at least 0.
-      axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
-        trees are sharded; None where they are whole, as they are under `jit`. In a
-        `shard_map` that checks types (``check_vma=True``, its default) some leaves may
-        be replicated; elsewhere *every* leaf counts as sharded.
+      axis_name: the mapped axis (or axes) over which the trees are sharded, see
+        :func:`~nlcg_optax.nlcg`; None where they are whole, as they are under `jit`.
 
     Returns:
       A stateless transformation whose `update` needs `params`.

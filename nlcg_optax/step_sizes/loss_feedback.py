@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree, _xla
+from nlcg_optax import _check, _transformations, _tree, _xla
 
 # What follows a rise of the loss by more than a fraction (times the threshold): the
 # factor of the base step, and how much of the previous direction is taken back.
@@ -18,6 +18,13 @@ _MIN_STEP, _MAX_STEP = 1e-4, 1.0
 _AVERAGE_DECAY = 0.7
 _GROWTH = {"step": 1.05, "online": 1.02}
 
+_MISSING = (
+    "the step size follows the loss. Call `update(grads, state, params, value=loss)` "
+    "with the loss averaged over the global batch, or switch this piece off "
+    "(`nlcg(..., step_rule=None)`). The TrainState of Flax drops it: its "
+    "`apply_gradients` does not pass `value` on, so call `state.tx.update` yourself."
+)
+
 
 class LossFeedbackState(NamedTuple):
     """State of :func:`scale_by_loss_feedback`.
@@ -27,17 +34,20 @@ class LossFeedbackState(NamedTuple):
       base_step: the factor b of the last step.
       loss_average: moving average m of the loss.
       prev_loss_average: the average at the last comparison.
-      prev_update: the last input, the direction with its sign turned; None where it is
-        given.
+      prev_update: the last input, the direction with its sign turned.
       nonfinite: losses seen that were not finite, int32 scalar.
     """
 
-    count: jax.typing.ArrayLike
+    count: jax.Array
     base_step: jax.Array
     loss_average: jax.Array
     prev_loss_average: jax.Array
-    prev_update: optax.Updates | None
-    nonfinite: jax.typing.ArrayLike
+    prev_update: optax.Updates
+    nonfinite: jax.Array
+
+    def report(self) -> dict[str, jax.Array]:
+        """What :func:`nlcg_optax.diagnostics` tells."""
+        return {"base_step": self.base_step, "nonfinite_losses": self.nonfinite}
 
 
 def scale_by_loss_feedback(
@@ -45,7 +55,6 @@ def scale_by_loss_feedback(
     period: int = 5,
     threshold: float = 1.0,
     *,
-    keep_prev_update: bool = True,
     state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales directions by a base step that follows the loss (arXiv:1812.02886).
@@ -77,17 +86,14 @@ def scale_by_loss_feedback(
     Deviation from the published implementation: the rise is taken relative to
     :math:`|\mathrm{old}|`, so that negative losses work.
 
-    A loss that is not finite leaves the state alone and is counted. Under
+    A loss that is not finite leaves b and the averages alone and is counted; its
+    direction is the previous one of the next step all the same. Under
     ``optax.MultiSteps`` the loss seen is that of the last mini-batch.
 
     Args:
       rule: ``"step"`` or ``"online"``.
       period: steps between two comparisons of the ``"step"`` rule, at least 1.
       threshold: τ, positive; larger values tolerate larger rises.
-      keep_prev_update: whether the state keeps the previous direction. If not, `update`
-        needs it as the keyword argument ``prev_update``, from whoever has it:
-        :func:`nlcg_optax.nlcg` passes that of the conjugate direction's state (the last
-        one, whatever its loss was).
       state_dtype: dtype of the stored direction (kept complex for complex leaves); None
         for each parameter's own.
 
@@ -97,8 +103,8 @@ def scale_by_loss_feedback(
 
     Raises:
       ValueError: when built, for an unknown rule or an argument out of range; in
-        `update`, if ``value`` is missing or no real scalar, if ``prev_update`` is
-        missing where it is not kept, or if the gradients do not match the parameters.
+        `update`, if ``value`` is missing or no real scalar, or if the gradients do not
+        match the parameters.
 
     >>> import jax.numpy as jnp
     >>> import nlcg_optax
@@ -116,42 +122,29 @@ def scale_by_loss_feedback(
     _check.number("threshold", threshold, minimum=0, exclusive=True)
     _check.floating_dtype("state_dtype", state_dtype)
 
-    def init_fn(params: optax.Params) -> Any:
+    def init_fn(params: optax.Params) -> LossFeedbackState:
         dtype = _tree.scalar_dtype(params)
         return LossFeedbackState(
             count=jnp.zeros([], jnp.int32),
             base_step=jnp.ones([], dtype),
             loss_average=jnp.zeros([], dtype),
             prev_loss_average=jnp.zeros([], dtype),
-            prev_update=_tree.zeros_like(params, state_dtype)
-            if keep_prev_update
-            else None,
+            prev_update=_tree.zeros_like(params, state_dtype),
             nonfinite=jnp.zeros([], jnp.int32),
         )
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: LossFeedbackState,
         params: optax.Params | None = None,
         *,
         value: jax.typing.ArrayLike | None = None,
-        prev_update: optax.Updates | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, LossFeedbackState]:
         del params, extra_args
         dtype = state.base_step.dtype
-        loss = _check_loss(value).astype(dtype)
-        if keep_prev_update:
-            prev_update = state.prev_update
-            _tree.check_match(updates, prev_update, "the optimizer's state")
-        elif prev_update is None:
-            raise ValueError(
-                "prev_update=None: with keep_prev_update=False the previous direction "
-                "is not in the state. Call `update(grads, state, params, value=loss, "
-                "prev_update=...)`."
-            )
-        else:
-            _tree.check_match(updates, prev_update, "the previous direction")
+        loss = _check.loss(value, _MISSING).astype(dtype)
+        _tree.check_match(updates, state.prev_update, "the optimizer's state")
 
         finite = jnp.isfinite(loss)
         first = state.count == 0
@@ -197,40 +190,20 @@ def scale_by_loss_feedback(
             taken_back = b * (1 - w) * x - w * b_old * prev.astype(x.dtype)
             return jnp.where(w > 0, taken_back, b * x).astype(u.dtype)
 
+        scaled = jax.tree.map(scale, updates, state.prev_update)
+        kept = _tree.cast_like(updates, state.prev_update)
         compared = first | act
         new_state = LossFeedbackState(
-            count=optax.safe_increment(state.count),
+            count=_transformations.increment(state.count),
             base_step=base_step,
             loss_average=average,
             prev_loss_average=jnp.where(compared, average, state.prev_loss_average),
-            prev_update=_tree.cast_like(updates, prev_update)
-            if keep_prev_update
-            else None,
+            prev_update=kept,
             nonfinite=state.nonfinite,
         )
-        unchanged = state._replace(nonfinite=optax.safe_increment(state.nonfinite))
-        return (
-            jax.tree.map(scale, updates, prev_update),
-            _tree.where(finite, new_state, unchanged),
+        unchanged = state._replace(
+            prev_update=kept, nonfinite=_transformations.increment(state.nonfinite)
         )
+        return scaled, _tree.where(finite, new_state, unchanged)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_loss(value: jax.typing.ArrayLike | None) -> jax.Array:
-    """Returns the loss as an array, or says how to pass it."""
-    if value is None:
-        raise ValueError(
-            "value=None: the step size follows the loss. Call `update(grads, state, "
-            "params, value=loss)` with the loss averaged over the global batch, or "
-            "switch this piece off (`nlcg(..., step_rule=None)`). The TrainState of "
-            "Flax drops it: its `apply_gradients` does not pass `value` on, so call "
-            "`state.tx.update` yourself."
-        )
-    value = jnp.asarray(value)
-    if value.ndim or jnp.iscomplexobj(value):
-        raise ValueError(
-            f"value of shape {value.shape} and dtype {value.dtype} is not valid: "
-            "expected the loss, a real scalar."
-        )
-    return value
+    return _transformations.make(init_fn, update_fn)

@@ -45,6 +45,45 @@ def test_rules_are_known_by_name():
         assert getattr(beta, name) is rule
 
 
+@pytest.mark.parametrize("name", beta.BETA_RULES)
+def test_a_rule_needs_what_it_declares_and_nothing_else(name):
+    rule = beta.BETA_RULES[name]
+    rng = np.random.default_rng(0)
+    read = set()
+    for _ in range(40):
+        # Bounds from below, and the smaller of two, are not always read.
+        p = products(*rng.normal(size=(5, 4)), rng.uniform(0.1, 5.0))
+        slopes = jax.grad(rule)(p, 0.1)
+        read |= {field for field, x in slopes._asdict().items() if x != 0}
+        known = {field: getattr(p, field) for field in rule.needs}
+        others = dict.fromkeys(p._fields, jnp.nan) | known
+        np.testing.assert_array_equal(rule(beta.InnerProducts(**others)), rule(p))
+    assert read == rule.needs
+
+
+def test_a_rule_is_equal_to_another_of_the_same_function_and_needs():
+    def half(p, epsilon):
+        return 0.5
+
+    rules = {beta.BetaRule(half, {"g_z"}), beta.BetaRule(half, frozenset({"g_z"}))}
+    assert len(rules) == 1
+    assert beta.BetaRule(half).needs == set(beta.InnerProducts._fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needles"),
+    [
+        ((abs, {"g_z", "g_v"}), ["needs='g_v'", "'g_w'", "'prev_d_d'"]),
+        (("dai_yuan",), ["function='dai_yuan'", "a function of InnerProducts"]),
+    ],
+)
+def test_a_rule_that_cannot_be(arguments, needles):
+    with pytest.raises(ValueError) as error:
+        beta.BetaRule(*arguments)
+    for needle in needles:
+        assert needle in str(error.value)
+
+
 # Those with a bound from below that depends on the length of the last direction.
 TRUNCATED = {"hager_zhang", "dai_kou"}
 

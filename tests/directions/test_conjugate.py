@@ -240,6 +240,24 @@ def test_a_callable_rule_is_given_every_inner_product():
     np.testing.assert_allclose(update, run(named, gradients)[-1][0])
 
 
+@pytest.mark.parametrize("field", beta.InnerProducts._fields)
+def test_a_rule_is_given_what_it_declares(field):
+    def seen(**options):
+        values = []
+
+        def rule(p, epsilon):
+            values.append(getattr(p, field))
+            return beta.hager_zhang(p, epsilon) if not options else 0.1
+
+        made = beta.BetaRule(rule, **options)
+        # In the first two steps nothing depends on what β was.
+        tx = scale_by_conjugate_direction(made, track_cosine=False)
+        run(tx, [jnp.asarray(g) for g in GRADIENTS[:2]])
+        return values[:2]
+
+    np.testing.assert_array_equal(seen(needs={field}), seen())
+
+
 def test_a_callable_may_return_a_plain_number():
     tx = scale_by_conjugate_direction(lambda p, epsilon: 0.5)
     (_, (update, state)) = run(tx, [jnp.ones(2)] * 2)
@@ -259,6 +277,10 @@ def test_a_callable_may_return_a_plain_number():
         ("hager_zhang", True, True),
         ("dai_kou", True, True),
         (lambda p, epsilon: 0.0, True, True),
+        (beta.BetaRule(lambda p, epsilon: 0.0), True, True),
+        (beta.BetaRule(lambda p, epsilon: 0.0, {"g_d", "prev_g_z"}), False, False),
+        (beta.BetaRule(lambda p, epsilon: 0.0, {"g_w"}), True, False),
+        (beta.BetaRule(lambda p, epsilon: 0.0, {"y_w"}), True, True),
     ],
 )
 def test_only_the_history_that_is_needed_is_kept(rule, preconditioned, grad):
@@ -278,8 +300,8 @@ def test_state_dtype(dtype, state_dtype):
         params = params + update
         assert update.dtype == dtype
         direction, feedback, _ = state
-        assert feedback.prev_update is None
         for kept in (
+            feedback.prev_update,
             direction.prev_update,
             direction.prev_preconditioned,
             direction.prev_grad,

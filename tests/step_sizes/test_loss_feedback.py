@@ -127,13 +127,17 @@ def test_a_larger_threshold_tolerates_larger_rises(rule):
 
 @pytest.mark.parametrize("rule", ["step", "online"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_nonfinite_loss_changes_nothing_and_is_counted(rule, bad):
+def test_a_nonfinite_loss_changes_no_scalar_and_is_counted(rule, bad):
     tx = scale_by_loss_feedback(rule, 2)
     *_, (_, before), (out, state) = feed(tx, [1.0, 9.0, 12.0, bad])
     assert before.base_step < 1
     assert (before.nonfinite, state.nonfinite) == (0, 1)
-    unchanged = state._replace(nonfinite=before.nonfinite)
+    unchanged = state._replace(
+        nonfinite=before.nonfinite, prev_update=before.prev_update
+    )
     jax.tree.map(np.testing.assert_array_equal, unchanged, before)
+    # Its direction was taken all the same, and is the last one.
+    np.testing.assert_array_equal(state.prev_update, U[0])
     np.testing.assert_allclose(out, before.base_step * U[0])
 
 
