@@ -47,8 +47,8 @@ class Work:
       operations: from the small side of a matrix, the long one, and whether it is one
         of several, to the operations on what is as small as the small side, and to
         those on the matrix itself.
-      ways: those that are allowed. What is kept for each matrix by one device, say,
-        leaves out ``"split"``.
+      ways: those that are allowed, ``"each"`` or ``"spread"`` among them. Work that
+        needs whole matrices leaves out ``"split"``.
     """
 
     function: Callable[[list[jax.Array], "Share", Any], tuple[list[jax.Array], Any]]
