@@ -35,7 +35,7 @@ from protocol import (
     rounded,
     thin,
 )
-from workloads import EARLIER, UNTUNED, WORKLOADS, Workload
+from workloads import UNTUNED, WORKLOADS, Workload
 
 from nlcg_optax.training import data, optimizers
 
@@ -255,8 +255,7 @@ def progress(
         group = (row["optimizer"], row["batch_size"])
         if row["workload"] == name and group in rows:
             overrides = workload.optimizers[row["optimizer"]][0]
-            known = overrides, EARLIER.get(row["optimizer"], overrides)
-            if not any(row["overrides"][: len(words)] == words for words in known):
+            if row["overrides"][: len(overrides)] != overrides:
                 sys.exit(
                     f"{path} has runs of {row['optimizer']!r} with "
                     f"{row['overrides']}, now it is {overrides}: give it another name, "
