@@ -151,10 +151,7 @@ class Trainer:
     def create_optimizer(self, name: str, rate: Any, horizon: int | None) -> Any:
         make, _ = OPTIMIZERS[name]
         if make is None:
-            model = nlcg_optax.scale_by_quadratic_model(
-                nlcg_optax.scale_by_orthogonalization(), horizon=horizon
-            )
-            return optax.chain(model, optax.scale(-1.0))
+            return nlcg_optax.nlcg_auto(horizon)
         return optax.with_extra_args_support(make(lambda _: rate))
 
     def logits(self, params, batch_stats, images, train=True, model=None):
