@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import figures
 import optax
 import protocol
 import pytest
@@ -110,8 +111,8 @@ def test_what_has_nothing_to_tune_is_only_tested():
 
 
 def test_thinned_curves_keep_the_mean():
-    assert sweep.thin([1.23456, 2.0]) == [1.235, 2.0]
-    thinned = sweep.thin([float(i) for i in range(1000)])
+    assert protocol.thin([1.23456, 2.0]) == [1.235, 2.0]
+    thinned = protocol.thin([float(i) for i in range(1000)])
     assert len(thinned) == protocol.CURVE_POINTS
     assert thinned[0] == 2.0
 
@@ -300,3 +301,8 @@ def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own():
         config = workload.config.copy_and_resolve_references()
         apply_overrides(config, overrides)
         optimizers.create_optimizer(config, optax.constant_schedule(0.1), None)
+
+
+def test_figures_that_guides_show_are_those_of_the_rows():
+    results = FOLDER / "results"
+    assert (results / "figures.md").read_text() == figures.figures(results)

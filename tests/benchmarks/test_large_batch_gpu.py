@@ -120,7 +120,7 @@ def test_a_seed_of_the_gpu_program_draws_its_own_crops(images):
     def loss(seed):
         state = init(np.int32(0))  # a step consumes it
         indices, rate = np.arange(8, dtype=np.int32), np.float32(0.1)
-        return float(step(state, indices, *trainer.train, rate, np.int32(seed))[1])
+        return float(step(state, indices, trainer.train, rate, np.int32(seed))[1])
 
     assert loss(0) == loss(0) != loss(1)
 
