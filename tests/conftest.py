@@ -11,6 +11,9 @@ from waiting import HANGING_SECONDS
 # Before JAX starts its devices; the programs that tests start inherit them.
 os.environ["XLA_FLAGS"] = xla.flags()
 
+# Of this process alone, for meshes; what does not ask for others is on the first.
+jax.config.update("jax_num_cpu_devices", 8)
+
 # Programs that tests start; importing one would change JAX's settings for all.
 collect_ignore = ["workers"]
 
@@ -19,10 +22,7 @@ REFERENCE = pathlib.Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 # The files whose single tests take longest. They come first, so that no worker is left
 # with one of them when the others have nothing to do.
-LONGEST = (
-    *("test_mesh", "test_main_job", "test_front_doors", "test_notebooks"),
-    *("test_quadratic_model", "test_hager_zhang", "test_docs"),
-)
+LONGEST = ("test_main_job", "test_notebooks", "test_recorded", "test_docs")
 
 
 def pytest_collection_modifyitems(items):
@@ -57,6 +57,15 @@ def strict_promotion(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def trainer_on_one_device(request):
+    """The trainer takes all devices that it counts; on eight its tests take longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "training" in request.path.parts:
+            patch.setattr(jax, "device_count", lambda: 1)
+        yield
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
@@ -67,7 +76,7 @@ def x64():
 def run_on_devices():
     """Runs a program on so many CPU devices, warnings being errors.
 
-    Devices are counted when JAX starts, so this needs a process of its own.
+    What only needs eight devices has them in this process.
     """
 
     def run(program, count, *args):

@@ -43,7 +43,7 @@ MINIMIZERS = {
 
 def by_curvature(task, seed):
     """Loss against cost of the quadratic model."""
-    tx = nlcg_optax.nlcg(step_rule="quadratic_model")
+    tx = nlcg_optax.nlcg_auto()
     curvature = nlcg_optax.gauss_newton(task.outputs, task.loss, l2=task.l2)
 
     def step(params, state):

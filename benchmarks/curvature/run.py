@@ -85,10 +85,7 @@ def run(name, optimizer, rate, seed):
     task = tasks.TASKS[name]()
     if optimizer in OURS:
         curvature = nlcg_optax.gauss_newton(task.outputs, task.loss, l2=task.l2)
-        model = nlcg_optax.scale_by_quadratic_model(
-            nlcg_optax.scale_by_orthogonalization(), residuals=OURS[optimizer]
-        )
-        tx = optax.chain(model, optax.scale(-1.0))
+        tx = nlcg_optax.nlcg_auto(residuals=OURS[optimizer])
         losses = losses_of(task, tx, seed, curvature)
     else:
         decay = optax.cosine_decay_schedule(rate, tasks.STEPS)

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 import optax.contrib
 import protocol
+import running
 from PIL import Image
 
 import nlcg_optax
@@ -151,10 +152,7 @@ class Trainer:
     def create_optimizer(self, name: str, rate: Any, horizon: int | None) -> Any:
         make, _ = OPTIMIZERS[name]
         if make is None:
-            model = nlcg_optax.scale_by_quadratic_model(
-                nlcg_optax.scale_by_orthogonalization(), horizon=horizon
-            )
-            return optax.chain(model, optax.scale(-1.0))
+            return nlcg_optax.nlcg_auto(horizon)
         return optax.with_extra_args_support(make(lambda _: rate))
 
     def logits(self, params, batch_stats, images, train=True, model=None):
@@ -166,11 +164,10 @@ class Trainer:
         out, updated = model.apply(variables, x, train=True, mutable=["batch_stats"])
         return out, updated["batch_stats"]
 
-    def train_step(
-        self, name, horizon, parts, state, indices, images, labels, rate, seed
-    ):
+    def train_step(self, name, horizon, parts, state, indices, images, rate, seed):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        batch = Images(data.augment(key, images[indices]), labels[indices])
+        chosen = images.images[indices]
+        batch = Images(data.augment(key, chosen), images.labels[indices])
 
         def loss_of(params, batch_stats, part):
             logits, batch_stats = self.logits(params, batch_stats, part.images)
@@ -250,7 +247,7 @@ class Trainer:
 
         start = time.monotonic()
         init = jax.jit(init).lower(np.int32(0)).compile()
-        example = np.zeros(size, np.int32), *self.train, np.float32(0), np.int32(0)
+        example = np.zeros(size, np.int32), self.train, np.float32(0), np.int32(0)
         step = jax.jit(step, donate_argnums=0).lower(init(np.int32(0)), *example)
         programs = init, step.compile(), time.monotonic() - start
         self._compiled = key, programs
@@ -265,34 +262,20 @@ class Trainer:
         rates = np.ones(num_steps, np.float32)
         if OPTIMIZERS[name][0] is not None:
             rates = learning_rates(cell.learning_rate, num_steps)
-        seed = np.int32(cell.seed)
-        state = init(seed)
+        state = init(np.int32(cell.seed))
         jax.block_until_ready(state)
-        start, losses = time.monotonic(), []
-        for i in range(num_steps):
-            places = data.batch_indices(i, size, len(kept), cell.seed)
-            indices = kept[places].astype(np.int32)
-            state, loss = step(state, indices, *self.train, rates[i], seed)
-            losses.append(loss)
-            if i and not math.isfinite(losses[-2]):
-                break
-        jax.block_until_ready(state)
+        start = time.monotonic()
+        state, losses = running.train(
+            step, state, self.train, kept, size, rates, cell.seed
+        )
         seconds = time.monotonic() - start
-        finite = [float(x) for x in losses if math.isfinite(x)]
-        scores = {}
-        if len(finite) == num_steps:
-            scores = self.evaluate(state, cell.phase)
-        diverged = not math.isfinite(scores.get("loss", math.nan))
         return {
             "workload": "cifar10_jpeg_gpu",
             "optimizer": name,
             "batch_size": batch_size,
-            **cell._asdict(),
-            "steps": num_steps,
-            "diverged": diverged,
-            "accuracy": None if diverged else scores["accuracy"],
-            "loss": None if diverged else scores["loss"],
-            "curve": protocol.thin(finite),
+            **running.outcome(
+                cell, num_steps, losses, lambda: self.evaluate(state, cell.phase)
+            ),
             "seconds": round(seconds, 1),
             "step_seconds": protocol.rounded(seconds / len(losses)),
             "compile_seconds": round(compile_seconds, 1),

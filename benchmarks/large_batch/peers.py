@@ -227,13 +227,10 @@ def create_optimizer(
     )
     options = config.optimizer.nlcg.to_dict()
     if optimizers.uses_quadratic_model(config):
-        return optax.chain(
-            nlcg_optax.scale_by_quadratic_model(
-                preconditioner,
-                residuals=options["curvature_residuals"],
-                horizon=total_steps,
-            ),
-            optax.scale(-1.0),
+        return nlcg_optax.nlcg_auto(
+            total_steps,
+            preconditioner=preconditioner,
+            residuals=options["curvature_residuals"],
         )
     return nlcg_optax.nlcg(
         schedule,

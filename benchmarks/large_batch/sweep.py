@@ -33,9 +33,9 @@ from protocol import (
     plan,
     read,
     rounded,
-    thin,
 )
-from workloads import EARLIER, UNTUNED, WORKLOADS, Workload
+from running import outcome, train
+from workloads import UNTUNED, WORKLOADS, Workload
 
 from nlcg_optax.training import data, optimizers
 
@@ -136,42 +136,28 @@ class Trainer:
 
         start = now()
         state = init(np.int32(cell.seed))
-        losses: list[Any] = []
         evaluations, spent = [], 0.0
         jax.block_until_ready(state)
         clock = now()
-        for step in range(num_steps):
-            places = data.batch_indices(step, size, len(kept), cell.seed)
-            indices = kept[places].astype(np.int32)
-            state, loss = train_step(
-                state, indices, self.arrays, rates[step], np.int32(cell.seed)
-            )
-            losses.append(loss)
-            # That of the step before, so that the device need not wait.
-            if step and not math.isfinite(losses[-2]):
-                break
-            if during and step + 1 in due:
+
+        def after(count: int, state: Any) -> None:
+            nonlocal spent, clock
+            if during and count in due:
                 jax.block_until_ready(state)
                 spent += now() - clock
                 value = rounded(evaluate(state)["loss"])
                 if math.isfinite(value):
-                    evaluations.append([step + 1, value])
+                    evaluations.append([count, value])
                 clock = now()
-        jax.block_until_ready(state)
+
+        state, losses = train(
+            train_step, state, self.arrays, kept, size, rates, cell.seed, after
+        )
         spent += now() - clock
-        losses = [float(loss) for loss in losses]
-        finite = [loss for loss in losses if math.isfinite(loss)]
-        scores = evaluate(state) if len(finite) == num_steps else {}
-        diverged = not math.isfinite(scores.get("loss", math.nan))
         row = {
             "optimizer": optimizer,
             "batch_size": batch_size,
-            **cell._asdict(),
-            "steps": num_steps,
-            "diverged": diverged,
-            "accuracy": scores.get("accuracy"),
-            "loss": None if diverged else scores["loss"],
-            "curve": thin(finite),
+            **outcome(cell, num_steps, losses, lambda: evaluate(state)),
             "seconds": round(now() - start, 1),
             "step_seconds": rounded(spent / len(losses)),
             "compile_seconds": round(compile_seconds, 1),
@@ -255,8 +241,7 @@ def progress(
         group = (row["optimizer"], row["batch_size"])
         if row["workload"] == name and group in rows:
             overrides = workload.optimizers[row["optimizer"]][0]
-            known = overrides, EARLIER.get(row["optimizer"], overrides)
-            if not any(row["overrides"][: len(words)] == words for words in known):
+            if row["overrides"][: len(overrides)] != overrides:
                 sys.exit(
                     f"{path} has runs of {row['optimizer']!r} with "
                     f"{row['overrides']}, now it is {overrides}: give it another name, "

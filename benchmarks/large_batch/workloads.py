@@ -72,16 +72,6 @@ UNTUNED = {"nlcg by curvature", "nlcg by full curvature"}
 # Made for a constant rate: they have schedules of their own.
 SCHEDULE_FREE = {"schedule-free adamw"}
 
-# Recorded rows may state an optimizer in words of before; a test holds the two equal.
-EARLIER = {
-    "nlcg_paper": [
-        "optimizer.name=nlcg",
-        "optimizer.nlcg.preconditioner=diagonal_bfgs",
-        "optimizer.nlcg.beta_bounds=(0.0, 1.0)",
-        "optimizer.nlcg.nesterov=False",
-    ]
-}
-
 
 def _variant(*overrides: str, rate: float = 0.04) -> tuple[list[str], float]:
     """NLCG's default but for some fields of ``optimizer.nlcg``."""

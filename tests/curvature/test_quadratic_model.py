@@ -1,8 +1,6 @@
 """The step that curvature chooses, against conjugate gradient in NumPy."""
 
-import json
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -610,59 +608,3 @@ def test_update_needs_the_parameters_and_gradients_like_them():
     with pytest.raises(ValueError) as error:
         tx.update({"x": x}, tx.init(x), x, value=1.0, curvature=curvature)
     check(error, "gradients do not match", "expected")
-
-
-# --- Several devices ----------------------------------------------------------------
-
-# One process measures for all the tests of a group, which xdist leaves together.
-on_eight_devices = pytest.mark.xdist_group("quadratic_model")
-
-
-WORKER = pathlib.Path(__file__).parents[1] / "workers" / "quadratic_model.py"
-
-
-@pytest.fixture(scope="module")
-def found(run_on_devices):
-    return json.loads(run_on_devices(WORKER, 8).stdout)
-
-
-def check_numbers(differences, count):
-    assert len(differences) == count
-    worst = max(differences, key=differences.__getitem__)
-    assert differences[worst] < 1e-8, worst
-
-
-@on_eight_devices
-def test_on_several_devices_the_numbers_are_those_of_one(found):
-    check_numbers(found["numbers"], 6)
-
-
-@pytest.mark.long
-def test_on_several_devices_by_other_ways_too(run_on_devices):
-    done = run_on_devices(WORKER, 8, "more")
-    check_numbers(json.loads(done.stdout)["numbers"], 7)
-
-
-@on_eight_devices
-def test_a_lost_mean_is_noticed(found):
-    for needle in ("each device's own", "'data'", "axis_name="):
-        assert needle in found["lost_mean"]
-
-
-@on_eight_devices
-@pytest.mark.parametrize("door", ["jit", "shard_map"])
-def test_no_second_all_reduce_of_a_gradient(found, door):
-    """Products are a matrix of three directions, with which the curvature's own loss
-    travels; a residual direction is a tree."""
-    plain, products, residual = (
-        found["communication"][f"{door}, {residuals}"] for residuals in (None, 0, 1)
-    )
-    size = 8 * 16 + 16 + 16 * 5
-    assert plain == [["all-reduce", size + 1]]
-    assert products == [["all-reduce", 9 + 1], *plain]
-    assert residual == [
-        ["all-reduce", 4 + 1],
-        ["all-reduce", 9],
-        ["all-reduce", size],
-        *plain,
-    ]

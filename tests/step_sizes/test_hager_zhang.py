@@ -1,6 +1,5 @@
 import functools
 import math
-import pathlib
 import pickle
 
 import jax
@@ -8,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from problems import paper
 
 import nlcg_optax
 
@@ -198,11 +200,92 @@ def test_state_keeps_its_dtypes_and_travels(dtype):
     np.testing.assert_allclose(np.asarray(params["a"], complex), 1, atol=0.1)
 
 
-def test_sharded_leaves_give_the_numbers_of_one_device(run_on_devices):
+STEPS = 5
+MEMORY = 3
+rng = np.random.default_rng(0)
+PARAMS = {"w": rng.normal(size=(4, 3)), "b": rng.normal(size=2)}
+PARAMS["c"] = rng.normal(size=6) + 1j * rng.normal(size=6)
+
+
+def difference(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(
+        float(np.max(np.abs(x - y) / (np.abs(y) + 1e-3), initial=0.0))
+        for x, y in (np.asarray(pair, complex) for pair in pairs)
+    )
+
+
+def search(axis_name, preconditioner, mesh=None, manual=False):
+    """Steps with a line search, which evaluates an objective over all devices."""
+    tx = paper(
+        1.0,
+        beta_rule="hager_zhang",
+        beta_bounds=(-np.inf, np.inf),
+        preconditioner=preconditioner,
+        restart_on_ascent=True,
+        step_rule=nlcg_optax.scale_by_hager_zhang_linesearch(axis_name=axis_name),
+        axis_name=axis_name,
+    )
+
+    def value_fn(params):
+        # The leaves differ in curvature and in what they do to the first step.
+        values = [
+            (k + 1) * jnp.sum(jnp.abs(x) ** 4 + jnp.abs(x - 0.3) ** 2)
+            for k, x in enumerate(jax.tree.leaves(params))
+        ]
+        total = sum(values[1:], values[0])
+        return total if axis_name is None else jax.lax.psum(total, axis_name)
+
+    def step(params, state):
+        value, grad = jax.value_and_grad(value_fn)(params)
+        updates, state = tx.update(
+            jax.tree.map(jnp.conj, grad),
+            state,
+            params,
+            value=value,
+            grad=grad,
+            value_fn=value_fn,
+        )
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = tx.init(params)
+
+    def memory_spec(x):  # of limited-memory BFGS, whose leading axis is the pairs'
+        if jnp.shape(x)[:1] != (MEMORY,):
+            return P("x") if jnp.ndim(x) else P()
+        return P(None, "x") if jnp.ndim(x) > 1 else P()
+
+    if mesh is not None:
+        params, state = jax.tree.map(
+            lambda x: jax.device_put(x, NamedSharding(mesh, memory_spec(x))),
+            (params, state),
+        )
+    if manual:
+        specs = jax.tree.map(memory_spec, (params, state))
+        step = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=specs)
+    step = jax.jit(step)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return jax.tree.map(np.asarray, (params, state))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("memory", [True, False])
+def test_sharded_leaves_give_the_numbers_of_one_device(memory):
     """Under `jit`, and under `shard_map` with the axis named."""
-    worker = pathlib.Path(__file__).parents[1] / "workers" / "hager_zhang.py"
-    done = run_on_devices(worker, 2)
-    assert len(done.stdout.splitlines()) == 2
+    mesh = jax.make_mesh((2,), ("x",))
+
+    def preconditioner(axis_name):
+        if not memory:
+            return None
+        return nlcg_optax.scale_by_limited_memory_bfgs(MEMORY, axis_name=axis_name)
+
+    expected = search(None, preconditioner(None))
+    manual = difference(search("x", preconditioner("x"), mesh, True), expected)
+    automatic = difference(search(None, preconditioner(None), mesh), expected)
+    assert manual < 1e-9 and automatic < 1e-9
 
 
 def test_vmap_searches_each_line_by_itself():

@@ -1,28 +1,19 @@
-"""Run by `test_quadratic_model.py` in a process with eight devices; no test by itself.
-
-Prints, as JSON, how far each way to run the step on several devices is from one device,
-and what the compiled steps communicate.
-"""
+"""The step that curvature chooses, on several devices: numbers, and communication."""
 
 import functools
-import json
-import pathlib
-import sys
 
+import compiled
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+import nlcg_optax
 
-import compiled  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax.sharding import AxisType, NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-import nlcg_optax  # noqa: E402
+pytestmark = pytest.mark.usefixtures("x64")
 
 RNG = np.random.default_rng(0)
 ROWS, FEATURES, CLASSES, STEPS = 32, 8, 5, 6
@@ -201,42 +192,48 @@ def by_microbatches(kind, residuals):
     return jax.jit(run)(PARAMS, BATCH)
 
 
-def numbers(more=False):
-    ways = {
-        "jit, replicated": lambda *args: by_jit(*args, REPLICATED),
-        "jit, sharded": lambda *args: by_jit(*args, SHARDED),
-        "shard_map, replicated": lambda *args: by_shard_map(*args, REPLICATED),
-        "shard_map, sharded": lambda *args: by_shard_map(*args, SHARDED),
-        "pmap, replicated": by_pmap,
-        "microbatches": by_microbatches,
-    }
-    others = {
-        "jit explicit, replicated": lambda *args: by_jit(
-            *args, REPLICATED, AxisType.Explicit
-        ),
-        "shard_map unchecked, replicated": lambda *args: by_shard_map(
-            *args, REPLICATED, check_vma=False
-        ),
-        "shard_map, averaged loss": lambda *args: by_shard_map(
-            *args, REPLICATED, averaged=True
-        ),
-        "shard_map, sharded, microbatches": lambda *args: by_shard_map(
-            *args, SHARDED, microbatches=2
-        ),
-    }
-    few = {name: ways[name] for name in ("jit, sharded", "shard_map, sharded")}
-    few["pmap, replicated"] = by_pmap
-    cases = [("gauss_newton", 1, ways)]
-    if more:
-        cases = [("gauss_newton", 1, others), ("hessian", 1, few)]
-    return {
-        f"{kind}, {name}": difference(way(kind, residuals), expected(kind, residuals))
-        for kind, residuals, some in cases
-        for name, way in some.items()
-    }
+WAYS = {
+    "jit, replicated": lambda *args: by_jit(*args, REPLICATED),
+    "jit, sharded": lambda *args: by_jit(*args, SHARDED),
+    "shard_map, replicated": lambda *args: by_shard_map(*args, REPLICATED),
+    "shard_map, sharded": lambda *args: by_shard_map(*args, SHARDED),
+    "pmap, replicated": by_pmap,
+    "microbatches": by_microbatches,
+}
+OTHERS = {
+    "jit explicit, replicated": lambda *args: by_jit(
+        *args, REPLICATED, AxisType.Explicit
+    ),
+    "shard_map unchecked, replicated": lambda *args: by_shard_map(
+        *args, REPLICATED, check_vma=False
+    ),
+    "shard_map, averaged loss": lambda *args: by_shard_map(
+        *args, REPLICATED, averaged=True
+    ),
+    "shard_map, sharded, microbatches": lambda *args: by_shard_map(
+        *args, SHARDED, microbatches=2
+    ),
+}
+LONG = [
+    *[("gauss_newton", way) for way in OTHERS],
+    *[("hessian", f"{door}, sharded") for door in ("jit", "shard_map")],
+    ("hessian", "pmap, replicated"),
+]
 
 
-def lost_mean():
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *[("gauss_newton", way) for way in WAYS],
+        *[pytest.param(*case, marks=pytest.mark.long) for case in LONG],
+    ],
+)
+def test_on_several_devices_the_numbers_are_those_of_one(kind, way):
+    found = {**WAYS, **OTHERS}[way](kind, 1)
+    assert difference(found, expected(kind, 1)) < 1e-8
+
+
+def test_a_lost_mean_is_noticed():
     """Without the mean over devices each has curvature of its own."""
     mesh = make_mesh((8,), ("data",))
 
@@ -256,68 +253,54 @@ def lost_mean():
     run = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=True
     )
-    try:
+    with pytest.raises(ValueError) as error:
         jax.jit(run)(PARAMS, BATCH)
-    except ValueError as error:
-        return str(error)
-    return "nothing was raised"
+    for needle in ("each device's own", "'data'", "axis_name="):
+        assert needle in str(error.value)
 
 
-def communication():
-    """Collectives of one step: their kinds, and how many numbers each carries."""
+def plain_step(params, state, batch, axis=None):
+    """The loss and its gradient alone."""
+
+    def loss_fn(params):
+        return cross_entropy(model(params, batch["x"]), batch) + penalty(params)
+
+    value_and_grad = jax.value_and_grad(loss_fn)
+    if axis is not None:
+        value_and_grad = nlcg_optax.pmean_value_and_grad(loss_fn, axis)
+    loss, grads = value_and_grad(params)
+    return grads, state, loss
+
+
+GRADIENT = 8 * 16 + 16 + 16 * 5
+PLAIN = [("all-reduce", GRADIENT + 1)]
+# With the matrix of products travels what the curvature makes of the loss.
+PRODUCTS = [("all-reduce", 9 + 1), *PLAIN]
+RESIDUAL = [("all-reduce", 4 + 1), ("all-reduce", 9), ("all-reduce", GRADIENT), *PLAIN]
+
+
+@pytest.mark.parametrize("door", ["jit", "shard_map"])
+@pytest.mark.parametrize(
+    ("residuals", "sent"), [(None, PLAIN), (0, PRODUCTS), (1, RESIDUAL)]
+)
+def test_no_second_all_reduce_of_a_gradient(door, residuals, sent):
+    """Products are a matrix of three directions; a residual direction is a tree."""
     mesh = make_mesh((8,), ("data",))
     rows = {"x": P("data"), "y": P("data")}
-    found = {}
-    for residuals in (None, 0, 1):
-        tx = make(residuals or 0)
-        state = jax.eval_shape(tx.init, PARAMS)
-        if residuals is None:
-
-            def step(params, state, batch, axis=None):
-                def loss_fn(params):
-                    logits = model(params, batch["x"])
-                    return cross_entropy(logits, batch) + penalty(params)
-
-                if axis is None:
-                    loss, grads = jax.value_and_grad(loss_fn)(params)
-                else:
-                    loss, grads = nlcg_optax.pmean_value_and_grad(loss_fn, axis)(params)
-                return grads, state, loss
-
-            doors = {"jit": step, "shard_map": functools.partial(step, axis="data")}
-        else:
-            doors = {
-                "jit": training(tx, "gauss_newton")[1],
-                "shard_map": training(tx, "gauss_newton", axis="data")[1],
-            }
-        for door, step in doors.items():
-            if door == "shard_map":
-                step = jax.shard_map(
-                    step, mesh=mesh, in_specs=(P(), P(), rows), out_specs=P()
-                )
-            arguments = (PARAMS, state, BATCH)
-            placed = jax.tree.map(
-                lambda x, spec: jax.ShapeDtypeStruct(
-                    np.shape(x), x.dtype, sharding=NamedSharding(mesh, spec)
-                ),
-                arguments,
-                (REPLICATED, jax.tree.map(lambda _: P(), state), rows),
-            )
-            program = compiled.read(jax.jit(step).lower(*placed).compile())
-            found[f"{door}, {residuals}"] = sorted(
-                (c.kind, c.elements) for c in program.collectives
-            )
-    return found
-
-
-def main():
-    if sys.argv[1:] == ["more"]:
-        found = {"numbers": numbers(more=True)}
-    else:
-        parts = (numbers, lost_mean, communication)
-        found = {part.__name__: part() for part in parts}
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    axis = "data" if door == "shard_map" else None
+    tx = make(residuals or 0)
+    state = jax.eval_shape(tx.init, PARAMS)
+    step = training(tx, "gauss_newton", axis=axis)[1]
+    if residuals is None:
+        step = functools.partial(plain_step, axis=axis)
+    if door == "shard_map":
+        step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), rows), out_specs=P())
+    placed = jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(
+            np.shape(x), x.dtype, sharding=NamedSharding(mesh, spec)
+        ),
+        (PARAMS, state, BATCH),
+        (REPLICATED, jax.tree.map(lambda _: P(), state), rows),
+    )
+    program = compiled.read(jax.jit(step).lower(*placed).compile())
+    assert sorted((c.kind, c.elements) for c in program.collectives) == sent

@@ -1,13 +1,14 @@
 """The large-batch benchmark: its protocol, its report, and a tiny sweep."""
 
-import importlib
 import json
 import pathlib
 
-import jax.numpy as jnp
-import numpy as np
+import figures
 import optax
+import protocol
 import pytest
+import report
+import sweep
 import tiny
 
 from nlcg_optax.training import loop, models, optimizers
@@ -17,21 +18,8 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_bat
 SCHEDULES = ("default", "other")
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("sweep"), importlib.import_module("report")
-
-
-@pytest.fixture
-def sweep(modules):
-    return modules[0]
-
-
-@pytest.fixture
-def protocol(modules):
-    return importlib.import_module("protocol")
+# Flax and most of optax's optimizers promote dtypes.
+pytestmark = pytest.mark.standard_promotion
 
 
 def row(cell, accuracy, loss=1.0):
@@ -45,7 +33,7 @@ def row(cell, accuracy, loss=1.0):
     }
 
 
-def run_all(sweep, accuracy):
+def run_all(accuracy):
     """Rows of a whole group, and how many runs each call of `plan` asked for."""
     rows, asked = [], []
     while cells := sweep.plan(rows, 1.0, SCHEDULES):
@@ -54,10 +42,9 @@ def run_all(sweep, accuracy):
     return rows, asked
 
 
-def test_stages_follow_on_each_other(sweep, protocol):
+def test_stages_follow_on_each_other():
     """Five rates, the other schedule at the best of them, three seeds of the winner."""
     rows, asked = run_all(
-        sweep,
         lambda cell: (cell.schedule == "other") - abs(cell.learning_rate - 0.5),
     )
     assert asked == [5, 1, 3]
@@ -77,13 +64,13 @@ def test_stages_follow_on_each_other(sweep, protocol):
         (lambda rate: None if rate > 0.125 else rate, [0.125, 0.0625]),  # all failed
     ],
 )
-def test_grid_is_extended_at_its_edge(sweep, accuracy, extensions):
-    rows, asked = run_all(sweep, lambda cell: accuracy(cell.learning_rate))
+def test_grid_is_extended_at_its_edge(accuracy, extensions):
+    rows, asked = run_all(lambda cell: accuracy(cell.learning_rate))
     assert asked == [5, *[1] * len(extensions), 1, 3]
     assert [row["learning_rate"] for row in rows[5 : 5 + len(extensions)]] == extensions
 
 
-def test_rates_that_a_wider_grid_had_count_too(sweep):
+def test_rates_that_a_wider_grid_had_count_too():
     """A grid of five was begun; of the three that are left the middle one is best."""
     rows = [
         row(cell, {0.25: 0.9, 1.0: 0.5}.get(cell.learning_rate, 0.1))
@@ -96,12 +83,12 @@ def test_rates_that_a_wider_grid_had_count_too(sweep):
     assert other[:3] == ("tuning", 0.25, "other")
 
 
-def test_nothing_is_tested_where_every_rate_diverges(sweep):
-    _, asked = run_all(sweep, lambda cell: None)
+def test_nothing_is_tested_where_every_rate_diverges():
+    _, asked = run_all(lambda cell: None)
     assert asked == [5, 1, 1, 1]
 
 
-def test_loss_decides_between_equal_accuracies(sweep):
+def test_loss_decides_between_equal_accuracies():
     rows = [
         row(cell, 0.5, loss=abs(cell.learning_rate - 2))
         for cell in sweep.plan([], 1.0, SCHEDULES)
@@ -110,12 +97,12 @@ def test_loss_decides_between_equal_accuracies(sweep):
     assert cell.learning_rate == 2.0
 
 
-def test_an_interrupted_stage_goes_on(sweep):
+def test_an_interrupted_stage_goes_on():
     first = sweep.plan([], 1.0, SCHEDULES)
     assert sweep.plan([row(first[1], 0.5)], 1.0, SCHEDULES) == [first[0], *first[2:]]
 
 
-def test_what_has_nothing_to_tune_is_only_tested(sweep, protocol):
+def test_what_has_nothing_to_tune_is_only_tested():
     cells = sweep.plan([], 1.0, SCHEDULES, tuned=False)
     assert [cell.seed for cell in cells] == list(protocol.TEST_SEEDS)
     assert {cell[:3] for cell in cells} == {("test", 1.0, next(iter(SCHEDULES)))}
@@ -123,16 +110,15 @@ def test_what_has_nothing_to_tune_is_only_tested(sweep, protocol):
     assert sweep.plan(rows, 1.0, SCHEDULES, tuned=False) == [cells[0], *cells[2:]]
 
 
-def test_thinned_curves_keep_the_mean(sweep, protocol):
-    assert sweep.thin([1.23456, 2.0]) == [1.235, 2.0]
-    thinned = sweep.thin([float(i) for i in range(1000)])
+def test_thinned_curves_keep_the_mean():
+    assert protocol.thin([1.23456, 2.0]) == [1.235, 2.0]
+    thinned = protocol.thin([float(i) for i in range(1000)])
     assert len(thinned) == protocol.CURVE_POINTS
     assert thinned[0] == 2.0
 
 
-def test_sweep_and_report(modules, monkeypatch, tmp_path):
+def test_sweep_and_report(monkeypatch, tmp_path):
     """From the data to the table; a second time nothing is run."""
-    sweep, report = modules
     monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
     path = tmp_path / "digits.jsonl"
     workload = sweep.WORKLOADS["digits"](None)
@@ -165,7 +151,7 @@ def test_sweep_and_report(modules, monkeypatch, tmp_path):
 
 
 @pytest.mark.long
-def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
+def test_a_cell_is_a_run_of_the_training_loop(monkeypatch, tmp_path):
     """The same numbers, though rate and seed are arguments of one program here."""
     monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
     workload = sweep.WORKLOADS["digits"](None)
@@ -193,7 +179,7 @@ def test_a_cell_is_a_run_of_the_training_loop(sweep, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["soap", "schedule-free adamw"])
-def test_peers_train_in_the_trainer_too(sweep, name, monkeypatch):
+def test_peers_train_in_the_trainer_too(name, monkeypatch):
     monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
     workload = sweep.WORKLOADS["digits"](None)
     workload.config.num_epochs = 5.0
@@ -205,8 +191,8 @@ def test_peers_train_in_the_trainer_too(sweep, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10_jpeg", "cifar10_jpeg_ablation"])
-def test_recorded_rows_are_found_as_done(sweep, name, monkeypatch, tmp_path):
-    """Whatever words they state their optimizer in; what is new may be missing."""
+def test_recorded_rows_are_found_as_done(name, monkeypatch, tmp_path):
+    """What is new may be missing."""
 
     def trainer(workload):
         raise AssertionError("a recorded run would be run again")
@@ -225,7 +211,7 @@ def test_recorded_rows_are_found_as_done(sweep, name, monkeypatch, tmp_path):
         sweep.sweep(name, workload, path, groups)
 
 
-def test_what_was_tested_is_the_best_of_what_was_tuned(protocol):
+def test_what_was_tested_is_the_best_of_what_was_tuned():
     def setting(row):
         return row["learning_rate"], row["schedule"]
 
@@ -244,38 +230,14 @@ def test_what_was_tested_is_the_best_of_what_was_tuned(protocol):
             assert tested <= set(map(setting, winners)), (path.name, key, tested)
 
 
-def test_other_overrides_than_recorded_are_refused(sweep, tmp_path):
+def test_other_overrides_than_recorded_are_refused(tmp_path):
     workload = sweep.WORKLOADS["digits"](None)
     path = tmp_path / "digits.jsonl"
-    for overrides in (["optimizer.name=nlcg"], sweep.EARLIER["nlcg_paper"][:2]):
+    for overrides in (["optimizer.name=nlcg"], []):
         row = {"workload": "digits", "optimizer": "nlcg_paper", "batch_size": 64}
         path.write_text(json.dumps(row | {"overrides": overrides}) + "\n")
         with pytest.raises(SystemExit, match="has runs of 'nlcg_paper'"):
             sweep.sweep("digits", workload, path, [("nlcg_paper", 64)])
-
-
-def test_earlier_words_mean_the_same_optimizer(sweep):
-    workload = sweep.WORKLOADS["digits"](None)
-
-    def trajectory(overrides):
-        config = workload.config.copy_and_resolve_references()
-        apply_overrides(config, overrides)
-        tx = optimizers.create_optimizer(config, optax.constant_schedule(0.05), None)
-        scale = jnp.array([[1.0, 4.0], [9.0, 0.5]])
-        x = jnp.array([[1.0, -2.0], [3.0, 1.5]])
-        state, path = tx.init(x), []
-        for _ in range(12):
-            loss, grads = jnp.sum(scale * x**2), 2 * scale * x
-            updates, state = tx.update(grads, state, x, value=loss)
-            x = x + updates
-            path.append(x)
-        return np.array(path)
-
-    assert sweep.EARLIER
-    for name, earlier in sweep.EARLIER.items():
-        now = trajectory(workload.optimizers[name][0])
-        np.testing.assert_allclose(now, trajectory(earlier), rtol=1e-5)
-        assert np.abs(now / trajectory(earlier[:2]) - 1).max() > 1e-3
 
 
 def curve_row(optimizer, curve):
@@ -297,9 +259,7 @@ def curve_row(optimizer, curve):
     }
 
 
-def test_steps_to_the_loss_of_the_best_peer(modules):
-    _, report = modules
-
+def test_steps_to_the_loss_of_the_best_peer():
     rows = [
         curve_row("nlcg", [4.0, 2.0, 1.0, 0.5]),
         curve_row("sgd", [4.0, 3.0, 2.5, 2.0]),
@@ -311,9 +271,8 @@ def test_steps_to_the_loss_of_the_best_peer(modules):
         assert line in table
 
 
-def test_a_target_is_missed_in_the_steps_of_a_test(modules):
+def test_a_target_is_missed_in_the_steps_of_a_test():
     """Tuning holds examples out, so that its runs are shorter."""
-    _, report = modules
     test = curve_row("nlcg", [4.0, 3.0, 2.5, 2.0])
     tuning = test | {"phase": "tuning", "seed": 100, "steps": 6}
     rows = [tuning, test, curve_row("momentum", [4.0, 3.0, 2.0, 1.0])]
@@ -321,9 +280,8 @@ def test_a_target_is_missed_in_the_steps_of_a_test(modules):
     assert "| nlcg | > 8 | not run | not run |" in steps
 
 
-def test_an_ablation_is_one_table(modules):
+def test_an_ablation_is_one_table():
     """Without plots: there is one batch size."""
-    _, report = modules
     rows = [curve_row("nlcg", [1.0, 0.4]), curve_row("muon", [1.0, 0.6])]
     markdown = "\n".join(report.section("cifar10_jpeg_ablation", rows))
     assert "| nlcg | 50.00 (one seed) | 1; default | 0.4 | 1.00 | – |" in markdown
@@ -335,7 +293,7 @@ def test_an_ablation_is_one_table(modules):
     assert "No longer in the sweep (README.md says why): restart on ascent." in markdown
 
 
-def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own(sweep):
+def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own():
     workload = sweep.WORKLOADS["cifar10_jpeg_ablation"](None)
     variants = [tuple(overrides) for overrides, _ in workload.optimizers.values()]
     assert len(set(variants)) == len(variants)
@@ -343,3 +301,8 @@ def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own(sweep):
         config = workload.config.copy_and_resolve_references()
         apply_overrides(config, overrides)
         optimizers.create_optimizer(config, optax.constant_schedule(0.1), None)
+
+
+def test_figures_that_guides_show_are_those_of_the_rows():
+    results = FOLDER / "results"
+    assert (results / "figures.md").read_text() == figures.figures(results)

@@ -20,7 +20,7 @@ from nlcg_optax.training import cli, metrics, models
 from nlcg_optax.training.data import digits, load
 from nlcg_optax.training.data.sources import Arrays
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "digits_resnet8.py"
 
 TRAIN_EXAMPLES = 96

@@ -1,0 +1,206 @@
+"""The figures that other documents show: `results/figures.md`, of the recorded rows.
+
+`report.py` writes it beside all tables. Guides include a table of it by its name, so
+that each figure stands in one place, and nobody copies it by hand. ± is the standard
+error of the tested seeds, and the best of a column is bold.
+"""
+
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import protocol
+import report
+import targets
+from workloads import WORKLOADS
+
+CURVATURE, FULL, NLCG = "nlcg by curvature", "nlcg by full curvature", "nlcg"
+SHOWN = {
+    CURVATURE: "`nlcg_auto`, nothing tuned",
+    FULL: "`nlcg_auto`, all of the batch, five residual directions",
+    NLCG: "`nlcg`, a rate tuned",
+    "nlcg_paper": "`nlcg_paper`",
+    "soap": "SOAP, momentum 0.95",
+    "soap β=0.8": "SOAP, momentum 0.8",
+    "muon": "Muon, momentum 0.95",
+    "muon β=0.8": "Muon, momentum 0.8",
+    "lars": "LARS",
+    "lamb": "LAMB",
+    "adamw": "AdamW",
+    "momentum": "momentum",
+}
+Cell = tuple[str, float]  # what is shown, and what is best if it is least
+
+# Where every step has all the data: workload, batch size, what heads the column.
+WHOLE = (
+    ("cifar10_jpeg_all", 50_000, "`cifar10_jpeg_all`, 50,000"),
+    ("cifar10_jpeg", 5_000, "`cifar10_jpeg`, 5,000"),
+    ("autoencoder", 1_797, "`autoencoder`, 1,797"),
+    ("autoencoder_cifar", 16_384, "`autoencoder_cifar`, 16,384"),
+    ("burgers", 1, "`burgers`"),
+    ("digits", 1_437, "`digits`, 1,437"),
+)
+# Where batches are sampled.
+SAMPLED = {
+    "tinyshakespeare": (32, 128, 512, 2_048),
+    "autoencoder": (32, 128, 512, 1_024),
+    "autoencoder_cifar": (256, 1_024, 4_096),
+}
+
+
+class Results:
+    """The rows of all workloads, and what they say of an optimizer at a batch size."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.groups, self.targets = {}, {}
+        for name, make in WORKLOADS.items():
+            workload = make(None)
+            groups = report.group(protocol.read(folder / f"{name}.jsonl"), workload)
+            size = report.target_size(groups, workload)
+            found = size and targets.target(groups, report.PEERS, size)
+            self.groups[name] = groups
+            self.targets[name] = found[0] if found else -math.inf
+
+    def rows(self, workload: str, optimizer: str, size: int) -> list[dict]:
+        return self.groups[workload].get((optimizer, size), [])
+
+    def accuracy(self, *group: Any) -> Cell:
+        found = report.accuracy(self.rows(*group))
+        if found is None:
+            return "not run", math.inf
+        return f"{100 * found[0]:.2f}{spread(100 * found[1], '.2f')}", -found[0]
+
+    def loss(self, *group: Any) -> Cell:
+        rows = report.tested(self.rows(*group))
+        if not rows:
+            return "not run", math.inf
+        if any(row["diverged"] for row in rows):
+            return "diverged", math.inf
+        ends = [float(targets.trajectory(row)[1][-1]) for row in rows]
+        mean, error = report.mean_and_error(ends)
+        return f"{mean:.4g}{spread(error, '.1g')}", mean
+
+    def steps(self, workload: str, *group: Any) -> Cell:
+        rows = self.rows(workload, *group)
+        if not report.tested(rows):
+            return "not run", math.inf
+        at = targets.reached(rows, self.targets[workload])
+        if at is None:
+            return f"> {report.tested(rows)[0]['steps']:,}", math.inf
+        return f"{at.steps:,.0f}", at.steps
+
+    def seconds(self, workload: str, *group: Any) -> Cell:
+        rows = self.rows(workload, *group)
+        at = targets.reached(rows, self.targets[workload])
+        if at is None or at.seconds is None or not report.tested(rows):
+            cell = "not reached" if report.tested(rows) else "not run"
+            return cell, math.inf
+        return f"{at.seconds:.3g}", at.seconds
+
+    def best_peer(self, what: str, workload: str, size: int) -> Cell:
+        """That of the tuned peer that has least of it, and whose it is."""
+        cells = [(*getattr(self, what)(workload, n, size), n) for n in report.PEERS]
+        text, value, name = min(cells, key=lambda cell: cell[1])
+        if value == math.inf:
+            tried = [cell for cell in cells if cell[0] != "not run"]
+            return tried[0][0] if tried else "not run", value
+        return f"{text} ({SHOWN.get(name, name)})", value
+
+
+def spread(error: float, digits: str) -> str:
+    return " (one seed)" if math.isnan(error) else f" ± {error:{digits}}"
+
+
+def table(
+    corner: str, header: Iterable[str], rows: dict[str, list[Cell]]
+) -> Iterable[str]:
+    """Markdown; the best of each column is bold."""
+    least = [min(x for _, x in column) for column in zip(*rows.values(), strict=True)]
+    cells = [
+        [name]
+        + [
+            f"**{text}**" if value == best < math.inf else text
+            for (text, value), best in zip(row, least, strict=True)
+        ]
+        for name, row in rows.items()
+    ]
+    return report.table([corner, *header], cells)
+
+
+def by_optimizer(
+    names: Iterable[str],
+    cell: Callable[[str, str, int], Cell],
+    columns: Iterable[tuple[str, int, str]],
+) -> Iterable[str]:
+    columns = list(columns)
+    rows = {
+        SHOWN[name]: [cell(workload, name, size) for workload, size, _ in columns]
+        for name in names
+    }
+    return table("optimizer", [head for *_, head in columns], rows)
+
+
+def whole(results: Results, what: str) -> Iterable[str]:
+    """Steps, losses or seconds where every step has all the data."""
+    cell = getattr(results, what)
+    rows = {
+        SHOWN[name]: [cell(workload, name, size) for workload, size, _ in WHOLE]
+        for name in (CURVATURE, FULL, NLCG)
+    }
+    rows["best tuned peer"] = [
+        results.best_peer(what, workload, size) for workload, size, _ in WHOLE
+    ]
+    return table("all data in every step", [head for *_, head in WHOLE], rows)
+
+
+def batches(workload: str, *sizes: int) -> list[tuple[str, int, str]]:
+    return [(workload, size, f"batch {size:,}") for size in sizes]
+
+
+def figures(folder: pathlib.Path) -> str:
+    results = Results(folder)
+    best = ("soap β=0.8", "muon β=0.8")
+    jpeg = batches("cifar10_jpeg", 250, 1_000, 2_500, 5_000)
+    ten_times = batches("cifar10_jpeg_all", 50_000)
+    accuracies = by_optimizer(
+        (CURVATURE, NLCG, *best, "muon", "lars", "nlcg_paper", "adamw"),
+        results.accuracy,
+        [*jpeg, *ten_times],
+    )
+    steps = by_optimizer(
+        (CURVATURE, NLCG, "soap β=0.8", "muon", "lars", "momentum"),
+        results.steps,
+        batches("cifar10_jpeg", 250, 500, 1_000, 2_500, 5_000),
+    )
+    lines = ["# Figures that other documents show", ""]
+
+    def add(name: str, text: str, rows: Iterable[str]) -> None:
+        lines.extend([f"## {name.capitalize()}", "", f"<!-- {name} -->", ""])
+        lines.extend([text, "", *rows, "", "<!-- end -->", ""])
+
+    add(
+        "accuracy",
+        "Test accuracy in percent of `cifar10_jpeg`, at 50,000 of "
+        "`cifar10_jpeg_all`, after 30 epochs.",
+        accuracies,
+    )
+    add(
+        "steps",
+        "Steps to the target of `cifar10_jpeg`, a training loss of "
+        f"{results.targets['cifar10_jpeg']:.4g}.",
+        steps,
+    )
+    for what in ("steps", "loss", "seconds"):
+        text = {
+            "steps": "Steps to each workload's target.",
+            "loss": "The loss at the end.",
+            "seconds": "Seconds of a core to each workload's target.",
+        }[what]
+        add(f"whole {what}", text, whole(results, what))
+    for workload, sizes in SAMPLED.items():
+        rows = by_optimizer(
+            (CURVATURE, NLCG, "soap", *best), results.loss, batches(workload, *sizes)
+        )
+        add(f"sampled {workload}", f"The loss of `{workload}` at the end.", rows)
+    return "\n".join(lines).rstrip() + "\n"
