@@ -133,7 +133,7 @@ def plot_curves(
 ) -> None:
     """Draws loss, accuracy, step size and β against the step, as a PNG.
 
-    Where the quadratic model chose the steps, its coefficients and λ take the place of
+    Where the curvature chose the steps, their coefficients and λ take the place of
     the learning rate and of β.
 
     Args:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from nlcg_optax.training import data
-from nlcg_optax.training.config import ConfigError, base_config
 from nlcg_optax.training.data.sources import Subset
 from nlcg_optax.training.mesh import (
     BatchLayout,
@@ -15,6 +14,7 @@ from nlcg_optax.training.mesh import (
     put_replicated,
     state_shardings,
 )
+from nlcg_optax.training.run_config import ConfigError, MeshConfig
 
 WORKER = pathlib.Path(__file__).parents[1] / "workers" / "mesh.py"
 
@@ -29,7 +29,7 @@ def test_the_training_step_on_eight_devices(run_on_devices, args, lines):
 
 
 def test_the_layout_of_an_uneven_batch():
-    mesh = create_mesh(base_config())
+    mesh = create_mesh(MeshConfig())
     layout = BatchLayout(mesh, batch_size=6, microbatches=2)
     assert (layout.examples, layout.rows) == (3, 3)
     np.testing.assert_array_equal(layout.places, np.arange(6))
@@ -41,7 +41,7 @@ def test_the_layout_of_an_uneven_batch():
 
 def test_a_process_without_an_example():
     """The last of three in a batch of 4, of which each device has two rows."""
-    mesh = create_mesh(base_config())
+    mesh = create_mesh(MeshConfig())
     layout = BatchLayout(mesh, batch_size=4)
     vars(layout)["local_rows"] = np.array([4, 5])
     np.testing.assert_array_equal(layout.places, [0])  # an array has to have a shape
@@ -69,8 +69,7 @@ def test_large_leaves_are_split_along_their_longest_dimension():
 
 @pytest.mark.parametrize(("data_axis", "fsdp"), [(2, 1), (-1, 2), (0, 1), (-1, 0)])
 def test_a_mesh_that_does_not_fit_the_devices(data_axis, fsdp):
-    config = base_config()
-    config.mesh.data, config.mesh.fsdp = data_axis, fsdp
+    config = MeshConfig(data_axis, fsdp)
     with pytest.raises(
         ConfigError, match=f"mesh.data={data_axis} and mesh.fsdp={fsdp} .* 1 device"
     ):

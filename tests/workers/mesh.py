@@ -17,7 +17,11 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from nlcg_optax.training import data, loop, models, optimizers, steps  # noqa: E402
-from nlcg_optax.training.config import apply_overrides, base_config  # noqa: E402
+from nlcg_optax.training.config import (  # noqa: E402
+    apply_overrides,
+    base_config,
+    typed,
+)
 from nlcg_optax.training.mesh import BatchLayout, create_mesh  # noqa: E402
 
 STEPS = 20
@@ -54,12 +58,13 @@ class Net(nn.Module):
 PAPER = ("optimizer.name=nlcg_paper", "optimizer.learning_rate=0.1")
 # Without a preconditioner: orthogonalization would magnify rounding.
 CURVED = (
-    "optimizer.name=nlcg",
-    "optimizer.nlcg.step_rule=quadratic_model",
-    "optimizer.nlcg.preconditioner=none",
+    "optimizer.name=nlcg_auto",
+    "optimizer.learning_rate=none",
+    "schedule.name=none",
+    "optimizer.nlcg_auto.preconditioner=none",
 )
 # Two of the five images that each of eight devices has.
-SOME = (*CURVED, "optimizer.nlcg.curvature_min_images=13")
+SOME = (*CURVED, "optimizer.nlcg_auto.curvature_min_examples=13")
 
 
 def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
@@ -78,7 +83,8 @@ def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
             *overrides,
         ],
     )
-    mesh = create_mesh(config, jax.devices()[: data_axis * fsdp])
+    config = typed(config)
+    mesh = create_mesh(config.mesh, jax.devices()[: data_axis * fsdp])
     model = Net(batch_norm, depth=depth)
     schedule = optimizers.create_schedule(config, len(SPLIT) / config.batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
