@@ -35,7 +35,7 @@ from protocol import (
     rounded,
     thin,
 )
-from workloads import EARLIER, UNTUNED, WORKLOADS, Workload
+from workloads import EARLIER, UNTUNED, WORKLOADS, Workload, todays
 
 from nlcg_optax.training import data, optimizers
 
@@ -130,7 +130,8 @@ class Trainer:
         ]
         config = peers.configured(workload.config, words)
         config.optimizer.learning_rate = cell.learning_rate
-        schedule = optimizers.create_schedule(config, num_steps / config.num_epochs)
+        per_epoch = num_steps / config.num_epochs
+        schedule = optimizers.create_schedule(peers.checked(config), per_epoch)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)), np.float32)
         due = set(np.linspace(0, num_steps, EVALUATIONS + 1).round()[1:].astype(int))
 
@@ -256,7 +257,8 @@ def progress(
         if row["workload"] == name and group in rows:
             overrides = workload.optimizers[row["optimizer"]][0]
             known = overrides, EARLIER.get(row["optimizer"], overrides)
-            if not any(row["overrides"][: len(words)] == words for words in known):
+            stated = todays(row["overrides"])
+            if not any(stated[: len(words)] == words for words in known):
                 sys.exit(
                     f"{path} has runs of {row['optimizer']!r} with "
                     f"{row['overrides']}, now it is {overrides}: give it another name, "
