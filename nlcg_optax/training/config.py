@@ -61,7 +61,7 @@ def base_config() -> ConfigDict:
 
     def group(defaults: Any) -> Any:
         made: Any = _Group()
-        for name, (kind, optional) in fields_of(type(defaults)).items():
+        for name, (kind, optional, *_) in fields_of(type(defaults)).items():
             value = getattr(defaults, name)
             if dataclasses.is_dataclass(kind):
                 value = group(value)
