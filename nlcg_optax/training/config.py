@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ml_collections
 from ml_collections import config_dict
 
-from nlcg_optax.training.run_config import ConfigError, RunConfig, fields_of, typed
+from nlcg_optax.training.run_config import ConfigError as ConfigError
+from nlcg_optax.training.run_config import RunConfig, fields_of
+from nlcg_optax.training.run_config import typed as typed
 
 _Group = ml_collections.ConfigDict
 
@@ -26,22 +28,6 @@ if TYPE_CHECKING:
     ConfigDict = Any  # fields are attributes that no type checker can know
 else:
     ConfigDict = _Group
-
-__all__ = [
-    "BuiltinConfig",
-    "ConfigDict",
-    "ConfigError",
-    "apply_overrides",
-    "base_config",
-    "builtin_configs",
-    "flatten",
-    "known_fields",
-    "load_config",
-    "modern",
-    "near_fields",
-    "to_json",
-    "typed",
-]
 
 _CONTRACT = (
     "expected a function get_config() that takes base_config(), changes fields of it "
@@ -397,16 +383,19 @@ def modern(saved: dict[str, Any]) -> dict[str, Any]:
     new = defaults | flatten(saved)
     nlcg, auto = "optimizer.nlcg.", "optimizer.nlcg_auto."
     moved = {
-        f"{auto}residuals": new.pop(f"{nlcg}curvature_residuals", None),
-        f"{auto}curvature_fraction": new.pop(f"{nlcg}curvature_fraction", None),
-        f"{auto}curvature_min_examples": new.pop(f"{nlcg}curvature_min_images", None),
+        f"{auto}{today}": new.pop(f"{nlcg}curvature_{before}")
+        for today, before in (
+            ("residuals", "residuals"),
+            ("curvature_fraction", "fraction"),
+            ("curvature_min_examples", "min_images"),
+        )
+        if f"{nlcg}curvature_{before}" in new
     }
-    if new[f"{nlcg}step_rule"] == "quadratic_model":
+    if new[f"{nlcg}step_rule"] == "quadratic_model" and new["optimizer.name"] == "nlcg":
+        moved[f"{auto}preconditioner"] = new[f"{nlcg}preconditioner"]
+        new |= {"optimizer.name": "nlcg_auto", **moved}
+    if new[f"{nlcg}step_rule"] == "quadratic_model":  # which is refused now
         new[f"{nlcg}step_rule"] = defaults[f"{nlcg}step_rule"]
-        if new["optimizer.name"] == "nlcg":
-            new["optimizer.name"] = "nlcg_auto"
-            moved[f"{auto}preconditioner"] = new[f"{nlcg}preconditioner"]
-            new |= {name: value for name, value in moved.items() if value is not None}
     if new["optimizer.name"] == "nlcg_auto":
         idle = (nlcg, "schedule.", "optimizer.learning_rate")
         new |= {name: x for name, x in defaults.items() if name.startswith(idle)}

@@ -125,118 +125,91 @@ def train_and_evaluate(
     told: Any = metrics.Silence()
     if distributed.is_first():
         told = report.Report(verbosity)
-    run_config, folder = typed(config), pathlib.Path(workdir)
     with contextlib.ExitStack() as held:  # the folder, until this has returned
-        run = _prepare(run_config, folder, told, create_model, held)
+        run = _Run(typed(config), pathlib.Path(workdir), told, create_model, held)
         run.train()
         return run.end()
 
 
-def _prepare(
-    config: RunConfig,
-    workdir: pathlib.Path,
-    told: Any,
-    create_model: Callable[..., Any],
-    held: contextlib.ExitStack,
-) -> "_Run":
-    """Checks all, loads the data and begins in the folder, which `held` keeps."""
-    told.loading(config)
-    if jax.process_count() > 1:
-        distributed.check_same_config(config)
-    mesh = create_mesh(config.mesh)
-    _check_without_data(config, mesh, create_model)
-    other = comparison.load_run(config.compare_with) if config.compare_with else None
-    check_config(config, workdir)
-    # The first process may have to prepare the data for all.
-    load = functools.partial(load_dataset, config.dataset)
-    dataset = distributed.first_alone(load, "load the data") or load()
-    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
-    schedule = optimizers.create_schedule(config, steps_per_epoch)
-    # Noise comes to rule where each step has other images.
-    sampled = config.batch_size < len(dataset.train)
-    tx = optimizers.create_optimizer(
-        config, schedule, models.l2_mask, total_steps if sampled else None
-    )
-    model = create_model(config.model, dataset.num_classes, remat=_remat(config))
-
-    def begin() -> None:
-        make_folder(workdir)
-        held.enter_context(locked(workdir))
-        check_config(config, workdir)  # another run may have been here meanwhile
-        save_config(config, workdir)
-
-    distributed.first_alone(begin, "begin in --workdir")
-    check_shared(workdir)
-
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    start = checkpoints.latest_step() or 0
-    described = (model, tx, config, dataset.image_shape, mesh)
-    if start:
-        state = checkpoints.restore(steps.abstract_state(*described))
-    else:
-        state = steps.create_state(*described)
-    next_batch, step_fn = make_input(config, dataset, model, tx, schedule, mesh, start)
-    writer: Any = metrics.Silence()
-    if distributed.is_first():
-        writer = metrics.MetricsWriter(workdir, resume_step=start)
-    told.start(
-        report.summary(
-            config, dataset, mesh, state, steps_per_epoch, total_steps, start, workdir
-        ),
-        total=total_steps,
-        initial=start,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-    )
-    return _Run(
-        config=config,
-        workdir=workdir,
-        told=told,
-        writer=writer,
-        checkpoints=checkpoints,
-        data_name=dataset.name,
-        described=described,
-        next_batch=next_batch,
-        step_fn=step_fn,
-        evaluate=make_evaluation(config, dataset, model, mesh),
-        other=other,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        start=start,
-        state=state,
-    )
-
-
-@dataclasses.dataclass
 class _Run:
-    """A run that is ready to go: what it needs, and how far it has come."""
+    """A run: prepared when it is made, then trained, then ended."""
 
-    config: RunConfig
-    workdir: pathlib.Path
-    told: Any
-    writer: Any
-    checkpoints: Checkpoints
-    data_name: str
-    described: tuple[Any, ...]  # model, optimizer, config, shape of an image, mesh
-    next_batch: Callable[[int], Any]
-    step_fn: "Update"
-    evaluate: Callable[[steps.TrainState], dict[str, dict[str, float]]]
-    other: comparison.OtherRun | None
-    steps_per_epoch: float
-    total_steps: int
-    start: int
-    state: steps.TrainState
-    results: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    received: signal.Signals | None = None
-    pending: tuple[int, Any] | None = None  # a step whose metrics are not read yet
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        told: Any,
+        create_model: Callable[..., Any],
+        held: contextlib.ExitStack,
+    ):
+        """Checks all, loads the data and begins in the folder, which `held` keeps."""
+        told.loading(config)
+        if jax.process_count() > 1:
+            distributed.check_same_config(config)
+        mesh = create_mesh(config.mesh)
+        _check_without_data(config, mesh, create_model)
+        name = config.compare_with
+        other = comparison.load_run(name) if name else None
+        self.differing = comparison.differing_fields(config, other) if other else []
+        check_config(config, workdir)
+        # The first process may have to prepare the data for all.
+        load = functools.partial(load_dataset, config.dataset)
+        dataset = distributed.first_alone(load, "load the data") or load()
+        steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
+        schedule = optimizers.create_schedule(config, steps_per_epoch)
+        # Noise comes to rule where each step has other images.
+        sampled = config.batch_size < len(dataset.train)
+        tx = optimizers.create_optimizer(
+            config, schedule, models.l2_mask, total_steps if sampled else None
+        )
+        model = create_model(config.model, dataset.num_classes, remat=_remat(config))
 
-    def __post_init__(self):
-        """Begins where the state is."""
-        self.step = self.saved = self.start
-        self.metrics_path = self.workdir / "metrics.jsonl"
-        self.differing: list[str] = []
-        if self.other:
-            self.differing = comparison.differing_fields(self.config, self.other)
+        def begin() -> None:
+            make_folder(workdir)
+            held.enter_context(locked(workdir))
+            check_config(config, workdir)  # another run may have been here meanwhile
+            save_config(config, workdir)
+
+        distributed.first_alone(begin, "begin in --workdir")
+        check_shared(workdir)
+
+        self.config, self.workdir, self.told, self.other = config, workdir, told, other
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        start = self.checkpoints.latest_step() or 0
+        self.start = self.step = self.saved = start
+        self.described = (model, tx, config, dataset.image_shape, mesh)
+        if start:
+            state = self.checkpoints.restore(steps.abstract_state(*self.described))
+        else:
+            state = steps.create_state(*self.described)
+        self.state: steps.TrainState = state
+        self.next_batch, self.step_fn = make_input(
+            config, dataset, model, tx, schedule, mesh, start
+        )
+        self.evaluate = make_evaluation(config, dataset, model, mesh)
+        self.writer: Any = metrics.Silence()
+        if distributed.is_first():
+            self.writer = metrics.MetricsWriter(workdir, resume_step=start)
+        self.results: dict[str, dict[str, float]] = {}
+        self.received: signal.Signals | None = None
+        self.pending: tuple[int, Any] | None = None  # whose metrics are not read yet
+        told.start(
+            report.summary(
+                config,
+                dataset,
+                mesh,
+                state,
+                steps_per_epoch,
+                total_steps,
+                start,
+                workdir,
+            ),
+            total=total_steps,
+            initial=start,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=config.batch_size,
+        )
 
     def train(self) -> None:
         """Takes the steps that are left, until a signal comes; saves and closes."""
@@ -315,8 +288,9 @@ class _Run:
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
-                f"{self.checkpoints.path}, the metrics in {self.metrics_path}. Lower "
-                "optimizer.learning_rate or lengthen schedule.warmup_epochs, and start "
+                f"{self.checkpoints.path}, the metrics in "
+                f"{self.workdir / 'metrics.jsonl'}. Lower optimizer.learning_rate or "
+                "lengthen schedule.warmup_epochs, and start "
                 "again in another --workdir."
             )
         return row
@@ -338,9 +312,9 @@ class _Run:
         if distributed.is_first():
             config, other = self.config, self.other
             metrics.plot_curves(
-                metrics.read_metrics(self.metrics_path),
+                metrics.read_metrics(self.workdir / "metrics.jsonl"),
                 self.workdir / "curves.png",
-                f"{config.model.name}, {self.data_name}, {config.optimizer.name}",
+                f"{config.model.name}, {config.dataset.name}, {config.optimizer.name}",
                 (other.label, other.rows) if other and not self.differing else None,
             )
 
@@ -374,7 +348,7 @@ class _Run:
             self.results = self.evaluate(self.state)
             told.evaluation(step, None, self.results)
         if distributed.is_first():
-            rows, compared = metrics.read_metrics(self.metrics_path), None
+            rows, compared = metrics.read_metrics(self.workdir / "metrics.jsonl"), None
             if self.other and self.differing:
                 compared = f"not with {self.other.label}, which had another "
                 compared += ", ".join(self.differing)
