@@ -14,8 +14,8 @@ The rate has the best validation accuracy of seven, if narrowly: means of three 
     accuracy  0.9838  0.9873  0.9861  0.9850  0.9850  0.9850  0.9826
     loss      0.056   0.047   0.057   0.049   0.058   0.046   0.078
 
-Without a learning rate (optimizer.nlcg.step_rule=quadratic_model, learning_rate=1.0,
-schedule.name=constant, schedule.warmup_epochs=0) it has 0.9917, 0.9861 and 0.9889, mean
+Without a learning rate (optimizer.name=nlcg_auto, optimizer.learning_rate=none,
+schedule.name=none) it has 0.9917, 0.9861 and 0.9889, mean
 0.9889: no better at the end, so that the rate stays. After ten steps it has 0.9833,
 0.9778 and 0.9806 of the test images.
 

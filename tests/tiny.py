@@ -16,7 +16,7 @@ import numpy as np
 import xla
 from waiting import HANGING_SECONDS
 
-from nlcg_optax.training import cli, metrics, models
+from nlcg_optax.training import cli, loop, metrics, models
 from nlcg_optax.training.data import digits, load
 from nlcg_optax.training.data.sources import Arrays
 
@@ -78,8 +78,19 @@ create_model = models.create_model
 
 
 def create_tiny_model(name, num_classes, **options):
+    """In place of `models.create_model`."""
     create_model(name, num_classes, **options)  # its errors
     return Tiny(num_classes)
+
+
+def tiny_model(config, num_classes, remat=False):
+    """In place of `loop.create_model`, for `train_and_evaluate`."""
+    loop.create_model(config, num_classes, remat)  # its errors
+    return Tiny(num_classes)
+
+
+def train(*args):
+    return loop.train_and_evaluate(*args, create_model=tiny_model)
 
 
 def start(workdir, *args, devices=1, process=None, limit=None):
@@ -125,11 +136,10 @@ def main():
     if _LIMIT in os.environ:
         limit = int(os.environ[_LIMIT])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    models.create_model = create_tiny_model
     metrics.plot_curves = lambda *args, **options: None
     digits.load = load_saved
     overrides = [f"--config.{override}" for override in OVERRIDES]
-    return cli.main([f"--config={CONFIG}", *overrides, *sys.argv[1:]])
+    return cli.main([f"--config={CONFIG}", *overrides, *sys.argv[1:]], train)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ BATCH_SIZE = 5000
 # What Muon, the best of the sweep's peers, ends with: its rate and momentum tuned.
 TARGET = 1.518
 REFERENCE = [
-    "optimizer.name=nlcg",
-    "optimizer.nlcg.step_rule=quadratic_model",
-    "optimizer.nlcg.curvature_fraction=0.1",
-    "optimizer.nlcg.curvature_min_images=1",
+    "optimizer.name=nlcg_auto",
+    "optimizer.nlcg_auto.curvature_fraction=0.1",
+    "optimizer.nlcg_auto.curvature_min_examples=1",
 ]
 
 
@@ -61,7 +60,7 @@ class Variant(NamedTuple):
     """The reference but for some things.
 
     Attributes:
-      overrides: of the trainer's config, fields of `optimizer.nlcg`.
+      overrides: of the trainer's config, fields of `optimizer.nlcg_auto`.
       options: arguments of `scale_by_quadratic_model`.
       preconditioner: what makes it, or them; None for the config's.
       curvature: in place of `gauss_newton`.
@@ -141,21 +140,25 @@ def create_trainer(sweep, workload):
     class Trainer(sweep.Trainer):
         def compiled(self, optimizer, *arguments):
             variant = VARIANTS[optimizer]
-            make = nlcg_optax.scale_by_quadratic_model
             create = self.task.create_optimizer
 
             def model(preconditioner, **given):
+                if preconditioner == "diagonal_bfgs":
+                    preconditioner = nlcg_optax.scale_by_diagonal_bfgs()
                 options = given | {"residuals": 1} | variant.options
-                return make(preconditioner, **options)
+                tx = nlcg_optax.scale_by_quadratic_model(preconditioner, **options)
+                return optax.chain(tx, optax.scale(-1.0))
+
+            def auto(num_steps, *, preconditioner, **given):
+                return model(preconditioner, horizon=num_steps, **given)
 
             def create_optimizer(config, words, rate, horizon):
                 if variant.preconditioner is None:
                     return create(config, words, rate, horizon)
-                tx = model(variant.preconditioner(), horizon=horizon)
-                return optax.chain(tx, optax.scale(-1.0))
+                return model(variant.preconditioner(), horizon=horizon)
 
             with (
-                mock.patch.object(nlcg_optax, "scale_by_quadratic_model", model),
+                mock.patch.object(nlcg_optax, "nlcg_auto", auto),
                 mock.patch.object(nlcg_optax, "gauss_newton", variant.curvature),
                 mock.patch.object(self.task, "create_optimizer", create_optimizer),
             ):
@@ -174,7 +177,12 @@ def measure(names, seeds, data_dir):
     sweep = importlib.import_module("sweep")
     workload = sweep.WORKLOADS["cifar10_jpeg"](data_dir)
     overrides = {
-        name: [*REFERENCE, *(f"optimizer.nlcg.{x}" for x in variant.overrides)]
+        name: [
+            *REFERENCE,
+            *(f"optimizer.nlcg_auto.{x}" for x in variant.overrides),
+            # The trainer names the coefficients by it.
+            f"optimizer.nlcg_auto.residuals={variant.options.get('residuals', 1)}",
+        ]
         for name, variant in VARIANTS.items()
     }
     workload = workload._replace(

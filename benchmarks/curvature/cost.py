@@ -27,7 +27,7 @@ import optax
 
 import nlcg_optax
 from nlcg_optax.training import loop, models, optimizers, steps
-from nlcg_optax.training.config import apply_overrides, base_config
+from nlcg_optax.training.config import apply_overrides, base_config, typed
 from nlcg_optax.training.mesh import create_mesh
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -59,7 +59,7 @@ class Case:
     """One way to take a step, compiled."""
 
     def __init__(self, config, shape, mesh, tx, batch):
-        model = loop.create_model(config, 10)
+        model = loop.create_model(config.model, 10)
         schedule = optax.constant_schedule(0.01)
         self.state = steps.create_state(model, tx, config, shape, mesh)
         step = steps.make_train_step(model, tx, schedule, config, mesh, augment=True)
@@ -96,11 +96,14 @@ def measure(name, rounds, cases):
         overrides = [f"batch_size={batch_size}", f"model.name={name}"]
         overrides.append(f"model.filters={filters}")
         if case is not None:
-            overrides.append("optimizer.nlcg.step_rule=quadratic_model")
-            overrides.append(f"optimizer.nlcg.curvature_fraction={case[0]}")
-            overrides.append("optimizer.nlcg.curvature_min_images=1")
+            overrides.append("optimizer.name=nlcg_auto")
+            overrides.append(f"optimizer.nlcg_auto.curvature_fraction={case[0]}")
+            overrides.append("optimizer.nlcg_auto.curvature_min_examples=1")
+            # As many as the optimizer below has: their coefficients are named.
+            overrides.append(f"optimizer.nlcg_auto.residuals={case[2]}")
         apply_overrides(config, overrides)
-        mesh = create_mesh(config)
+        config = typed(config)
+        mesh = create_mesh(config.mesh)
         if case is None:
             schedule = optax.constant_schedule(0.01)
             tx = optimizers.create_optimizer(config, schedule, models.l2_mask)

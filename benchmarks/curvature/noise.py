@@ -24,7 +24,7 @@ import numpy as np
 
 from nlcg_optax.curvature import noise
 from nlcg_optax.training import data, models, optimizers, steps
-from nlcg_optax.training.config import apply_overrides
+from nlcg_optax.training.config import apply_overrides, typed
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "large_batch"))
@@ -94,6 +94,7 @@ def create_runner(data_dir):
     apply_overrides(config, workload.optimizers["nlcg by curvature"][0])
     config.batch_size = BATCH_SIZE
     total = round(config.num_epochs * len(kept) / BATCH_SIZE)
+    config = typed(config)
     tx = optimizers.create_optimizer(config, lambda _: 1.0, models.l2_mask, total)
     kept_names = ("hand_over", "_RULED_BY_NOISE", "_BETA_BOUNDS")
     originals = {name: getattr(noise, name) for name in kept_names}

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from nlcg_optax.training import data, loop, models, optimizers, steps
-from nlcg_optax.training.config import apply_overrides, base_config
+from nlcg_optax.training.config import apply_overrides, base_config, typed
 from nlcg_optax.training.mesh import create_mesh
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -68,9 +68,10 @@ def step_rate(data_dir: str, in_memory: str, batch_size: int) -> tuple[float, fl
             f"batch_size={batch_size}",
         ],
     )
-    mesh = create_mesh(config)
-    dataset = loop.load_dataset(config)
-    model = loop.create_model(config, dataset.num_classes)
+    config = typed(config)
+    mesh = create_mesh(config.mesh)
+    dataset = loop.load_dataset(config.dataset)
+    model = loop.create_model(config.model, dataset.num_classes)
     schedule = optimizers.create_schedule(config, len(dataset.train) / batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     state = steps.create_state(model, tx, config, dataset.image_shape, mesh)

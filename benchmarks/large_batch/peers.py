@@ -14,7 +14,8 @@ import optax.contrib
 
 import nlcg_optax
 from nlcg_optax.training import optimizers
-from nlcg_optax.training.config import ConfigDict, apply_overrides
+from nlcg_optax.training.config import ConfigDict, apply_overrides, typed
+from nlcg_optax.training.run_config import RunConfig
 
 # What an optimizer of matrices should do with each leaf.
 MATRICES, REST = "matrices", "rest"
@@ -176,6 +177,14 @@ def configured(config: ConfigDict, words: Sequence[str]) -> ConfigDict:
     return config
 
 
+def checked(config: ConfigDict) -> RunConfig:
+    """The config typed; without a cell's rate and schedule where those do nothing."""
+    config = config.copy_and_resolve_references()
+    if config.optimizer.name == "nlcg_auto":
+        config.optimizer.learning_rate, config.schedule.name = None, "none"
+    return typed(config)
+
+
 def create_optimizer(
     config: ConfigDict,
     words: Sequence[str],
@@ -201,9 +210,11 @@ def create_optimizer(
         options = {key: ast.literal_eval(value) for key, value in peer.items()}
         return optax.with_extra_args_support(make(schedule, **options))
     name = config.optimizer.name
-    if labels is None or name not in ("nlcg", "muon"):
+    if labels is None or name not in ("nlcg", "nlcg_auto", "muon"):
         return optax.with_extra_args_support(
-            optimizers.create_optimizer(config, schedule, decay_mask, total_steps)
+            optimizers.create_optimizer(
+                checked(config), schedule, decay_mask, total_steps
+            )
         )
     if name == "muon":
         numbers = optax.contrib.MuonDimensionNumbers((0,), 1)
@@ -226,11 +237,11 @@ def create_optimizer(
         {MATRICES: nlcg_optax.scale_by_orthogonalization(), REST: adam}, labels
     )
     options = config.optimizer.nlcg.to_dict()
-    if optimizers.uses_quadratic_model(config):
+    if name == "nlcg_auto":
         return nlcg_optax.nlcg_auto(
             total_steps,
             preconditioner=preconditioner,
-            residuals=options["curvature_residuals"],
+            residuals=config.optimizer.nlcg_auto.residuals,
         )
     return nlcg_optax.nlcg(
         schedule,

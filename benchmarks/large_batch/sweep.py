@@ -130,7 +130,8 @@ class Trainer:
         ]
         config = peers.configured(workload.config, words)
         config.optimizer.learning_rate = cell.learning_rate
-        schedule = optimizers.create_schedule(config, num_steps / config.num_epochs)
+        per_epoch = num_steps / config.num_epochs
+        schedule = optimizers.create_schedule(peers.checked(config), per_epoch)
         rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)), np.float32)
         due = set(np.linspace(0, num_steps, EVALUATIONS + 1).round()[1:].astype(int))
 

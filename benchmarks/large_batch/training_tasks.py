@@ -23,9 +23,9 @@ from sklearn.datasets import load_digits
 
 import nlcg_optax
 from nlcg_optax.training import data, loop, models, steps
-from nlcg_optax.training.config import ConfigDict
+from nlcg_optax.training.config import ConfigDict, typed
 from nlcg_optax.training.mesh import create_mesh
-from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
+from nlcg_optax.training.optimizers import curvature_stride
 
 VALIDATION_FRACTION = 0.2
 
@@ -69,9 +69,10 @@ class ImageTask:
     def __init__(self, config: ConfigDict):
         """Loads the data; the config has no optimizer, batch size or schedule."""
         self.config = config
-        self.mesh = create_mesh(config, jax.devices()[:1])
-        self.dataset = loop.load_dataset(config)
-        self.model = loop.create_model(config, self.dataset.num_classes)
+        checked = typed(config)
+        self.mesh = create_mesh(checked.mesh, jax.devices()[:1])
+        self.dataset = loop.load_dataset(checked.dataset)
+        self.model = loop.create_model(checked.model, self.dataset.num_classes)
         train = self.dataset.train
         self.num_train = len(train)
         self.data = jax.device_put((train.images, train.labels))
@@ -100,7 +101,7 @@ class ImageTask:
         # running averages lag, which would be no property of the optimizer.
         config.batch_size = len(kept)
         config.precise_batch_norm_batches = 1
-        evaluate = loop.make_evaluation(config, dataset, self.model, self.mesh)
+        evaluate = loop.make_evaluation(typed(config), dataset, self.model, self.mesh)
 
         def scores(state: Any) -> dict[str, float]:
             params = peers.parameters_to_evaluate(state.params, state.opt_state)
@@ -127,7 +128,7 @@ class ImageTask:
                 self.model,
                 self.create_optimizer(config, words, rate, horizon),
                 lambda _: rate,
-                config,
+                peers.checked(config),
                 self.mesh,
                 augment=True,
                 seed=seed,
@@ -140,7 +141,8 @@ class ImageTask:
             return state, jnp.where(finite, metrics["loss"], jnp.nan)
 
         tx = self.create_optimizer(config, words, 0.0, horizon)
-        init = steps.make_init(self.model, tx, config, self.dataset.image_shape)
+        shape = self.dataset.image_shape
+        init = steps.make_init(self.model, tx, peers.checked(config), shape)
         return init, train_step
 
 
@@ -228,8 +230,9 @@ class FunctionTask(NamedTuple):
         # Noise comes to rule where each step has other examples.
         horizon = total_steps if batch_size < self.num_train else None
         config.batch_size = batch_size
-        config.optimizer.nlcg.curvature_min_images = self.fewest
-        stride = curvature_stride(config)
+        auto = peers.checked(config).optimizer.nlcg_auto
+        auto = dataclasses.replace(auto, curvature_min_examples=self.fewest)
+        stride = curvature_stride(auto, batch_size)
 
         def create_optimizer(rate: Any) -> Any:
             return peers.create_optimizer(
@@ -250,7 +253,7 @@ class FunctionTask(NamedTuple):
             batch = jax.tree.map(lambda x: x[indices], arrays)
             loss, grads = self.value_and_grad(state.params, batch, batch_size)
             given = {}
-            if uses_quadratic_model(config):
+            if config.optimizer.name == "nlcg_auto":
                 few = jax.tree.map(lambda x: x[::stride], batch)
                 given["curvature"] = nlcg_optax.gauss_newton(
                     lambda params: self.outputs(params, few),

@@ -26,7 +26,7 @@ NLCG = [
     "optimizer.nlcg.nesterov=True",
 ]
 
-CURVATURE = ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"]
+CURVATURE = ["optimizer.name=nlcg_auto"]
 
 # L2 is in the loss, the same for all; none has decoupled weight decay.
 OPTIMIZERS: Optimizers = {
@@ -59,8 +59,8 @@ OPTIMIZERS: Optimizers = {
     "nlcg by full curvature": (
         [
             *CURVATURE,
-            "optimizer.nlcg.curvature_fraction=1.0",
-            "optimizer.nlcg.curvature_residuals=5",
+            "optimizer.nlcg_auto.curvature_fraction=1.0",
+            "optimizer.nlcg_auto.residuals=5",
         ],
         1.0,
     ),
@@ -71,6 +71,15 @@ UNTUNED = {"nlcg by curvature", "nlcg by full curvature"}
 
 # Made for a constant rate: they have schedules of their own.
 SCHEDULE_FREE = {"schedule-free adamw"}
+
+
+def todays(words: list[str]) -> list[str]:
+    """The words of a recorded row, where `nlcg_auto` was a step rule of `nlcg`."""
+    if "optimizer.nlcg.step_rule=quadratic_model" not in words:
+        return words
+    text = "\n".join(words).replace("optimizer.nlcg.curvature_", "optimizer.nlcg_auto.")
+    text = text.replace("nlcg_auto.fraction", "nlcg_auto.curvature_fraction")
+    return [*CURVATURE, *text.split("\n")[2:]]
 
 
 def _variant(*overrides: str, rate: float = 0.04) -> tuple[list[str], float]:

@@ -48,7 +48,11 @@ GB = 1e9
 
 POD, NODE = 256, 8
 MOMENTUM = ["optimizer.name=momentum"]
-CURVATURE = ["optimizer.name=nlcg", "optimizer.nlcg.step_rule=quadratic_model"]
+CURVATURE = [
+    "optimizer.name=nlcg_auto",
+    "optimizer.learning_rate=none",
+    "schedule.name=none",
+]
 SHARDED = ["mesh.fsdp=256"]
 EXACT = ["batch_norm_statistics=batch"]
 CASES = {
@@ -105,16 +109,18 @@ def compile_one(args: argparse.Namespace, overrides: list[str]) -> dict:
     import optax
 
     from nlcg_optax.training import loop, models, optimizers, steps
-    from nlcg_optax.training.config import apply_overrides, load_config
+    from nlcg_optax.training.config import apply_overrides, load_config, typed
     from nlcg_optax.training.mesh import BatchLayout, create_mesh
 
     start = time.monotonic()
     config = load_config(args.config)
     apply_overrides(config, overrides)
+    config = typed(config)
     parts = config.microbatches
-    at_once = steps.at_once(config)
-    mesh = create_mesh(config)
-    model = loop.create_model(config, args.classes)
+    at_once = config.at_once
+    mesh = create_mesh(config.mesh)
+    remat = parts > 1 and at_once
+    model = loop.create_model(config.model, args.classes, remat)
     schedule = optimizers.create_schedule(config, IMAGES / config.batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     state = steps.abstract_state(model, tx, config, args.image_shape, mesh)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from nlcg_optax.training import data, loop, models, optimizers, steps
-from nlcg_optax.training.config import apply_overrides, load_config
+from nlcg_optax.training.config import apply_overrides, load_config, typed
 from nlcg_optax.training.mesh import create_mesh
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -44,17 +44,18 @@ def main() -> None:
     args = parser.parse_args()
     config = load_config(CONFIG)
     apply_overrides(config, [f"batch_size={args.batch_size}"])
-    mesh = create_mesh(config)
+    config = typed(config)
+    mesh = create_mesh(config.mesh)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (IMAGES, *SHAPE), dtype=np.uint8)
     labels = rng.integers(0, 10, IMAGES)
-    model = loop.create_model(config, 10)
+    model = loop.create_model(config.model, 10)
     schedule = optax.constant_schedule(0.1)
     tx = optax.with_extra_args_support(
         optimizers.create_optimizer(config, schedule, models.l2_mask)
     )
     state = steps.create_state(model, tx, config, SHAPE, mesh)
-    normalize = steps.normalizer(config)
+    normalize = steps.normalizer(config.dataset)
     places = jnp.arange(args.batch_size)
 
     @jax.jit

@@ -13,13 +13,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from nlcg_optax.training.config import (
-    ConfigDict,
-    ConfigError,
-    base_config,
-    flatten,
-    to_json,
-)
+from nlcg_optax.training.config import ConfigError, modern, to_json
+from nlcg_optax.training.run_config import RunConfig
 
 try:
     import fcntl
@@ -206,7 +201,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Checks that a folder is new, or holds a run with the same config.
 
     Raises:
@@ -222,9 +217,7 @@ def check_config(config: ConfigDict, workdir: pathlib.Path) -> None:
         ) from error
     if saved is None:
         return
-    # A field that the run did not have yet had what is its default now.
-    old = flatten(to_json(base_config())) | flatten(saved)
-    new = flatten(to_json(config))
+    old, new = modern(saved), modern(to_json(config))
     changed = [
         f"{name}={new.get(name)!r} (was {old.get(name)!r})"
         for name in sorted(old.keys() | new.keys())
@@ -249,7 +242,7 @@ def make_folder(workdir: pathlib.Path) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
 
 
-def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """Writes ``config.json`` into the folder of a run.
 
     Raises:

@@ -10,7 +10,8 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 DEFAULT_CONFIG = "digits_resnet8"
 
@@ -41,11 +42,15 @@ Colours and the bar are for terminals alone; NO_COLOR=1 turns colours off.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None, train: Callable[..., Any] | None = None
+) -> int:
     """Trains as the command line says.
 
     Args:
       argv: arguments without the program's name; those of the process by default.
+      train: what trains, :func:`nlcg_optax.training.loop.train_and_evaluate` by
+        default.
 
     Returns:
       The exit code, as ``--help`` lists them. Anything else that goes wrong raises; of
@@ -90,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.coordinator is not None:
             distributed.initialize(args.coordinator, *numbers)
-        code = _train(args.config, overrides, args.workdir, args.verbosity)
+        code = _train(args.config, overrides, args.workdir, args.verbosity, train)
     except ConfigError as error:
         return _report(error, 2)
     except Exception:
@@ -188,7 +193,13 @@ def _unknown_argument(
     return f"unknown argument {text!r}: fields are set by --config.FIELD=VALUE"
 
 
-def _train(name: str, overrides: Sequence[str], workdir: str, verbosity: str) -> int:
+def _train(
+    name: str,
+    overrides: Sequence[str],
+    workdir: str,
+    verbosity: str,
+    train: Callable[..., Any] | None,
+) -> int:
     from nlcg_optax.training.checkpoint import CheckpointError
     from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
     from nlcg_optax.training.data import DataError
@@ -197,7 +208,7 @@ def _train(name: str, overrides: Sequence[str], workdir: str, verbosity: str) ->
     try:
         config = load_config(name)
         apply_overrides(config, overrides)
-        result = train_and_evaluate(config, workdir, verbosity)
+        result = (train or train_and_evaluate)(config, workdir, verbosity)
     except (ConfigError, DataError) as error:
         return _report(error, 2)
     except NonFiniteLossError as error:

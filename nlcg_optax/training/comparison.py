@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from nlcg_optax.training import checkpoint, metrics
 from nlcg_optax.training.config import (
-    ConfigDict,
     ConfigError,
     builtin_configs,
     flatten,
+    modern,
     to_json,
 )
+from nlcg_optax.training.run_config import RunConfig
 
 # Fields that may differ between two runs that are compared: what is compared, and what
 # does not change the curves.
@@ -60,8 +61,9 @@ def load_run(name: str) -> OtherRun:
             rows = metrics.read_metrics(path / "metrics.jsonl")
         else:
             head, *rows = metrics.read_metrics(path)
-        config = flatten(head["config"])
-        label = f"{config['optimizer.name']} at {config['optimizer.learning_rate']:g}"
+        config = modern(head["config"])
+        label, rate = config["optimizer.name"], config["optimizer.learning_rate"]
+        label += "" if rate is None else f" at {rate:g}"
         if not {"step", "split", "loss", "accuracy"} <= rows[0].keys():
             raise ValueError("it holds no metrics")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -73,14 +75,16 @@ def load_run(name: str) -> OtherRun:
     return OtherRun(label, config, rows)
 
 
-def differing_fields(config: ConfigDict, other: OtherRun) -> list[str]:
+def differing_fields(config: RunConfig, other: OtherRun) -> list[str]:
     """The fields, but those of the optimizer, in which two runs differ."""
-    ours = flatten(to_json(config))
+    ours, groups = flatten(to_json(config)), _FREE_GROUPS
+    if "nlcg_auto" in (config.optimizer.name, other.config["optimizer.name"]):
+        groups += ("schedule.",)  # which it has not
     return [
         name
         for name in sorted(ours.keys() | other.config.keys())
         if name not in _FREE
-        and not name.startswith(_FREE_GROUPS)
+        and not name.startswith(groups)
         and ours.get(name) != other.config.get(name)
     ]
 

@@ -5,6 +5,7 @@ in: those in the folder ``configs`` of the repository.
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import pathlib
@@ -16,6 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
+
+from nlcg_optax.training.run_config import ConfigError as ConfigError
+from nlcg_optax.training.run_config import RunConfig, fields_of
+from nlcg_optax.training.run_config import typed as typed
 
 _Group = ml_collections.ConfigDict
 
@@ -30,116 +35,28 @@ _CONTRACT = (
 )
 
 
-class ConfigError(ValueError):
-    """A config file or an override that cannot be used."""
-
-
 def base_config() -> ConfigDict:
-    """All the fields there are, with their defaults.
+    """All the fields there are, with their defaults, to be filled in.
 
-    They are the paper's where it has one. Those of ``optimizer.nlcg`` and
-    ``optimizer.nlcg_paper`` are those of :func:`nlcg_optax.nlcg` and
-    :func:`nlcg_optax.nlcg_paper`.
+    They are those of :class:`nlcg_optax.training.run_config.RunConfig`.
+
+    Example:
+      >>> base_config().optimizer.learning_rate
+      0.1
     """
-    config: Any = _Group()
-    config.seed = 0
 
-    config.model = _Group()
-    config.model.name = "resnet8"  # resnet8, 14, 20, 32, 56 (small images), resnet50
-    config.model.filters = config_dict.placeholder(int)  # of the first stage (16)
-    config.model.dtype = "float32"  # of the computation; parameters are float32
-    config.model.batch_norm_momentum = 0.99
-    config.model.batch_norm_epsilon = 1e-5
+    def group(defaults: Any) -> Any:
+        made: Any = _Group()
+        for name, (kind, optional, *_) in fields_of(type(defaults)).items():
+            value = getattr(defaults, name)
+            if dataclasses.is_dataclass(kind):
+                value = group(value)
+            elif optional:
+                value = config_dict.FieldReference(value, field_type=kind)
+            made[name] = value
+        return made
 
-    config.dataset = _Group()
-    config.dataset.name = "digits"  # digits, folder, or any TFDS name
-    config.dataset.data_dir = config_dict.placeholder(str)
-    config.dataset.image_size = config_dict.placeholder(int)
-    config.dataset.in_memory = "auto"  # auto, yes, no (stream)
-    config.dataset.validation_fraction = 0.0  # of the training split, held out
-    config.dataset.split_seed = 0
-    config.dataset.max_train_examples = config_dict.placeholder(int)
-    config.dataset.normalization = "per_image"  # per_image, imagenet
-    # Of no effect where images are streamed with image_size: those have other crops.
-    config.dataset.crop_padding = 4  # random crop after padding; 0 for none
-    config.dataset.flip = True  # random horizontal flip
-
-    config.batch_size = 128  # the global batch
-    config.microbatches = 1  # parts of a batch, one after the other, to save memory
-    # With several microbatches BatchNorm normalizes by the statistics of each
-    # ("microbatch"), or by the whole batch's ("batch": more memory and time).
-    config.batch_norm_statistics = "microbatch"
-    # An evaluation normalizes by the statistics of so many training batches under the
-    # weights of then; 0: by running averages, which lag where steps are few. None: all
-    # the batches of an epoch if that is at most 10 steps, otherwise 0.
-    config.precise_batch_norm_batches = config_dict.placeholder(int)
-
-    config.mesh = _Group()  # devices; -1: those that the other axis leaves
-    config.mesh.data = -1
-    config.mesh.fsdp = 1  # parameters and optimizer state are split along this axis
-    config.mesh.min_size_to_split = 2**12  # elements of a leaf
-
-    config.eval_batch_size = 1000
-    config.num_epochs = 200.0
-
-    config.optimizer = _Group()
-    # nlcg, nlcg_paper, sgd, momentum, nesterov, rmsprop, adam, adamw, muon, lars, lamb
-    config.optimizer.name = "nlcg"
-    config.optimizer.learning_rate = 0.1  # the maximum of the schedule
-    config.optimizer.momentum = 0.9  # of momentum, nesterov, lars
-    config.optimizer.layerwise_coefficient = 0.0  # scale_by_lars before any; 0: off
-    config.optimizer.nlcg = _Group(
-        dict(
-            beta_rule="fletcher_reeves",
-            # orthogonalization, diagonal_bfgs, rms, adam, none
-            preconditioner="orthogonalization",
-            # step, online, quadratic_model, none. With quadratic_model the curvature
-            # chooses β and the length of the step: no field of the learning rate, the
-            # schedule or β counts.
-            step_rule="step",
-            beta_bounds=(0.0, 0.9),
-            nesterov=True,
-            epsilon=1e-8,
-            # Of quadratic_model: the part of a batch that its products are taken on,
-            # and of how many images at least (or all of a smaller batch).
-            curvature_fraction=0.05,
-            curvature_min_images=250,
-            curvature_residuals=2,  # residual directions: 5 where the part is all
-        )
-    )
-    config.optimizer.nlcg_paper = _Group(
-        dict(
-            beta_rule="fletcher_reeves",
-            preconditioner="diagonal_bfgs",  # the same choice as above
-            step_rule="step",
-            period=5,
-            threshold=1.0,
-        )
-    )
-    config.optimizer.rmsprop = _Group(dict(decay=0.9, momentum=0.9, eps=1.0))
-    config.optimizer.adam = _Group(dict(b1=0.9, b2=0.999, eps=1e-8))  # and lamb
-    config.optimizer.muon = _Group(dict(beta=0.95, ns_steps=5, consistent_rms=0.2))
-    config.optimizer.lars = _Group(dict(trust_coefficient=0.001, eps=0.0))
-
-    config.schedule = _Group()
-    config.schedule.name = "step"  # step, cosine, constant
-    config.schedule.warmup_epochs = 0.0
-    config.schedule.warmup_power = 0.5
-    config.schedule.warmup_init = 0.0  # as a fraction; 0: the first step is above it
-    config.schedule.boundaries = ()  # epochs at which the rate is divided
-    config.schedule.decay_factor = 10.0
-
-    config.l2_penalty = 2e-4  # l2_penalty/2·‖w‖² in the loss, without BatchNorm
-    config.weight_decay = 0.0  # decoupled, without BatchNorm
-    config.average_decay = 0.0  # of the parameters used for evaluation; 0: off
-
-    config.log_every_steps = 1
-    config.eval_every_epochs = 1.0
-    config.checkpoint_every_epochs = 1.0
-    config.keep_checkpoints = 2
-    # A run of the same length to draw beside this one: its folder.
-    config.compare_with = config_dict.placeholder(str)
-    return config.lock()
+    return group(RunConfig()).lock()
 
 
 class BuiltinConfig(NamedTuple):
@@ -405,7 +322,7 @@ def _parse(text: str, kind: type) -> Any:
             raise ValueError(text)
         return known[text.lower()]
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval("None" if text == "none" else text)
         if kind is float and isinstance(value, int):
             value = float(value)
     except (SyntaxError, MemoryError, RecursionError, OverflowError) as error:
@@ -431,12 +348,56 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: ConfigDict | RunConfig) -> dict[str, Any]:
     """The config as plain dictionaries, lists and numbers."""
+    if isinstance(config, RunConfig):
+        fields = dataclasses.asdict(config)
+    else:
+        fields = config.to_dict()
 
     def plain(value: Any) -> Any:
-        if isinstance(value, _Group):
+        if isinstance(value, dict):
             return {key: plain(v) for key, v in value.items()}
         return list(value) if isinstance(value, tuple) else value
 
-    return plain(config)
+    return plain(fields)
+
+
+def modern(saved: dict[str, Any]) -> dict[str, Any]:
+    """The flat fields of a ``config.json`` in today's words, whenever it was written.
+
+    What the curvature needs was in ``optimizer.nlcg`` once. Where it chooses the step,
+    fields of the learning rate have the values that say so, whatever stood there.
+
+    Args:
+      saved: what :func:`to_json` made of a config, of any time.
+
+    Example:
+      >>> old = {"step_rule": "quadratic_model", "curvature_residuals": 5}
+      >>> new = modern({"optimizer": {"name": "nlcg", "nlcg": old}})
+      >>> new["optimizer.name"], new["optimizer.nlcg_auto.residuals"]
+      ('nlcg_auto', 5)
+    """
+    # A field that the run did not have yet had what is its default now.
+    defaults = flatten(to_json(RunConfig()))
+    new = defaults | flatten(saved)
+    nlcg, auto = "optimizer.nlcg.", "optimizer.nlcg_auto."
+    moved = {
+        f"{auto}{today}": new.pop(f"{nlcg}curvature_{before}")
+        for today, before in (
+            ("residuals", "residuals"),
+            ("curvature_fraction", "fraction"),
+            ("curvature_min_examples", "min_images"),
+        )
+        if f"{nlcg}curvature_{before}" in new
+    }
+    if new[f"{nlcg}step_rule"] == "quadratic_model" and new["optimizer.name"] == "nlcg":
+        moved[f"{auto}preconditioner"] = new[f"{nlcg}preconditioner"]
+        new |= {"optimizer.name": "nlcg_auto", **moved}
+    if new[f"{nlcg}step_rule"] == "quadratic_model":  # which is refused now
+        new[f"{nlcg}step_rule"] = defaults[f"{nlcg}step_rule"]
+    if new["optimizer.name"] == "nlcg_auto":
+        idle = (nlcg, "schedule.", "optimizer.learning_rate")
+        new |= {name: x for name, x in defaults.items() if name.startswith(idle)}
+        new |= {"optimizer.learning_rate": None, "schedule.name": "none"}
+    return new

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from nlcg_optax.training.config import ConfigDict, ConfigError, to_json
+from nlcg_optax.training.config import ConfigError, to_json
+from nlcg_optax.training.run_config import RunConfig
 
 # After so long without a sign of life a process counts as dead, and the others end.
 _HEARTBEAT_SECONDS = 30
@@ -66,7 +67,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def check_same_config(config: ConfigDict) -> None:
+def check_same_config(config: RunConfig) -> None:
     """Raises unless all processes were given the same config.
 
     Raises:

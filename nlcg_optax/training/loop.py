@@ -1,9 +1,10 @@
 """A whole run: data, model, optimizer, steps, evaluation, checkpoints, curves."""
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import math
-import operator
 import pathlib
 import signal
 import time
@@ -35,12 +36,18 @@ from nlcg_optax.training.checkpoint import (
     make_folder,
     save_config,
 )
-from nlcg_optax.training.config import ConfigDict, ConfigError
+from nlcg_optax.training.config import ConfigDict, ConfigError, typed
 from nlcg_optax.training.mesh import (
     BatchLayout,
     create_mesh,
     put_replicated,
     replicated,
+)
+from nlcg_optax.training.run_config import (
+    DatasetConfig,
+    ModelConfig,
+    RunConfig,
+    ScheduleConfig,
 )
 
 
@@ -64,8 +71,31 @@ class Result(NamedTuple):
     state: steps.TrainState
 
 
+def create_model(config: ModelConfig, num_classes: int, remat: bool = False) -> Any:
+    """The model that a config names, for so many classes.
+
+    Args:
+      config: which one, and its options.
+      num_classes: number of logits.
+      remat: whether the backward pass computes each block again, to save memory.
+
+    Raises:
+      ConfigError: for a name or an option that the model refuses.
+    """
+    options = vars(config) | {}
+    try:
+        return models.create_model(
+            options.pop("name"), num_classes, remat=remat, **options
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
 def train_and_evaluate(
-    config: ConfigDict, workdir: str | pathlib.Path, verbosity: str = "normal"
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    verbosity: str = "normal",
+    create_model: Callable[..., Any] = create_model,
 ) -> Result:
     """Trains as the config says, or goes on with what the folder holds.
 
@@ -82,6 +112,7 @@ def train_and_evaluate(
       config: see :func:`nlcg_optax.training.config.base_config`.
       workdir: folder of the run, made if need be.
       verbosity: what is printed, see :class:`nlcg_optax.training.report.Report`.
+      create_model: makes the model of the config, see the function of that name.
 
     Raises:
       ConfigError: for a config that cannot be used, or that is not the one of the run
@@ -91,205 +122,247 @@ def train_and_evaluate(
         written.
       NonFiniteLossError: if the loss was not finite.
     """
-    with contextlib.ExitStack() as held:
-        return _run(config, pathlib.Path(workdir), verbosity, held)
-
-
-def _run(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    verbosity: str,
-    held: contextlib.ExitStack,
-) -> Result:
-    """:func:`train_and_evaluate`; `held` keeps the folder until it has returned."""
     told: Any = metrics.Silence()
     if distributed.is_first():
         told = report.Report(verbosity)
-    told.loading(config)
-    if jax.process_count() > 1:
-        distributed.check_same_config(config)
-    mesh = create_mesh(config)
-    _check_without_data(config, mesh)
-    other = comparison.load_run(config.compare_with) if config.compare_with else None
-    differing = comparison.differing_fields(config, other) if other else []
-    check_config(config, workdir)
-    # The first process may have to prepare the data for all.
-    dataset = distributed.first_alone(lambda: load_dataset(config), "load the data")
-    dataset = dataset or load_dataset(config)
-    steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
-    schedule = optimizers.create_schedule(config, steps_per_epoch)
-    # Noise comes to rule where each step has other images.
-    sampled = config.batch_size < len(dataset.train)
-    tx = optimizers.create_optimizer(
-        config, schedule, models.l2_mask, total_steps if sampled else None
-    )
-    model = create_model(config, dataset.num_classes)
+    with contextlib.ExitStack() as held:  # the folder, until this has returned
+        run = _Run(typed(config), pathlib.Path(workdir), told, create_model, held)
+        run.train()
+        return run.end()
 
-    def begin() -> None:
-        make_folder(workdir)
-        held.enter_context(locked(workdir))
-        check_config(config, workdir)  # another run may have been here meanwhile
-        save_config(config, workdir)
 
-    distributed.first_alone(begin, "begin in --workdir")
-    check_shared(workdir)
+class _Run:
+    """A run: prepared when it is made, then trained, then ended."""
 
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    start = checkpoints.latest_step() or 0
-    described = (model, tx, config, dataset.image_shape, mesh)
-    if start:
-        state = checkpoints.restore(steps.abstract_state(*described))
-    else:
-        state = steps.create_state(*described)
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        told: Any,
+        create_model: Callable[..., Any],
+        held: contextlib.ExitStack,
+    ):
+        """Checks all, loads the data and begins in the folder, which `held` keeps."""
+        told.loading(config)
+        if jax.process_count() > 1:
+            distributed.check_same_config(config)
+        mesh = create_mesh(config.mesh)
+        _check_without_data(config, mesh, create_model)
+        name = config.compare_with
+        other = comparison.load_run(name) if name else None
+        self.differing = comparison.differing_fields(config, other) if other else []
+        check_config(config, workdir)
+        # The first process may have to prepare the data for all.
+        load = functools.partial(load_dataset, config.dataset)
+        dataset = distributed.first_alone(load, "load the data") or load()
+        steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
+        schedule = optimizers.create_schedule(config, steps_per_epoch)
+        # Noise comes to rule where each step has other images.
+        sampled = config.batch_size < len(dataset.train)
+        tx = optimizers.create_optimizer(
+            config, schedule, models.l2_mask, total_steps if sampled else None
+        )
+        model = create_model(config.model, dataset.num_classes, remat=_remat(config))
 
-    next_batch, step_fn = make_input(config, dataset, model, tx, schedule, mesh, start)
-    evaluate = make_evaluation(config, dataset, model, mesh)
-    metrics_path = workdir / "metrics.jsonl"
-    writer: Any = metrics.Silence()
-    if distributed.is_first():
-        writer = metrics.MetricsWriter(workdir, resume_step=start)
-    told.start(
-        report.summary(
-            config, dataset, mesh, state, steps_per_epoch, total_steps, start, workdir
-        ),
-        total=total_steps,
-        initial=start,
-        steps_per_epoch=steps_per_epoch,
-        batch_size=config.batch_size,
-    )
+        def begin() -> None:
+            make_folder(workdir)
+            held.enter_context(locked(workdir))
+            check_config(config, workdir)  # another run may have been here meanwhile
+            save_config(config, workdir)
 
-    def due(step: int, every_epochs: float) -> bool:
+        distributed.first_alone(begin, "begin in --workdir")
+        check_shared(workdir)
+
+        self.config, self.workdir, self.told, self.other = config, workdir, told, other
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        start = self.checkpoints.latest_step() or 0
+        self.start = self.step = self.saved = start
+        self.described = (model, tx, config, dataset.image_shape, mesh)
+        if start:
+            state = self.checkpoints.restore(steps.abstract_state(*self.described))
+        else:
+            state = steps.create_state(*self.described)
+        self.state: steps.TrainState = state
+        self.next_batch, self.step_fn = make_input(
+            config, dataset, model, tx, schedule, mesh, start
+        )
+        self.evaluate = make_evaluation(config, dataset, model, mesh)
+        self.writer: Any = metrics.Silence()
+        if distributed.is_first():
+            self.writer = metrics.MetricsWriter(workdir, resume_step=start)
+        self.results: dict[str, dict[str, float]] = {}
+        self.received: signal.Signals | None = None
+        self.pending: tuple[int, Any] | None = None  # whose metrics are not read yet
+        told.start(
+            report.summary(
+                config,
+                dataset,
+                mesh,
+                state,
+                steps_per_epoch,
+                total_steps,
+                start,
+                workdir,
+            ),
+            total=total_steps,
+            initial=start,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=config.batch_size,
+        )
+
+    def train(self) -> None:
+        """Takes the steps that are left, until a signal comes; saves and closes."""
+        try:
+            with distributed.Interrupts() as interrupts:
+                with jax.transfer_guard("disallow"):
+                    self._take_steps(interrupts)
+                    self._record_pending()
+            if self.step > self.saved:
+                self._save()
+            self._finish()
+        except BaseException as error:
+            self._rescue(error)
+            raise
+
+    def _take_steps(self, interrupts: distributed.Interrupts) -> None:
+        clock, stopping = time.monotonic(), False
+        while self.step < self.total_steps and not stopping:
+            batch = self.next_batch(self.step)
+            waited = time.monotonic() - clock
+            if self.step == self.start:
+                self._compile(batch)
+                clock = time.monotonic() - waited
+            self.state, values = self.step_fn(self.state, batch)
+            self.step += 1
+            # Reading the metrics of the step before keeps the device busy.
+            before, self.pending = self.pending, (self.step, values)
+            shown = self._record(*before) if before else None
+            evaluation = self._due(self.config.eval_every_epochs)
+            saving = self._due(self.config.checkpoint_every_epochs)
+            if evaluation or saving:
+                shown = self._record_pending()
+            self.told.update(shown, time.monotonic() - clock, waited)
+            if evaluation:
+                self.results = self.evaluate(self.state)
+                for split, row in self.results.items():
+                    self.writer.write(self.step, split, row)
+                self.writer.flush()
+                self.told.evaluation(self.step, shown, self.results)
+            if saving:
+                self._save()
+            clock = time.monotonic()
+            stopping = interrupts.reached(self.step)
+        self.received = interrupts.received if stopping else None
+
+    def _compile(self, batch: Any) -> None:
+        """Compiles the step, and tells what it takes."""
+        *_, mesh = self.described
+        self.told.compiling()
+        clock = time.monotonic()
+        memory = self.step_fn.compile(self.state, batch)
+        seconds = time.monotonic() - clock
+        rows = [report.memory_row(memory, mesh.local_devices[0])]
+        if distributed.is_first() and self.config.optimizer.name == "nlcg_auto":
+            images = steps.curvature_images(self.config, mesh)
+            rows.append(report.curvature_row(images, *_operations(*self.described)))
+        self.told.compiled(rows, seconds)
+
+    def _due(self, every_epochs: float) -> bool:
         """Whether a multiple of so many epochs ends with (or within) this step."""
-        every = every_epochs * steps_per_epoch
-        return step == total_steps or step // every > (step - 1) // every
+        every, step = every_epochs * self.steps_per_epoch, self.step
+        return step == self.total_steps or step // every > (step - 1) // every
 
-    def record(step: int, values: Any) -> dict[str, float]:
+    def _record_pending(self) -> dict[str, float] | None:
+        last, self.pending = self.pending, None
+        return self._record(*last) if last else None
+
+    def _record(self, step: int, values: Any) -> dict[str, float]:
         """Writes the metrics of a step; raises if it was not finite."""
         row = {name: float(value) for name, value in jax.device_get(values).items()}
-        if step % config.log_every_steps == 0 or not _is_finite(row):
-            writer.write(step, "train", row)
-            told.step(step, row)
-        if not _is_finite(row) and not row.get("taken_back"):
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        if step % self.config.log_every_steps == 0 or not finite:
+            self.writer.write(step, "train", row)
+            self.told.step(step, row)
+        if not finite and not row.get("taken_back"):
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
-                f"{checkpoints.path}, the metrics in {metrics_path}. Lower "
-                "optimizer.learning_rate or lengthen schedule.warmup_epochs, and start "
+                f"{self.checkpoints.path}, the metrics in "
+                f"{self.workdir / 'metrics.jsonl'}. Lower optimizer.learning_rate or "
+                "lengthen schedule.warmup_epochs, and start "
                 "again in another --workdir."
             )
         return row
 
-    def draw_curves() -> None:
-        if distributed.is_first():
-            metrics.plot_curves(
-                metrics.read_metrics(metrics_path),
-                workdir / "curves.png",
-                f"{config.model.name}, {dataset.name}, {config.optimizer.name}",
-                (other.label, other.rows) if other and not differing else None,
-            )
+    def _save(self) -> None:
+        self.writer.flush()
+        self.checkpoints.save(self.step, self.state)
+        self.saved = self.step
 
-    def finish() -> None:
+    def _finish(self) -> None:
         """Closes everything, whatever fails of it, and draws the curves."""
         with contextlib.ExitStack() as stack:
-            stack.callback(draw_curves)
-            stack.callback(checkpoints.close)
-            stack.callback(told.close)
-            stack.callback(writer.close)
+            stack.callback(self._draw_curves)
+            stack.callback(self.checkpoints.close)
+            stack.callback(self.told.close)
+            stack.callback(self.writer.close)
 
-    results: dict[str, dict[str, float]] = {}
-    step, saved, stopping = start, start, False
-    pending: tuple[int, Any] | None = None
-    try:
-        with distributed.Interrupts() as interrupts, jax.transfer_guard("disallow"):
-            clock = time.monotonic()
-            while step < total_steps and not stopping:
-                batch = next_batch(step)
-                waited = time.monotonic() - clock
-                if step == start:
-                    told.compiling()
-                    clock = time.monotonic()
-                    memory = step_fn.compile(state, batch)
-                    seconds = time.monotonic() - clock
-                    told_rows = [report.memory_row(memory, mesh.local_devices[0])]
-                    if distributed.is_first() and optimizers.uses_quadratic_model(
-                        config
-                    ):
-                        images = steps.curvature_images(config, mesh)
-                        counts = _operations(*described)
-                        told_rows.append(report.curvature_row(images, *counts))
-                    told.compiled(told_rows, seconds)
-                    clock = time.monotonic() - waited
-                state, values = step_fn(state, batch)
-                step += 1
-                # Reading the metrics of the step before keeps the device busy.
-                before, pending = pending, (step, values)
-                shown = record(*before) if before else None
-                evaluation = due(step, config.eval_every_epochs)
-                saving = due(step, config.checkpoint_every_epochs)
-                if evaluation or saving:
-                    pending = None
-                    shown = record(step, values)
-                told.update(shown, time.monotonic() - clock, waited)
-                if evaluation:
-                    results = evaluate(state)
-                    for split, row in results.items():
-                        writer.write(step, split, row)
-                    writer.flush()
-                    told.evaluation(step, shown, results)
-                if saving:
-                    writer.flush()
-                    checkpoints.save(step, state)
-                    saved = step
-                clock = time.monotonic()
-                stopping = interrupts.reached(step)
-            if pending:
-                last, pending = pending, None
-                record(*last)
-        if step > saved:
-            writer.flush()
-            checkpoints.save(step, state)
-        finish()
-    except BaseException as error:
+    def _draw_curves(self) -> None:
+        if distributed.is_first():
+            config, other = self.config, self.other
+            metrics.plot_curves(
+                metrics.read_metrics(self.workdir / "metrics.jsonl"),
+                self.workdir / "curves.png",
+                f"{config.model.name}, {config.dataset.name}, {config.optimizer.name}",
+                (other.label, other.rows) if other and not self.differing else None,
+            )
+
+    def _rescue(self, error: BaseException) -> None:
+        """Saves what there is after an error, and closes everything."""
         # A loss that is not finite is so in all processes. Of another error the others
         # may know nothing, and closing in an orderly way takes all of them.
-        if isinstance(error, NonFiniteLossError) or jax.process_count() == 1:
-            # Where a file cannot be written, what comes of it is not the news.
-            of_files = isinstance(error, CheckpointError | OSError)
-            ignored = (CheckpointError, OSError) if of_files else ()
-            # Only a step that failed while it ran has used up the state.
-            whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
-            with contextlib.suppress(*ignored), contextlib.ExitStack() as stack:
-                stack.callback(finish)
-                if whole and not isinstance(error, CheckpointError):
-                    # Even where the metrics cannot be written.
-                    stack.callback(checkpoints.save, int(state.step), state)
-                    if pending and not isinstance(error, NonFiniteLossError):
-                        with contextlib.suppress(NonFiniteLossError):
-                            record(*pending)
-        raise
-    received = interrupts.received if stopping else None
-    if received and step < total_steps:
-        told.stopped(received.name, step, checkpoints.path)
-        return Result(step, received, results, state)
-    if not results:  # the run was complete already
-        results = evaluate(state)
-        told.evaluation(step, None, results)
-    if distributed.is_first():
-        rows = metrics.read_metrics(metrics_path)
-        compared = None
-        if other and differing:
-            compared = f"not with {other.label}, which had another "
-            compared += ", ".join(differing)
-        elif other:
-            compared = comparison.in_words(rows, other)
-        told.end(results, rows, workdir, checkpoints.path, compared)
-    return Result(step, None, results, state)
+        if not isinstance(error, NonFiniteLossError) and jax.process_count() > 1:
+            return
+        # Where a file cannot be written, what comes of it is not the news.
+        of_files = isinstance(error, CheckpointError | OSError)
+        ignored = (CheckpointError, OSError) if of_files else ()
+        # Only a step that failed while it ran has used up the state.
+        whole = not any(x.is_deleted() for x in jax.tree.leaves(self.state))
+        with contextlib.suppress(*ignored), contextlib.ExitStack() as stack:
+            stack.callback(self._finish)
+            if whole and not isinstance(error, CheckpointError):
+                # Even where the metrics cannot be written.
+                stack.callback(self.checkpoints.save, int(self.state.step), self.state)
+                if not isinstance(error, NonFiniteLossError):
+                    with contextlib.suppress(NonFiniteLossError):
+                        self._record_pending()
+
+    def end(self) -> Result:
+        """Tells how it ended."""
+        step, told = self.step, self.told
+        if self.received and step < self.total_steps:
+            told.stopped(self.received.name, step, self.checkpoints.path)
+            return Result(step, self.received, self.results, self.state)
+        if not self.results:  # the run was complete already
+            self.results = self.evaluate(self.state)
+            told.evaluation(step, None, self.results)
+        if distributed.is_first():
+            rows, compared = metrics.read_metrics(self.workdir / "metrics.jsonl"), None
+            if self.other and self.differing:
+                compared = f"not with {self.other.label}, which had another "
+                compared += ", ".join(self.differing)
+            elif self.other:
+                compared = comparison.in_words(rows, self.other)
+            path = self.checkpoints.path
+            told.end(self.results, rows, self.workdir, path, compared)
+        return Result(step, None, self.results, self.state)
 
 
 def _operations(
     model: Any,
     tx: optax.GradientTransformation,
-    config: ConfigDict,
+    config: RunConfig,
     image_shape: tuple[int, ...],
     mesh: Mesh,
 ) -> tuple[float | None, float | None]:
@@ -299,7 +372,7 @@ def _operations(
     loop once.
     """
 
-    def count(config: ConfigDict, tx: Any) -> float | None:
+    def count(config: RunConfig, tx: Any) -> float | None:
         step = steps.make_train_step(
             model, tx, optax.constant_schedule(0.0), config, mesh, augment=True
         )
@@ -311,68 +384,30 @@ def _operations(
         }
         return (jax.jit(step).lower(state, batch).cost_analysis() or {}).get("flops")
 
-    whole = config.copy_and_resolve_references()
-    whole.microbatches = 1
-    plain = whole.copy_and_resolve_references()
-    plain.optimizer.name = "sgd"
+    whole = dataclasses.replace(config, microbatches=1)
+    sgd = dataclasses.replace(config.optimizer, name="sgd", learning_rate=0.0)
+    plain = dataclasses.replace(whole, optimizer=sgd, schedule=ScheduleConfig())
     return count(whole, tx), count(plain, optax.sgd(0.0))
 
 
-def _check_without_data(config: ConfigDict, mesh: Mesh) -> None:
+def _check_without_data(
+    config: RunConfig, mesh: Mesh, create_model: Callable[..., Any]
+) -> None:
     """Raises for what is wrong whatever the data are, before they are downloaded."""
     batch_size, parts = config.batch_size, config.microbatches
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} does not fit: expected 1 or more.")
-    if parts < 1 or batch_size % parts:
-        near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-        near = sorted(sorted(near, key=lambda n: abs(n - parts))[:4])
-        raise ConfigError(
-            f"microbatches={parts} does not divide batch_size={batch_size}; "
-            f"{', '.join(map(str, near))} would."
-        )
     if batch_size // parts < mesh.size:
         raise ConfigError(
             f"batch_size={batch_size} in {parts} microbatch(es) is less than one image "
             f"for each of {mesh.size} devices: raise batch_size, lower microbatches or "
             "use fewer devices."
         )
-    known = ("microbatch", "batch")
-    if config.batch_norm_statistics not in known:
-        raise ConfigError(
-            f"batch_norm_statistics={config.batch_norm_statistics!r} is unknown: "
-            f"expected one of {', '.join(map(repr, known))}."
-        )
-    for name, least in (
-        ("seed", 0),
-        ("dataset.crop_padding", 0),
-        ("eval_batch_size", 1),
-        ("log_every_steps", 1),
-        ("keep_checkpoints", 1),
-    ):
-        value = operator.attrgetter(name)(config)
-        if value < least:
-            raise ConfigError(f"{name}={value} is not valid: expected {least} or more.")
-    for name in ("eval_every_epochs", "checkpoint_every_epochs"):
-        if not config[name] > 0:
-            raise ConfigError(
-                f"{name}={config[name]} is not valid: expected more than 0. At the end "
-                "of the run it happens in any case: num_epochs is for no other time."
-            )
-    if (config.precise_batch_norm_batches or 0) < 0:
-        raise ConfigError(
-            f"precise_batch_norm_batches={config.precise_batch_norm_batches} is not "
-            "valid: expected 0 (off) or a number of batches."
-        )
-    if config.num_epochs <= 0:
-        raise ConfigError(f"num_epochs={config.num_epochs} is no step: raise it.")
     # They are made again when the data tell how many steps and classes there are.
     schedule = optimizers.create_schedule(config, steps_per_epoch=1.0)
     optimizers.create_optimizer(config, schedule, models.l2_mask)
-    create_model(config, num_classes=2)
-    steps.normalizer(config)
+    create_model(config.model, 2, remat=_remat(config))
 
 
-def _count_steps(config: ConfigDict, num_train: int) -> tuple[float, int]:
+def _count_steps(config: RunConfig, num_train: int) -> tuple[float, int]:
     """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
     batch_size = config.batch_size
     if batch_size > num_train:
@@ -390,35 +425,21 @@ def _count_steps(config: ConfigDict, num_train: int) -> tuple[float, int]:
     return steps_per_epoch, total_steps
 
 
-def load_dataset(config: ConfigDict) -> data.Dataset:
+def load_dataset(config: DatasetConfig) -> data.Dataset:
     """Loads the data set that a config names."""
-    options = config.dataset
     return data.load(
-        options.name,
-        data_dir=options.data_dir,
-        split_seed=options.split_seed,
-        validation_fraction=options.validation_fraction,
-        image_size=options.image_size,
-        in_memory=options.in_memory,
-        max_train_examples=options.max_train_examples,
+        config.name,
+        data_dir=config.data_dir,
+        split_seed=config.split_seed,
+        validation_fraction=config.validation_fraction,
+        image_size=config.image_size,
+        in_memory=config.in_memory,
+        max_train_examples=config.max_train_examples,
     )
 
 
-def create_model(config: ConfigDict, num_classes: int) -> Any:
-    """The model that a config names, for so many classes."""
-    options = config.model
-    try:
-        return models.create_model(
-            options.name,
-            num_classes,
-            dtype=options.dtype,
-            batch_norm_momentum=options.batch_norm_momentum,
-            batch_norm_epsilon=options.batch_norm_epsilon,
-            filters=options.filters,
-            remat=config.microbatches > 1 and steps.at_once(config),
-        )
-    except ValueError as error:
-        raise ConfigError(f"model: {error}") from error
+def _remat(config: RunConfig) -> bool:
+    return config.microbatches > 1 and config.at_once
 
 
 class Update:
@@ -462,7 +483,7 @@ class Update:
 
 
 def make_input(
-    config: ConfigDict,
+    config: RunConfig,
     dataset: data.Dataset,
     model: Any,
     tx: optax.GradientTransformation,
@@ -512,7 +533,7 @@ def make_input(
 
 
 def make_evaluation(
-    config: ConfigDict, dataset: data.Dataset, model: Any, mesh: Mesh
+    config: RunConfig, dataset: data.Dataset, model: Any, mesh: Mesh
 ) -> Callable[[steps.TrainState], dict[str, dict[str, float]]]:
     """The function that evaluates a state on every split but the training one.
 
@@ -524,7 +545,8 @@ def make_evaluation(
       it is.
     """
     eval_step = jax.jit(
-        steps.make_eval_step(model, config, mesh), out_shardings=replicated(mesh)
+        steps.make_eval_step(model, config.dataset, mesh),
+        out_shardings=replicated(mesh),
     )
     splits = {"validation": dataset.validation, "test": dataset.test}
     # Splits in memory stay on the device from one evaluation to the next.
@@ -548,10 +570,10 @@ def make_evaluation(
         return put(name, layout, source)
 
     # A microbatch is normalized by itself where training does so.
-    size = config.batch_size // (1 if steps.at_once(config) else config.microbatches)
+    size = config.batch_size // (1 if config.at_once else config.microbatches)
     count = _precise_batches(config, len(dataset.train)) * (config.batch_size // size)
     statistics_step = jax.jit(
-        steps.make_statistics_step(model, config, mesh, size),
+        steps.make_statistics_step(model, config.dataset, mesh, size),
         out_shardings=replicated(mesh),
     )
 
@@ -591,13 +613,9 @@ def make_evaluation(
     return evaluate
 
 
-def _precise_batches(config: ConfigDict, num_train: int) -> int:
+def _precise_batches(config: RunConfig, num_train: int) -> int:
     """Training batches that an evaluation takes BatchNorm's statistics from."""
     if config.precise_batch_norm_batches is not None:
         return config.precise_batch_norm_batches
     steps_per_epoch = num_train / config.batch_size
     return math.ceil(steps_per_epoch) if steps_per_epoch <= 10 else 0
-
-
-def _is_finite(row: dict[str, float]) -> bool:
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])

@@ -16,32 +16,32 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nlcg_optax.training.config import ConfigDict, ConfigError
+from nlcg_optax.training.run_config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp")
 
 
-def create_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of ``config.mesh``.
+def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a run.
 
     An axis of size -1 takes the devices that the other leaves.
 
     Args:
-      config: the whole config of a run.
+      config: how many devices each axis has.
       devices: all of all processes by default.
 
     Raises:
       ConfigError: if the axes do not make up the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
-    sizes = [config.mesh[axis] for axis in AXES]
+    sizes = [config.data, config.fsdp]
     if -1 in sizes:
         i = sizes.index(-1)
         sizes[i] = count // max(sizes[1 - i], 1)
     if min(sizes) < 1 or math.prod(sizes) != count:
         raise ConfigError(
-            f"mesh.data={config.mesh.data} and mesh.fsdp={config.mesh.fsdp} do not fit "
-            f"{count} device(s): their product must be that number (-1: what is left)."
+            f"mesh.data={config.data} and mesh.fsdp={config.fsdp} do not fit {count} "
+            "device(s): their product must be that number (-1: what is left)."
         )
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices
@@ -70,8 +70,7 @@ def state_shardings(tree: Any, mesh: Mesh, min_size: int) -> Any:
       A tree of the same structure.
 
     Example:
-      >>> from nlcg_optax.training.config import base_config
-      >>> mesh = create_mesh(base_config())
+      >>> mesh = create_mesh(MeshConfig())
       >>> tuple(state_shardings(np.zeros((8, 8)), mesh, min_size=1).spec)
       (None, 'fsdp')
     """

@@ -133,7 +133,7 @@ def plot_curves(
 ) -> None:
     """Draws loss, accuracy, step size and β against the step, as a PNG.
 
-    Where the quadratic model chose the steps, its coefficients and λ take the place of
+    Where the curvature chose the steps, their coefficients and λ take the place of
     the learning rate and of β.
 
     Args:
@@ -158,63 +158,16 @@ def plot_curves(
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
+    panels: dict[str, dict[str, Any]] = {
+        name: {str(shown.get(s, s)): series(s, name) for s in splits}
+        for name in ("loss", "accuracy")
+    }
+    by_curvature = bool(series("train", "damping")[0])
+    for name, curves in (_BY_CURVATURE if by_curvature else _BY_RATE).items():
+        panels[name] = {key: series("train", words) for key, words in curves.items()}
     axes = figure.subplots(2, 2, sharex=True).flat
-    outcomes = tuple(
-        (words, {shown.get(s, s): series(s, name) for s in splits})
-        for words, name in (("loss", "loss"), ("accuracy", "accuracy"))
-    )
-    panels = (
-        *outcomes,
-        (
-            "learning rate, and what the base step makes of it",
-            {
-                "learning rate": series("train", "learning_rate"),
-                "times the base step": series("train", "step_size"),
-            },
-        ),
-        (
-            "share of the last direction (β), and angle to the gradient",
-            {
-                "β": series("train", "beta"),
-                "cosine of direction and -gradient": series("train", "cosine"),
-            },
-        ),
-    )
-    if series("train", "damping")[0]:
-        panels = (
-            *outcomes,
-            (
-                "coefficients of the step",
-                {
-                    "a, of the gradient": series("train", "coefficient_gradient"),
-                    "of the first residual": series("train", "coefficient_residual_1"),
-                    "b, of the last step": series("train", "coefficient_past_1"),
-                },
-            ),
-            (
-                "damping, signal and conjugacy",
-                {
-                    "λ": series("train", "damping"),
-                    "share of signal": series("train", "signal"),
-                    "conjugacy": series("train", "conjugacy"),
-                },
-            ),
-        )
-    for axis, (name, curves) in zip(axes, panels, strict=True):
-        drawn = {label: xy for label, xy in curves.items() if xy[0]}
-        for label, (x, y) in drawn.items():
-            marker = "." if len(x) < 200 else ""
-            width = 1.0
-            if label == "learning rate":  # wide, to be seen below the other
-                marker, width = "", 5.0
-            axis.plot(
-                *(x, y),
-                marker=marker,
-                markersize=4,
-                linewidth=width,
-                alpha=0.4 if width > 1 else 1,
-                label=label,
-            )
+    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
+        _draw(axis, name, {label: xy for label, xy in curves.items() if xy[0]})
         if other and name in ("loss", "accuracy"):
             label, other_rows = other
             for style, split in zip(("--", ":", "-."), splits, strict=False):
@@ -225,25 +178,69 @@ def plot_curves(
                     linewidth=1,
                     label=f"{label}, {shown.get(split, split)}",
                 )
-        # Between title and plot, where it covers no curve.
-        axis.set_title(name, fontsize="medium", pad=24)
-        axis.grid(alpha=0.3)
-        if drawn:
-            axis.legend(
-                loc="lower center",
-                bbox_to_anchor=(0.5, 1.0),
-                ncols=4,
-                fontsize="x-small",
-                frameon=False,
-                columnspacing=1.2,
-                handlelength=1.6,
-            )
-        else:
-            axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
-    losses = [v for _, ys in panels[0][1].values() for v in ys if math.isfinite(v)]
+        _tell_curves(axis)
+    losses = [v for _, ys in panels["loss"].values() for v in ys if math.isfinite(v)]
     if losses and min(losses) > 0:
         figure.axes[0].set_yscale("log")
     for axis in figure.axes[2:]:
         axis.set_xlabel("step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)
+
+
+# The lower panels of the curves: names in the legend, and those of the metrics.
+_BY_RATE = {
+    "learning rate, and what the base step makes of it": {
+        "learning rate": "learning_rate",
+        "times the base step": "step_size",
+    },
+    "share of the last direction (β), and angle to the gradient": {
+        "β": "beta",
+        "cosine of direction and -gradient": "cosine",
+    },
+}
+_BY_CURVATURE = {
+    "coefficients of the step": {
+        "a, of the gradient": "coefficient_gradient",
+        "of the first residual": "coefficient_residual_1",
+        "b, of the last step": "coefficient_past_1",
+    },
+    "damping, signal and conjugacy": {
+        "λ": "damping",
+        "share of signal": "signal",
+        "conjugacy": "conjugacy",
+    },
+}
+
+
+def _draw(axis: Any, name: str, curves: Mapping[str, Any]) -> None:
+    """Draws the curves of a panel."""
+    # Between title and plot, where it covers no curve, is the legend.
+    axis.set_title(name, fontsize="medium", pad=24)
+    axis.grid(alpha=0.3)
+    for label, (x, y) in curves.items():
+        wide = label == "learning rate"  # to be seen below the other
+        axis.plot(
+            *(x, y),
+            marker="." if len(x) < 200 and not wide else "",
+            markersize=4,
+            linewidth=5.0 if wide else 1.0,
+            alpha=0.4 if wide else 1,
+            label=label,
+        )
+
+
+def _tell_curves(axis: Any) -> None:
+    """The legend of a panel, or that nothing is in it."""
+    if not axis.lines:
+        axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
+        return
+    axis.legend(
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=4,
+        fontsize="x-small",
+        frameon=False,
+        columnspacing=1.2,
+        handlelength=1.6,
+    )

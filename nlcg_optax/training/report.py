@@ -4,6 +4,7 @@ Lines go to standard output, the progress bar to standard error. Both are for pe
 programs read ``metrics.jsonl``.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import math
@@ -23,10 +24,13 @@ from jax.sharding import Mesh
 
 import nlcg_optax
 from nlcg_optax.training import data
-from nlcg_optax.training.config import ConfigDict, known_fields
+from nlcg_optax.training.config import flatten
 from nlcg_optax.training.mesh import BatchLayout
-from nlcg_optax.training.optimizers import uses_quadratic_model
-from nlcg_optax.training.steps import at_once
+from nlcg_optax.training.run_config import (
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 
 VERBOSITIES = ("quiet", "normal", "verbose")
 
@@ -108,7 +112,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def summary(
-    config: ConfigDict,
+    config: RunConfig,
     dataset: data.Dataset,
     mesh: Mesh,
     state: Any,
@@ -161,7 +165,7 @@ def summary(
             f"{total_steps:,}: {_count(config.num_epochs, 'epoch', 'epochs')} of "
             f"{_count(steps_per_epoch, 'step', 'steps')}",
         ),
-        ("optimizer", _optimizer(config)),
+        ("optimizer", _optimizer(config.optimizer, config.schedule)),
         (
             "state",
             f"{size(bytes_per_device(state))} per device: parameters, "
@@ -256,7 +260,7 @@ class Report:
         for name, text in rows:
             self.line(f"  {self.paint(f'{name:<{width}}', 'dim')}  {text}")
 
-    def loading(self, config: ConfigDict) -> None:
+    def loading(self, config: RunConfig) -> None:
         """Says that a run begins, and in the verbose case with what."""
         ours = self.paint(f"nlcg-optax {nlcg_optax.__version__}", "bold")
         self.line(f"{ours}: loading {config.dataset.name}")
@@ -270,10 +274,7 @@ class Report:
                 ("with", f"Python {platform.python_version()}, {', '.join(versions)}"),
             ]
         )
-        for field in known_fields(config):
-            value: Any = config
-            for part in field.split("."):
-                value = value[part]
+        for field, value in flatten(dataclasses.asdict(config)).items():
             self.line(f"  {self.paint(f'config.{field}', 'dim')} = {value!r}")
 
     def start(
@@ -460,25 +461,24 @@ def _speed(images: int, seconds: float) -> str:
     return f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
 
 
-def _batch(config: ConfigDict, mesh: Mesh) -> str:
+def _batch(config: RunConfig, mesh: Mesh) -> str:
     parts = config.microbatches
     layout = BatchLayout(mesh, config.batch_size, parts)
     most = "at most " if layout.rows > layout.examples else ""
     here = layout.rows // mesh.size * parts
     text = f"{config.batch_size:,} images, {most}{here:,} per device"
-    if parts > 1 and not at_once(config):
+    if parts > 1 and not config.at_once:
         text += f", in {parts:,} parts one after the other"
     return text
 
 
-def _optimizer(config: ConfigDict) -> str:
-    optimizer, schedule = config.optimizer, config.schedule
+def _optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> str:
     text = optimizer.name
-    if uses_quadratic_model(config):
-        options = optimizer.nlcg
-        return f"nlcg ({options.preconditioner}), steps chosen by the curvature"
+    if text == "nlcg_auto":
+        preconditioner = optimizer.nlcg_auto.preconditioner
+        return f"nlcg_auto ({preconditioner}), steps chosen by the curvature"
     if text in ("nlcg", "nlcg_paper"):
-        options = optimizer[text]
+        options = getattr(optimizer, text)
         text += f" ({options.beta_rule}, {options.preconditioner})"
     text += f", learning rate {optimizer.learning_rate:g}"
     if schedule.name == "cosine":

@@ -1,5 +1,6 @@
 """The state of a run, and the jit-compiled steps that train and evaluate."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
 from nlcg_optax.training import data, models
-from nlcg_optax.training.config import ConfigDict, ConfigError
 from nlcg_optax.training.mesh import AXES, BatchLayout, replicated, state_shardings
-from nlcg_optax.training.optimizers import curvature_stride, uses_quadratic_model
+from nlcg_optax.training.optimizers import curvature_stride
+from nlcg_optax.training.run_config import DatasetConfig, MeshConfig, RunConfig
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -45,7 +46,7 @@ class TrainState(flax.struct.PyTreeNode):
 def make_init(
     model: Any,
     tx: optax.GradientTransformation,
-    config: ConfigDict,
+    config: RunConfig,
     image_shape: tuple[int, ...],
 ) -> Callable[[jax.typing.ArrayLike], TrainState]:
     """The function from a seed to the first state, to be jitted."""
@@ -69,7 +70,7 @@ def make_init(
 def abstract_state(
     model: Any,
     tx: optax.GradientTransformation,
-    config: ConfigDict,
+    config: RunConfig,
     image_shape: tuple[int, ...],
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
@@ -79,14 +80,14 @@ def abstract_state(
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        shardings(shapes, mesh, config),
+        shardings(shapes, mesh, config.mesh),
     )
 
 
 def create_state(
     model: Any,
     tx: optax.GradientTransformation,
-    config: ConfigDict,
+    config: RunConfig,
     image_shape: tuple[int, ...],
     mesh: jax.sharding.Mesh,
 ) -> TrainState:
@@ -100,45 +101,28 @@ def create_state(
     on_cpu = jax.default_backend() == "cpu"
     return jax.jit(
         init,
-        out_shardings=shardings(jax.eval_shape(init), mesh, config),
+        out_shardings=shardings(jax.eval_shape(init), mesh, config.mesh),
         compiler_options=options if on_cpu else None,
     )()
 
 
-def shardings(tree: Any, mesh: jax.sharding.Mesh, config: ConfigDict) -> Any:
-    """The shardings of a state, or of a part of it, by the rule of ``config.mesh``."""
-    return state_shardings(tree, mesh, config.mesh.min_size_to_split)
+def shardings(tree: Any, mesh: jax.sharding.Mesh, config: MeshConfig) -> Any:
+    """The shardings of a state, or of a part of it, by the config's rule."""
+    return state_shardings(tree, mesh, config.min_size_to_split)
 
 
-def at_once(config: ConfigDict) -> bool:
-    """Whether all microbatches go through the model side by side."""
-    return config.microbatches == 1 or config.batch_norm_statistics == "batch"
-
-
-def normalizer(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
-    """The function that turns uint8 images into the model's float32 input.
-
-    Raises:
-      ConfigError: for an unknown normalization.
-    """
-    known = {
-        "per_image": data.standardize,
-        "imagenet": data.normalize_imagenet,
-    }
-    name = config.dataset.normalization
-    if name not in known:
-        raise ConfigError(
-            f"dataset.normalization={name!r} is unknown: expected one of "
-            f"{', '.join(map(repr, known))}."
-        )
-    return known[name]
+def normalizer(config: DatasetConfig) -> Callable[[jax.Array], jax.Array]:
+    """The function that turns uint8 images into the model's float32 input."""
+    return {"per_image": data.standardize, "imagenet": data.normalize_imagenet}[
+        config.normalization
+    ]
 
 
 def make_train_step(
     model: Any,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    config: ConfigDict,
+    config: RunConfig,
     mesh: jax.sharding.Mesh,
     *,
     augment: bool,
@@ -160,7 +144,7 @@ def make_train_step(
 
     A step whose loss or gradient is not finite leaves the state as it was, so that the
     run can stop with everything that came before; so do those after it that are given
-    its ``go_on``. But where the quadratic model chooses the steps, it takes the one
+    its ``go_on``. But where the curvature chooses the steps, `nlcg_auto` takes the one
     back that led there, and the metric ``taken_back`` is 1.
 
     The curvature that the model is given is that of some of the batch, evenly spaced
@@ -184,50 +168,96 @@ def make_train_step(
       the step before (True by default), to the new state and the metrics: scalars in
       float32, and ``go_on``, a boolean.
     """
-    normalize = normalizer(config)
-    draws: jax.typing.ArrayLike = config.seed if seed is None else seed
-    tx = optax.with_extra_args_support(tx)
-    crop_padding, flip = config.dataset.crop_padding, config.dataset.flip
-    batch_size, parts = config.batch_size, config.microbatches
-    examples = batch_size // parts
-    side_by_side = at_once(config)
-    quadratic = uses_quadratic_model(config)
-    stride = curvature_stride(config)
+    return _TrainStep(
+        model,
+        optax.with_extra_args_support(tx),
+        schedule,
+        config,
+        mesh,
+        augment,
+        config.seed if seed is None else seed,
+    )
 
-    def split_rows(x: jax.Array) -> jax.Array:
-        """Splits the rows over the devices, if they can be."""
-        if len(x) % mesh.size:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(AXES)))
 
-    def run_model(params, batch_stats, key, batch, places, some_empty):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TrainStep:
+    """The function that :func:`make_train_step` returns, stage by stage."""
+
+    model: Any
+    tx: optax.GradientTransformationExtraArgs
+    schedule: optax.Schedule
+    config: RunConfig
+    mesh: jax.sharding.Mesh
+    augment: bool
+    seed: jax.typing.ArrayLike
+
+    def __call__(
+        self, state: TrainState, batch: Batch, go_on: jax.Array | bool = True
+    ) -> tuple[TrainState, Metrics]:
+        """Gradient, update, and what of the new state is kept."""
+        auto = self.config.optimizer.name == "nlcg_auto"
+        key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+        (loss, (accuracy, batch_stats)), grads = self._whole_batch(state, batch, key)
+        given = {"curvature": self._curvature(state, batch, key)} if auto else {}
+        # The devices over which orthogonalization may share out its work.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            updates, opt_state = self.tx.update(
+                grads, state.opt_state, state.params, value=loss, **given
+            )
+        params = optax.apply_updates(state.params, updates)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            average=self._average(state, params),
+        )
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
+        }
+        if report := self._report(state.opt_state, opt_state):
+            base_step = report.get("base_step", 1.0)
+            metrics |= report
+            metrics["step_size"] = metrics["learning_rate"] * base_step
+        new_state, metrics["go_on"] = _guarded(new_state, state, metrics, go_on)
+        return self._constrain(new_state), self._whole(metrics)
+
+    # --- The loss and its gradient ---
+
+    def _run_model(self, params, batch_stats, key, batch, places, some_empty):
         """Logits and new BatchNorm statistics; some rows may have no example."""
-        images = split_rows(batch["image"])
-        if augment:
+        options = self.config.dataset
+        images = self._split_rows(batch["image"])
+        if self.augment:
             images = data.augment(
                 key,
                 images,
-                crop_padding=crop_padding,
-                flip=flip,
+                crop_padding=options.crop_padding,
+                flip=options.flip,
                 places=places,
-                batch_size=batch_size,
+                batch_size=self.config.batch_size,
             )
         mask = {"mask": places >= 0} if some_empty else {}
-        logits, updated = model.apply(
+        logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalize(images),
+            normalizer(options)(images),
             train=True,
             mutable=["batch_stats"],
             **mask,
         )
         return logits, updated["batch_stats"]
 
-    def loss_fn(params, batch_stats, key, batch, places):
+    def _loss(self, params, batch_stats, key, batch, places):
         """Cross-entropy and accuracy; a microbatch's share in the whole batch's."""
-        labels = split_rows(batch["label"])
+        batch_size, labels = self.config.batch_size, self._split_rows(batch["label"])
         # The model sees a mask only where there are rows without an example.
-        some_empty = len(labels) > (batch_size if side_by_side else examples)
-        logits, statistics = run_model(
+        real = batch_size if self.config.at_once else self._examples
+        some_empty = len(labels) > real
+        logits, statistics = self._run_model(
             params, batch_stats, key, batch, places, some_empty
         )
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -238,18 +268,66 @@ def make_train_step(
         loss = jnp.sum(cross_entropy) / batch_size
         return loss, (jnp.sum(hits) / batch_size, statistics)
 
-    def curvature(state: TrainState, batch: Batch) -> nlcg_optax.Curvature:
+    def _value_and_grad(self, params, *args):
+        result, grads = jax.value_and_grad(self._loss, has_aux=True)(params, *args)
+        # Whole first: a sum over all devices of which each keeps its part. Otherwise
+        # the partitioner splits activations as the parameters are.
+        return result, self._constrain(self._whole(grads))
+
+    def _whole_batch(self, state: TrainState, batch: Batch, key: jax.Array):
+        """Loss, accuracy, BatchNorm statistics and gradient of the whole batch."""
+        places, parts = self._places(batch), self.config.microbatches
+        params = self._whole(state.params)
+        if self.config.at_once:
+            # Rows first: they are what is split over the devices.
+            batch, places = jax.tree.map(
+                lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), (batch, places)
+            )
+            result = self._value_and_grad(params, state.batch_stats, key, batch, places)
+            return self._add_penalty(params, result)
+
+        def add(total, part):
+            result = self._value_and_grad(params, state.batch_stats, key, *part)
+            return jax.tree.map(jnp.add, total, result), None
+
+        first = jax.tree.map(lambda x: x[0], (batch, places))
+        shapes = jax.eval_shape(
+            self._value_and_grad, params, state.batch_stats, key, *first
+        )
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (batch, places))
+        (loss, (accuracy, batch_stats)), grads = total
+        batch_stats = jax.tree.map(lambda x: x / parts, batch_stats)
+        # After the loop: XLA for GPUs moves an all-reduce out of a loop (and so reduces
+        # once instead of for every microbatch) only if its result is added to a sum
+        # and to nothing else.
+        return self._add_penalty(params, ((loss, (accuracy, batch_stats)), grads))
+
+    def _add_penalty(self, params, result):
+        (loss, rest), grads = result
+        penalty, penalty_grads = jax.value_and_grad(
+            lambda params: self.config.l2_penalty * l2_loss(params)
+        )(params)
+        grads = jax.tree.map(jnp.add, grads, self._constrain(penalty_grads))
+        return (loss + penalty, rest), grads
+
+    def _curvature(
+        self, state: TrainState, batch: Batch, key: jax.Array
+    ) -> nlcg_optax.Curvature:
         """That of the loss on some of the images, evenly spaced, and of the penalty."""
-        key = jax.random.fold_in(jax.random.key(draws), state.step)
+        stride = curvature_stride(
+            self.config.optimizer.nlcg_auto, self.config.batch_size
+        )
         chosen, places = jax.tree.map(
-            lambda x: _every(stride, x, mesh.size), (batch, rows_of(batch))
+            lambda x: _every(stride, x, self.mesh.size), (batch, self._places(batch))
         )
         present = places >= 0
-        some_empty = batch["label"].shape[1] > examples
+        some_empty = batch["label"].shape[1] > self._examples
 
         def outputs_fn(params: Any) -> tuple[jax.Array, Any]:
-            return run_model(
-                whole(params), state.batch_stats, key, chosen, places, some_empty
+            params = self._whole(params)
+            return self._run_model(
+                params, state.batch_stats, key, chosen, places, some_empty
             )
 
         def mean_loss(logits: jax.Array) -> jax.Array:
@@ -261,131 +339,93 @@ def make_train_step(
         return nlcg_optax.gauss_newton(
             outputs_fn,
             mean_loss,
-            l2=config.l2_penalty,
+            l2=self.config.l2_penalty,
             l2_mask=models.l2_mask,
             has_aux=True,
-            in_turn=mesh.size > 1,
+            in_turn=self.mesh.size > 1,
         )
 
-    def rows_of(batch: Batch) -> jax.Array:
+    # --- What comes of the update ---
+
+    def _average(self, state: TrainState, params: Any) -> Any:
+        if not self.config.average_decay:
+            return state.average
+        # As TensorFlow's averages: short memory at first.
+        ramp = (1 + state.step) / (10 + state.step)
+        decay = jnp.minimum(self.config.average_decay, ramp)
+        return optax.incremental_update(params, state.average, 1 - decay)
+
+    def _report(self, before: Any, after: Any) -> Metrics:
+        """What NLCG tells of the step that led from one optimizer state to another."""
+        optimizer = self.config.optimizer
+        if optimizer.name not in ("nlcg", "nlcg_auto", "nlcg_paper"):
+            return {}
+        report = nlcg_optax.diagnostics(after)
+        if optimizer.name == "nlcg_auto":
+            rejected = nlcg_optax.diagnostics(before)["rejected_steps"]
+            report["taken_back"] = report["rejected_steps"] - rejected
+            coefficients = report.pop("coefficients")
+            report |= _by_name(coefficients, optimizer.nlcg_auto.residuals)
+        return report
+
+    # --- Where things lie ---
+
+    @property
+    def _examples(self) -> int:
+        """Examples of a microbatch."""
+        return self.config.batch_size // self.config.microbatches
+
+    def _places(self, batch: Batch) -> jax.Array:
         """The place in the global batch of each row [M, R]; -1 for those without."""
         row = jnp.arange(batch["label"].shape[1])
-        return jnp.where(
-            row < examples, jnp.arange(parts)[:, None] * examples + row, -1
+        first = jnp.arange(self.config.microbatches)[:, None] * self._examples
+        return jnp.where(row < self._examples, first + row, -1)
+
+    def _split_rows(self, x: jax.Array) -> jax.Array:
+        """Splits the rows over the devices, if they can be."""
+        if len(x) % self.mesh.size:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(AXES)))
+
+    def _constrain(self, tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(
+            tree, shardings(tree, self.mesh, self.config.mesh)
         )
 
-    def constrain(tree: Any) -> Any:
-        return jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, config))
-
-    def whole(tree: Any) -> Any:
-        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-    def value_and_grad(params, *args):
-        result, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *args)
-        # Whole first: a sum over all devices of which each keeps its part. Otherwise
-        # the partitioner splits activations as the parameters are.
-        return result, constrain(whole(grads))
-
-    def add_penalty(params, result):
-        (loss, rest), grads = result
-        penalty, penalty_grads = jax.value_and_grad(
-            lambda params: config.l2_penalty * l2_loss(params)
-        )(params)
-        grads = jax.tree.map(jnp.add, grads, constrain(penalty_grads))
-        return (loss + penalty, rest), grads
-
-    def whole_batch(state: TrainState, batch: Batch):
-        """Loss, accuracy, BatchNorm statistics and gradient of the whole batch."""
-        key = jax.random.fold_in(jax.random.key(draws), state.step)
-        places = rows_of(batch)
-        params = whole(state.params)
-        if side_by_side:
-            # Rows first: they are what is split over the devices.
-            batch, places = jax.tree.map(
-                lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), (batch, places)
-            )
-            result = value_and_grad(params, state.batch_stats, key, batch, places)
-            return add_penalty(params, result)
-
-        def add(total, part):
-            result = value_and_grad(params, state.batch_stats, key, *part)
-            return jax.tree.map(jnp.add, total, result), None
-
-        first = jax.tree.map(lambda x: x[0], (batch, places))
-        shapes = jax.eval_shape(value_and_grad, params, state.batch_stats, key, *first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, (batch, places))
-        (loss, (accuracy, batch_stats)), grads = total
-        batch_stats = jax.tree.map(lambda x: x / parts, batch_stats)
-        # After the loop: XLA for GPUs moves an all-reduce out of a loop (and so reduces
-        # once instead of for every microbatch) only if its result is added to a sum
-        # and to nothing else.
-        return add_penalty(params, ((loss, (accuracy, batch_stats)), grads))
-
-    def train_step(
-        state: TrainState, batch: Batch, go_on: jax.Array | bool = True
-    ) -> tuple[TrainState, Metrics]:
-        (loss, (accuracy, batch_stats)), grads = whole_batch(state, batch)
-        given = {"curvature": curvature(state, batch)} if quadratic else {}
-        # The devices over which orthogonalization may share out its work.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            updates, opt_state = tx.update(
-                grads, state.opt_state, state.params, value=loss, **given
-            )
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if config.average_decay:
-            # As TensorFlow's averages: short memory at first.
-            ramp = (1 + state.step) / (10 + state.step)
-            decay = jnp.minimum(config.average_decay, ramp)
-            average = optax.incremental_update(params, average, 1 - decay)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        report, kept = {}, go_on & finite
-        if config.optimizer.name in ("nlcg", "nlcg_paper"):
-            report = nlcg_optax.diagnostics(opt_state)
-        if quadratic:  # where it steps back it has seen to parameters and state itself
-            before = nlcg_optax.diagnostics(state.opt_state)["rejected_steps"]
-            report["taken_back"] = report["rejected_steps"] - before
-            kept = go_on & (finite | (report["taken_back"] > 0))
-
-        def guard(keep: jax.Array, new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
-
-        new_state = TrainState(
-            step=guard(kept, state.step + 1, state.step),
-            params=guard(kept, params, state.params),
-            batch_stats=guard(kept & finite, batch_stats, state.batch_stats),
-            opt_state=guard(kept, opt_state, state.opt_state),
-            average=guard(kept & finite, average, state.average),
-        )
-        rate = jnp.asarray(schedule(state.step), jnp.float32)
-        metrics = {
-            "loss": loss,
-            "accuracy": accuracy,
-            "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            "learning_rate": rate,
-            "go_on": kept,
-        }
-        if report:
-            if quadratic:
-                coefficients = report.pop("coefficients")
-                report |= _by_name(coefficients, config.optimizer.nlcg)
-            metrics |= report
-            metrics["step_size"] = rate * report.get("base_step", 1.0)
-        return constrain(new_state), whole(metrics)
-
-    return train_step
+    def _whole(self, tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, replicated(self.mesh))
 
 
-def _by_name(coefficients: jax.Array, options: ConfigDict) -> Metrics:
-    """The quadratic model's coefficients: gradient, past steps, residuals."""
-    past = len(coefficients) - 1 - options.curvature_residuals
+def _guarded(
+    new: TrainState, old: TrainState, metrics: Metrics, go_on: jax.Array | bool
+) -> tuple[TrainState, jax.Array]:
+    """What of a new state is kept where a step was not finite, and whether to go on."""
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    kept = go_on & finite
+    if "taken_back" in metrics:
+        # Where it steps back it has seen to parameters and state itself.
+        kept = go_on & (finite | (metrics["taken_back"] > 0))
+
+    def guard(keep: jax.Array, new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
+
+    state = TrainState(
+        step=guard(kept, new.step, old.step),
+        params=guard(kept, new.params, old.params),
+        batch_stats=guard(kept & finite, new.batch_stats, old.batch_stats),
+        opt_state=guard(kept, new.opt_state, old.opt_state),
+        average=guard(kept & finite, new.average, old.average),
+    )
+    return state, kept
+
+
+def _by_name(coefficients: jax.Array, residuals: int) -> Metrics:
+    """The coefficients that the curvature chose: gradient, past steps, residuals."""
+    past = len(coefficients) - 1 - residuals
     names = [
         "gradient",
         *(f"past_{i}" for i in range(1, past + 1)),
-        *(f"residual_{i}" for i in range(1, options.curvature_residuals + 1)),
+        *(f"residual_{i}" for i in range(1, residuals + 1)),
     ]
     return {
         f"coefficient_{name}": coefficient
@@ -393,12 +433,13 @@ def _by_name(coefficients: jax.Array, options: ConfigDict) -> Metrics:
     }
 
 
-def curvature_images(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+def curvature_images(config: RunConfig, mesh: jax.sharding.Mesh) -> int:
     """How many images of each batch tell the curvature, on the devices of ``mesh``."""
     layout = BatchLayout(mesh, config.batch_size, config.microbatches)
+    stride = curvature_stride(config.optimizer.nlcg_auto, config.batch_size)
     present = np.arange(layout.rows) < layout.examples
     present = np.tile(present, (layout.microbatches, 1))
-    return int(np.sum(_every(curvature_stride(config), present, mesh.size)))
+    return int(np.sum(_every(stride, present, mesh.size)))
 
 
 def _every(stride: int, x: Any, devices: int) -> Any:
@@ -423,7 +464,7 @@ def l2_loss(params: Any) -> jax.Array:
 
 
 def make_eval_step(
-    model: Any, config: ConfigDict, mesh: jax.sharding.Mesh
+    model: Any, config: DatasetConfig, mesh: jax.sharding.Mesh
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Sums of loss, hits and examples over one batch [1, R, ...], padding masked out.
 
@@ -448,13 +489,13 @@ def make_eval_step(
 
 
 def make_statistics_step(
-    model: Any, config: ConfigDict, mesh: jax.sharding.Mesh, batch_size: int
+    model: Any, config: DatasetConfig, mesh: jax.sharding.Mesh, batch_size: int
 ) -> Callable[[TrainState, Batch], Any]:
     """BatchNorm's statistics of one batch [1, R, ...], under the weights evaluated.
 
     Args:
       model: a Flax module with the attribute ``batch_norm_momentum``.
-      config: the whole config of a run.
+      config: how images become the model's input.
       mesh: the devices.
       batch_size: images in the batch; the rows after them do not count.
 

@@ -17,7 +17,7 @@ import tiny
 from test_distributed import rows, start_two
 from waiting import wait_for
 
-from nlcg_optax.training import loop, models
+from nlcg_optax.training import loop
 from nlcg_optax.training.checkpoint import (
     CheckpointError,
     Checkpoints,
@@ -30,6 +30,7 @@ from nlcg_optax.training.config import (
     apply_overrides,
     base_config,
     load_config,
+    typed,
 )
 
 # Runs of one config compile once, and some tests share one: xdist leaves them together.
@@ -223,6 +224,41 @@ def test_a_config_from_before_a_field_was_there_still_fits(tmp_path):
         check_config(config, tmp_path)
 
 
+OLD_NLCG = {
+    "step_rule": "quadratic_model",
+    "preconditioner": "none",
+    "curvature_fraction": 0.5,
+    "curvature_min_images": 250,
+    "curvature_residuals": 2,
+}
+
+
+def test_a_run_from_before_nlcg_auto_still_fits(tmp_path):
+    old = {"optimizer": {"name": "nlcg", "learning_rate": 0.01, "nlcg": OLD_NLCG}}
+    old["schedule"] = {"name": "cosine", "warmup_epochs": 5.0}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = base_config()
+    config.optimizer.name = "nlcg_auto"
+    config.optimizer.nlcg_auto.curvature_fraction = 0.5
+    with pytest.raises(ConfigError, match="preconditioner=.* .was 'none'"):
+        check_config(config, tmp_path)
+    config.optimizer.nlcg_auto.preconditioner = "none"
+    check_config(typed(config), tmp_path)
+    config.optimizer.learning_rate, config.schedule.name = None, "none"
+    check_config(typed(config), tmp_path)
+    config.optimizer.nlcg_auto.residuals = 3
+    with pytest.raises(ConfigError, match=r"residuals=3 \(was 2\)"):
+        check_config(typed(config), tmp_path)
+    # Where another optimizer was chosen those fields had no effect.
+    old["optimizer"]["nlcg"] = OLD_NLCG | {"step_rule": "step"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    config = base_config()
+    config.optimizer.nlcg.preconditioner = "none"
+    config.optimizer.learning_rate = 0.01
+    config.schedule.update(name="cosine", warmup_epochs=5.0)
+    check_config(typed(config), tmp_path)
+
+
 @pytest.mark.long
 def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
     """Kill -9 of one of two processes, ten times and more, most within a write."""
@@ -273,7 +309,6 @@ def test_killed_at_any_moment(tmp_path, monkeypatch, capsys):
     config = load_config(tiny.CONFIG)
     overrides = [arg.removeprefix("--config.") for arg in args]
     apply_overrides(config, [*tiny.OVERRIDES, *overrides])
-    monkeypatch.setattr(models, "create_model", tiny.create_tiny_model)
-    states = [loop.train_and_evaluate(config, path).state for path in (workdir, whole)]
+    states = [tiny.train(config, path).state for path in (workdir, whole)]
     for p, q in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(np.asarray(p), np.asarray(q))

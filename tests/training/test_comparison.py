@@ -1,7 +1,14 @@
+import json
+
 import pytest
 
 from nlcg_optax.training import comparison
-from nlcg_optax.training.config import ConfigError, builtin_configs, load_config
+from nlcg_optax.training.config import (
+    ConfigError,
+    base_config,
+    builtin_configs,
+    load_config,
+)
 
 RECORDED = sorted(builtin_configs()[0].path.parent.glob("*.jsonl"))
 
@@ -42,6 +49,23 @@ def test_fields_beside_the_optimizer_are_compared():
     config.batch_size = 100
     found = comparison.differing_fields(config, other)
     assert found == ["batch_size", "model.filters"]
+
+
+def test_a_run_by_curvature_is_compared_whenever_it_was_made(tmp_path):
+    nlcg = {"step_rule": "quadratic_model", "curvature_residuals": 5}
+    old = {"optimizer": {"name": "nlcg", "learning_rate": 1.0, "nlcg": nlcg}}
+    old["schedule"] = {"name": "constant"}
+    new = {"optimizer": {"name": "nlcg_auto", "learning_rate": None}}
+    row = {"step": 1, "split": "train", "loss": 1.0, "accuracy": 0.5}
+    for name, saved in (("old", old), ("new", new)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, ({"config": saved}, row))))
+        other = comparison.load_run(str(path))
+        assert other.label == "nlcg_auto" and other.rows == [row]
+        # Its schedule does not count, but all else does.
+        config = base_config()
+        config.schedule.name, config.batch_size = "cosine", 100
+        assert comparison.differing_fields(config, other) == ["batch_size"]
 
 
 def test_a_comparison_that_is_lost_is_told_too():

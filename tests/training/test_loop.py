@@ -15,23 +15,21 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from tiny import CONFIG, OVERRIDES, create_tiny_model
+from tiny import CONFIG, OVERRIDES, tiny_model, train
 from waiting import wait_for
 
-from nlcg_optax.training import cli, data, loop, metrics, models, report, steps
-from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
+from nlcg_optax.training import cli, data, loop, metrics, report, steps
+from nlcg_optax.training.config import (
+    ConfigError,
+    apply_overrides,
+    load_config,
+    typed,
+)
 from nlcg_optax.training.data.sources import Arrays, Subset
 from nlcg_optax.training.mesh import create_mesh
 
 # Runs of one config compile once, and some tests share one: xdist leaves them together.
 pytestmark = pytest.mark.xdist_group("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "create_model", create_tiny_model)
-        yield
 
 
 def tiny_config(*overrides):
@@ -45,7 +43,7 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        result = loop.train_and_evaluate(tiny_config(), workdir)
+        result = train(tiny_config(), workdir)
     (workdir / "printed.txt").write_text(printed.getvalue())
     return workdir, result
 
@@ -115,7 +113,7 @@ def test_quiet_prints_the_last_line_alone(uninterrupted, capfd):
     workdir, result = uninterrupted
     overrides = [f"--config.{override}" for override in OVERRIDES]
     args = ["--config=digits_resnet8", f"--workdir={workdir}", *overrides]
-    assert cli.main([*args, "--quiet"]) == 0
+    assert cli.main([*args, "--quiet"], train) == 0
     out, err = capfd.readouterr()
     accuracy = result.metrics["test"]["accuracy"]
     assert out.startswith(f"done: test accuracy {accuracy:.4f} (best ")
@@ -124,7 +122,7 @@ def test_quiet_prints_the_last_line_alone(uninterrupted, capfd):
 
 
 def test_verbose_tells_the_config_and_every_step(tmp_path, capfd):
-    loop.train_and_evaluate(tiny_config(), tmp_path, "verbose")
+    train(tiny_config(), tmp_path, "verbose")
     out, err = capfd.readouterr()
     assert "config.optimizer.learning_rate = 0.4\n" in out
     assert f", jax {jax.__version__}, " in out
@@ -173,9 +171,9 @@ def test_a_resumed_run_ends_with_the_same_bits(uninterrupted, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         before_each_batch(patch, stop)
-        first = loop.train_and_evaluate(tiny_config(), tmp_path)
+        first = train(tiny_config(), tmp_path)
     assert first.signal == signal.SIGTERM and first.step == 8
-    second = loop.train_and_evaluate(tiny_config(), tmp_path)
+    second = train(tiny_config(), tmp_path)
     assert second.signal is None
     assert_same_run(second, tmp_path, expected, whole)
 
@@ -190,8 +188,8 @@ def test_an_error_loses_no_row(uninterrupted, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk is gone"):
         before_each_batch(patch, fail)
-        loop.train_and_evaluate(tiny_config(), tmp_path)
-    result = loop.train_and_evaluate(tiny_config(), tmp_path)
+        train(tiny_config(), tmp_path)
+    result = train(tiny_config(), tmp_path)
     assert_same_run(result, tmp_path, expected, whole)
 
 
@@ -202,8 +200,8 @@ def test_a_batch_that_is_not_finite_is_not_skipped(
     whole, expected = uninterrupted
     load_dataset, config = loop.load_dataset, tiny_config()
 
-    def with_a_broken_label(config):
-        dataset = load_dataset(config)
+    def with_a_broken_label(options):
+        dataset = load_dataset(options)
         labels = dataset.train.labels.copy()
         broken, after = (
             data.batch_indices(step, config.batch_size, len(labels), config.seed)
@@ -216,11 +214,11 @@ def test_a_batch_that_is_not_finite_is_not_skipped(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "load_dataset", with_a_broken_label)
         with pytest.raises(loop.NonFiniteLossError, match="At step 2 the loss was nan"):
-            loop.train_and_evaluate(config, tmp_path)
+            train(config, tmp_path)
     saved = loop.Checkpoints(tmp_path, 2)
     assert saved.latest_step() == 1
     saved.close()
-    result = loop.train_and_evaluate(config, tmp_path)
+    result = train(config, tmp_path)
     assert_same_run(result, tmp_path, expected, whole)
 
 
@@ -235,7 +233,7 @@ def test_a_clock_that_jumps_changes_nothing(uninterrupted, tmp_path, monkeypatch
         offset[0] = {5: 1e8, 9: -1e8}.get(step, offset[0])
 
     before_each_batch(monkeypatch, jump)
-    result = loop.train_and_evaluate(tiny_config(), tmp_path)
+    result = train(tiny_config(), tmp_path)
     assert offset == [-1e8]
     saved = [sorted(p.name for p in w.glob("checkpoints/*")) for w in (tmp_path, whole)]
     assert saved[0] == saved[1]
@@ -261,7 +259,7 @@ def test_evaluation_does_not_disturb_training(
         return pool_statistics(statistics)
 
     monkeypatch.setattr(steps, "pool_statistics", counted)
-    found = loop.train_and_evaluate(tiny_config(*overrides), tmp_path)
+    found = train(tiny_config(*overrides), tmp_path)
     assert calls == [3] * recomputed
     assert_same_bits(found.state, expected.state)
 
@@ -280,14 +278,14 @@ def test_evaluation_does_not_disturb_training(
 def test_evaluation_normalizes_as_the_training_images_are(overrides, images):
     # Standardized images would have the statistics that BatchNorm starts with; by
     # ImageNet's grey digits are shifted, into three channels.
-    config = tiny_config(*overrides, "dataset.normalization=imagenet")
-    dataset, model = loop.load_dataset(config), loop.create_model(config, 10)
-    described = (config, (8, 8, 3), create_mesh(config))
+    config = typed(tiny_config(*overrides, "dataset.normalization=imagenet"))
+    dataset, model = loop.load_dataset(config.dataset), tiny_model(config.model, 10)
+    described = (config, (8, 8, 3), create_mesh(config.mesh))
     state = steps.create_state(model, optax.sgd(0.1), *described)
     if state.average is not None:
         state = state.replace(average=jax.tree.map(lambda x: 0.9 * x, state.params))
     found = loop.make_evaluation(config, dataset, model, described[-1])(state)
-    statistics, normalize = state.batch_stats, steps.normalizer(config)
+    statistics, normalize = state.batch_stats, steps.normalizer(config.dataset)
     if images:
         order = [data.epoch_indices(epoch, 96, config.seed) for epoch in (0, 1)]
         shown = dataset.train.images[np.concatenate(order)[:images]]
@@ -310,7 +308,7 @@ def test_evaluation_normalizes_as_the_training_images_are(overrides, images):
 def test_a_complete_run_is_only_evaluated(uninterrupted, capsys):
     workdir, expected = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
-    again = loop.train_and_evaluate(tiny_config(), workdir)
+    again = train(tiny_config(), workdir)
     assert again.metrics == expected.metrics
     assert (workdir / "metrics.jsonl").read_text() == before
     assert "resumed from the checkpoint of step 12" in capsys.readouterr().out
@@ -319,7 +317,7 @@ def test_a_complete_run_is_only_evaluated(uninterrupted, capsys):
 def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     theirs = tmp_path / "theirs"
     config = tiny_config("optimizer.name=momentum", "optimizer.learning_rate=0.05")
-    loop.train_and_evaluate(config, theirs, "quiet")
+    train(config, theirs, "quiet")
     accuracies = [
         row["accuracy"]
         for row in metrics.read_metrics(theirs / "metrics.jsonl")
@@ -327,7 +325,7 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     ]
     ours, _ = uninterrupted
     shutil.copytree(ours, tmp_path / "ours")
-    loop.train_and_evaluate(tiny_config(f"compare_with={theirs}"), tmp_path / "ours")
+    train(tiny_config(f"compare_with={theirs}"), tmp_path / "ours")
     printed = capsys.readouterr().out
     told = f"test accuracy of momentum at 0.05: {accuracies[0]:.4f} after 6 steps and "
     assert f"{told}{accuracies[-1]:.4f} (loss " in printed
@@ -335,7 +333,7 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     assert curves[0] != curves[1]
     # Not with a run of another length.
     config = tiny_config(f"compare_with={theirs}", "num_epochs=6", "l2_penalty=0.1")
-    loop.train_and_evaluate(config, tmp_path / "longer")
+    train(config, tmp_path / "longer")
     printed = capsys.readouterr().out
     assert "not with momentum at 0.05, which had another l2_penalty, num_ep" in printed
 
@@ -343,9 +341,9 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
 def test_another_config_in_the_same_folder_is_refused(uninterrupted):
     workdir, _ = uninterrupted
     with pytest.raises(ConfigError, match=r"batch_size=48 \(was 40\).*--workdir"):
-        loop.train_and_evaluate(tiny_config("batch_size=48"), workdir)
+        train(tiny_config("batch_size=48"), workdir)
     # What does not change the result may change.
-    loop.train_and_evaluate(tiny_config("eval_batch_size=180"), workdir)
+    train(tiny_config("eval_batch_size=180"), workdir)
 
 
 def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
@@ -353,7 +351,7 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
     with pytest.raises(
         loop.NonFiniteLossError, match="At step .* the loss was"
     ) as info:
-        loop.train_and_evaluate(config, tmp_path)
+        train(config, tmp_path)
     assert "optimizer.learning_rate" in str(info.value)
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
     assert not np.isfinite(rows[-1]["grad_norm"])
@@ -389,7 +387,7 @@ def test_a_config_that_cannot_run_is_an_error_before_anything_is_written(
     override, message, tmp_path
 ):
     with pytest.raises(ConfigError, match=message):
-        loop.train_and_evaluate(tiny_config(override), tmp_path)
+        train(tiny_config(override), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -418,21 +416,21 @@ def test_what_needs_no_data_is_checked_before_they_are_loaded(
 
     monkeypatch.setattr(loop, "load_dataset", load_dataset)
     with pytest.raises(ConfigError, match=message):
-        loop.train_and_evaluate(tiny_config(override), tmp_path)
+        train(tiny_config(override), tmp_path)
     with pytest.raises(AssertionError, match="too late"):
-        loop.train_and_evaluate(tiny_config(), tmp_path)
+        train(tiny_config(), tmp_path)
 
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_streamed_crops_are_flipped_if_the_config_says_so(flip):
     """Left is darker than right, but in what is flipped."""
-    config = tiny_config("dataset.image_size=8", f"dataset.flip={flip}")
+    config = typed(tiny_config("dataset.image_size=8", f"dataset.flip={flip}"))
     image = np.mgrid[:16, :16][1].astype(np.uint8)[..., None]
     arrays = Arrays(np.stack([image] * 40), np.zeros(40, np.int32))
     split = data.Split(Subset(arrays, np.arange(40)))
     dataset = data.Dataset("ramps", 2, ("a", "b"), (8, 8, 1), split, split)
-    mesh, schedule = create_mesh(config), optax.constant_schedule(0.1)
-    model = models.create_model(config.model.name, 2)
+    mesh, schedule = create_mesh(config.mesh), optax.constant_schedule(0.1)
+    model = tiny_model(config.model, 2)
     next_batch, _ = loop.make_input(
         config, dataset, model, optax.identity(), schedule, mesh, 0
     )
@@ -465,12 +463,12 @@ def test_streamed_images_train_and_resume(tmp_path):
     )
     config = load_config(CONFIG)
     apply_overrides(config, [o for o in overrides if not o.endswith("=none")])
-    result = loop.train_and_evaluate(config, tmp_path / "run")
+    result = train(config, tmp_path / "run")
     assert result.step == 6
     assert set(result.metrics) == {"test"}
     # In memory the same images make the same model, and the same statistics of it.
     apply_overrides(config, ["dataset.in_memory=yes"])
-    in_memory = loop.train_and_evaluate(config, tmp_path / "in_memory")
+    in_memory = train(config, tmp_path / "in_memory")
     loss = in_memory.metrics["test"]["loss"]
     assert result.metrics["test"]["loss"] == pytest.approx(loss, rel=1e-4)
 
@@ -486,7 +484,7 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     # A second run in its folder, meanwhile, is refused before it has written anything.
     holder = f"Another run, process {process.pid} on .*, is at work in --workdir="
     with pytest.raises(ConfigError, match=holder):
-        loop.train_and_evaluate(tiny_config("num_epochs=100000"), tmp_path)
+        train(tiny_config("num_epochs=100000"), tmp_path)
     process.send_signal(number)
     (out,) = tiny.finish(process, code=code)
     assert f"{number.name}: stopped after step" in out
@@ -500,28 +498,29 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     assert trained == list(range(1, step + 1))
 
 
-def test_the_quadratic_model_needs_no_learning_rate(tmp_path):
+def test_nlcg_auto_needs_no_learning_rate(tmp_path):
     printed = io.StringIO()
     config = tiny_config(
-        "optimizer.nlcg.step_rule=quadratic_model",
-        "optimizer.nlcg.preconditioner=orthogonalization",
-        "optimizer.nlcg.curvature_residuals=1",
+        "optimizer.name=nlcg_auto",
+        "optimizer.nlcg_auto.residuals=1",
+        "optimizer.learning_rate=none",
+        "schedule.name=none",
         "dataset.crop_padding=0",
         "dataset.flip=False",
     )
     with contextlib.redirect_stdout(printed):
-        loop.train_and_evaluate(config, tmp_path)
+        train(config, tmp_path)
     text = printed.getvalue()
     assert "steps chosen by the curvature" in text
     told = re.search(r"of 40 images of each batch; .* ([\d.]+) times", text)
     assert told and 2 < float(told[1]) < 10  # the products are taken on all of it
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
-    train = [row for row in rows if row["split"] == "train"]
-    assert all({"damping", "signal"} <= row.keys() for row in train)
+    trained = [row for row in rows if row["split"] == "train"]
+    assert all({"damping", "signal"} <= row.keys() for row in trained)
     along = ("gradient", "past_1", "past_2", "past_3", "residual_1")
     wanted = {f"coefficient_{name}" for name in along}
-    named = [{key for key in row if key.startswith("coefficient")} for row in train]
+    named = [{key for key in row if key.startswith("coefficient")} for row in trained]
     assert all(names == wanted for names in named)
-    assert {row["learning_rate"] for row in train} == {1.0}
-    assert train[-1]["loss"] < 0.1 * train[0]["loss"]
+    assert {row["learning_rate"] for row in trained} == {1.0}
+    assert trained[-1]["loss"] < 0.1 * trained[0]["loss"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nlcg_optax.training import data, loop, models, optimizers, steps
-from nlcg_optax.training.config import ConfigError, apply_overrides, base_config
+from nlcg_optax.training.config import apply_overrides, base_config, typed
 from nlcg_optax.training.data.sources import Subset
 from nlcg_optax.training.mesh import (
     BatchLayout,
@@ -19,6 +19,7 @@ from nlcg_optax.training.mesh import (
     put_replicated,
     state_shardings,
 )
+from nlcg_optax.training.run_config import ConfigError, MeshConfig
 
 STEPS = 20
 IMAGES = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
@@ -53,12 +54,13 @@ class Net(nn.Module):
 PAPER = ("optimizer.name=nlcg_paper", "optimizer.learning_rate=0.1")
 # Without a preconditioner: orthogonalization would magnify rounding.
 CURVED = (
-    "optimizer.name=nlcg",
-    "optimizer.nlcg.step_rule=quadratic_model",
-    "optimizer.nlcg.preconditioner=none",
+    "optimizer.name=nlcg_auto",
+    "optimizer.learning_rate=none",
+    "schedule.name=none",
+    "optimizer.nlcg_auto.preconditioner=none",
 )
 # Two of the five images that each of eight devices has.
-SOME = (*CURVED, "optimizer.nlcg.curvature_min_images=13")
+SOME = (*CURVED, "optimizer.nlcg_auto.curvature_min_examples=13")
 
 
 def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
@@ -77,7 +79,8 @@ def build(data_axis, fsdp, *overrides, batch_norm=True, depth=1):
             *overrides,
         ],
     )
-    mesh = create_mesh(config, jax.devices()[: data_axis * fsdp])
+    config = typed(config)
+    mesh = create_mesh(config.mesh, jax.devices()[: data_axis * fsdp])
     model = Net(batch_norm, depth=depth)
     schedule = optimizers.create_schedule(config, len(SPLIT) / config.batch_size)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
@@ -189,7 +192,7 @@ def test_images_that_tell_the_curvature_stay_where_they_are(capfd):
 
 
 def test_the_layout_of_an_uneven_batch():
-    mesh = create_mesh(base_config())
+    mesh = create_mesh(MeshConfig())
     layout = BatchLayout(mesh, batch_size=6, microbatches=2)
     assert (layout.examples, layout.rows) == (3, 3)
     np.testing.assert_array_equal(layout.places, np.arange(6))
@@ -201,7 +204,7 @@ def test_the_layout_of_an_uneven_batch():
 
 def test_a_process_without_an_example():
     """The last of three in a batch of 4, of which each device has two rows."""
-    mesh = create_mesh(base_config())
+    mesh = create_mesh(MeshConfig())
     layout = BatchLayout(mesh, batch_size=4)
     vars(layout)["local_rows"] = np.array([4, 5])
     np.testing.assert_array_equal(layout.places, [0])  # an array has to have a shape
@@ -229,8 +232,7 @@ def test_large_leaves_are_split_along_their_longest_dimension():
 
 @pytest.mark.parametrize(("data_axis", "fsdp"), [(2, 1), (-1, 2), (0, 1), (-1, 0)])
 def test_a_mesh_that_does_not_fit_the_devices(data_axis, fsdp):
-    config = base_config()
-    config.mesh.data, config.mesh.fsdp = data_axis, fsdp
+    config = MeshConfig(data_axis, fsdp)
     with pytest.raises(
         ConfigError, match=f"mesh.data={data_axis} and mesh.fsdp={fsdp} .* 1 device"
     ):

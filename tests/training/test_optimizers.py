@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,14 @@ import pytest
 import nlcg_optax
 from nlcg_optax.training import config as config_lib
 from nlcg_optax.training import optimizers
-from nlcg_optax.training.config import ConfigError, apply_overrides, base_config
+from nlcg_optax.training.config import (
+    ConfigError,
+    apply_overrides,
+    base_config,
+    load_config,
+    typed,
+)
+from nlcg_optax.training.run_config import OptimizerConfig, RunConfig, fields_of
 
 ALL = sorted([*optimizers.OPTIMIZERS, *optimizers.DECAYING_OPTIMIZERS])
 
@@ -15,7 +24,7 @@ ALL = sorted([*optimizers.OPTIMIZERS, *optimizers.DECAYING_OPTIMIZERS])
 def make_config(**fields):
     config = config_lib.base_config()
     config.update_from_flattened_dict(fields)
-    return config
+    return typed(config)
 
 
 def test_step_schedule_follows_the_recipe():
@@ -184,49 +193,90 @@ def test_layerwise_coefficient_scales_the_gradient_first():
     ],
 )
 def test_mistakes_name_the_field_and_what_is_accepted(fields, message):
-    config = make_config(**fields)
     with pytest.raises(ConfigError, match=message):
+        config = make_config(**fields)
         schedule = optimizers.create_schedule(config, 1.0)
         optimizers.create_optimizer(config, schedule, True)
 
 
-QUADRATIC = "optimizer.nlcg.step_rule=quadratic_model"
+AUTO = "optimizer.name=nlcg_auto"
+
+
+def overridden(*overrides, name=None):
+    config = load_config(name) if name else base_config()
+    apply_overrides(config, [AUTO, *overrides])
+    return typed(config)
 
 
 @pytest.mark.parametrize(
     ("override", "needles"),
     [
-        ("optimizer.nlcg.curvature_fraction=0.0", ["curvature_fraction=0.0", "part"]),
-        ("optimizer.nlcg.curvature_fraction=1.5", ["curvature_fraction=1.5", "part"]),
-        ("optimizer.nlcg.curvature_min_images=0", ["min_images=0", "at least 1"]),
-        ("optimizer.nlcg.curvature_residuals=-1", ["residuals=-1", "at least 0"]),
-        ("weight_decay=0.1", ["weight_decay=0.1", "quadratic_model", "l2_penalty"]),
-        ("optimizer.layerwise_coefficient=0.1", ["layerwise_coefficient=0.1"]),
+        (f"{AUTO}.curvature_fraction=0.0", ["curvature_fraction=0.0", "part"]),
+        (f"{AUTO}.curvature_fraction=1.5", ["curvature_fraction=1.5", "part"]),
+        (f"{AUTO}.curvature_min_examples=0", ["min_examples=0", "at least 1"]),
+        (f"{AUTO}.residuals=-1", ["residuals=-1", "at least 0"]),
+        (f"{AUTO}.preconditioner=bfgs", ["preconditioner='bfgs'", "'diagonal_bfgs'"]),
+        (
+            "optimizer.layerwise_coefficient=0.1",
+            ["layerwise_coefficient=0.1", "add --config.optimizer.layerwise_coeff"],
+        ),
+        (
+            "optimizer.learning_rate=0.2",
+            ["learning_rate=0.2 would", "add --config.optimizer.learning_rate=none."],
+        ),
+        ("schedule.name=linear", ["schedule.name='linear'", "'none'"]),
+        (
+            "schedule.warmup_epochs=2",
+            ["schedule.warmup_epochs=2.0 would", "add --config.schedule.name=none."],
+        ),
+        (
+            "optimizer.nlcg.step_rule=quadratic_model",
+            ["step_rule='quadratic_model'", "optimizer.name=nlcg_auto"],
+        ),
     ],
 )
-def test_what_does_not_go_with_the_quadratic_model(override, needles):
-    config = base_config()
-    apply_overrides(config, [QUADRATIC, override])
+def test_what_does_not_go_with_nlcg_auto(override, needles):
     with pytest.raises(ConfigError) as error:
-        optimizers.create_optimizer(config, optax.constant_schedule(0.1), True, 10)
+        overridden(override.replace("name=nlcg_auto.", "nlcg_auto."))
     for needle in needles:
         assert needle in str(error.value)
 
 
-def test_with_the_quadratic_model_no_learning_rate_counts():
+@pytest.mark.parametrize("name", ["digits_resnet8", "imagenet_resnet50"])
+def test_the_error_tells_how_to_run_a_built_in_config_by_curvature(name):
+    with pytest.raises(ConfigError, match=r"learning_rate=.*schedule.name=") as error:
+        overridden(name=name)
+    words = re.findall(r"--config\.(\S+=\w+)", str(error.value))
+    config = overridden(*words, name=name)
+    assert config.optimizer.learning_rate is None and config.schedule.name == "none"
+
+
+@pytest.mark.parametrize("override", ["optimizer.learning_rate", "schedule.name"])
+def test_what_nlcg_auto_alone_can_do_without(override):
     config = base_config()
-    apply_overrides(config, [QUADRATIC, "schedule.name=cosine"])
-    schedule = optimizers.create_schedule(config, 10.0)
+    apply_overrides(config, [f"{override}=none"])
+    with pytest.raises(ConfigError, match=f"(?i){override}='?none'?.* nlcg_auto"):
+        typed(config)
+
+
+def test_with_nlcg_auto_there_is_no_learning_rate():
+    schedule = optimizers.create_schedule(overridden(), 10.0)
     assert [schedule(t) for t in (0, 5, 9)] == [1.0] * 3
 
 
 def test_the_config_says_how_many_residual_directions():
     sizes = []
     for number in (0, 5):
-        config = base_config()
-        words = [QUADRATIC, f"optimizer.nlcg.curvature_residuals={number}"]
-        apply_overrides(config, words)
+        config = overridden(f"optimizer.nlcg_auto.residuals={number}")
         tx = optimizers.create_optimizer(config, optax.constant_schedule(1.0), True, 10)
         report = nlcg_optax.diagnostics(tx.init({"w": jnp.ones((2, 3))}))
         sizes.append(len(report["coefficients"]))
     assert sizes[1] == sizes[0] + 5
+
+
+def test_the_config_knows_all_the_optimizers():
+    _, _, known, _ = fields_of(OptimizerConfig)["name"]
+    assert sorted([*ALL, "nlcg_auto"]) == sorted(known)
+    assert typed(base_config()) == RunConfig()
+    with pytest.raises(ConfigError, match="batch_size=None is not valid: .* int"):
+        make_config(batch_size=None)

@@ -7,7 +7,7 @@ import pytest
 
 import nlcg_optax
 from nlcg_optax.training import models, optimizers, steps
-from nlcg_optax.training.config import ConfigError, base_config
+from nlcg_optax.training.config import ConfigError, base_config, typed
 from nlcg_optax.training.mesh import create_mesh
 
 SHAPE = (4, 4, 1)
@@ -31,9 +31,10 @@ def setup(**fields):
     config = base_config()
     config.batch_size = 6
     config.update_from_flattened_dict(fields)
-    mesh = create_mesh(config)
+    config = typed(config)
+    mesh = create_mesh(config.mesh)
     model = Tiny()
-    schedule = optax.constant_schedule(config.optimizer.learning_rate)
+    schedule = optax.constant_schedule(config.optimizer.learning_rate or 1.0)
     tx = optimizers.create_optimizer(config, schedule, models.l2_mask)
     state = steps.create_state(model, tx, config, SHAPE, mesh)
     step = steps.make_train_step(model, tx, schedule, config, mesh, augment=False)
@@ -68,7 +69,7 @@ def test_step_is_the_optimizers_update_of_the_reported_loss():
     data = batch()
 
     def loss_fn(params):
-        images = steps.normalizer(config)(data["image"][0])
+        images = steps.normalizer(config.dataset)(data["image"][0])
         variables = {"params": params, "batch_stats": state.batch_stats}
         logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
         one_hot = jax.nn.one_hot(data["label"][0], 3)
@@ -97,7 +98,7 @@ def test_microbatches_are_normalized_by_their_own_statistics():
 
     def loss_fn(params, images, labels):
         variables = {"params": params, "batch_stats": state.batch_stats}
-        images = steps.normalizer(config)(images)
+        images = steps.normalizer(config.dataset)(images)
         logits, new = model.apply(
             variables, images, train=True, mutable=["batch_stats"]
         )
@@ -156,7 +157,8 @@ def test_metrics_say_what_nlcg_did():
 def test_evaluation_ignores_padding_and_uses_the_average():
     config, model, state, step = setup(average_decay=0.9)
     state, _ = step(state, batch())
-    evaluate = jax.jit(steps.make_eval_step(model, config, create_mesh(config)))
+    mesh = create_mesh(config.mesh)
+    evaluate = jax.jit(steps.make_eval_step(model, config.dataset, mesh))
     whole = {**batch(2, 5), "mask": jnp.ones((1, 5))}
     padded = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :3]], 1), whole)
     padded["mask"] = padded["mask"].at[:, 5:].set(0)
@@ -182,8 +184,9 @@ def test_precise_statistics_are_those_of_the_activations(average_decay):
     for i in range(2):
         state, _ = step(state, batch(i))
     parts = [batch(seed, size=8) for seed in (2, 3, 4)]
+    mesh = create_mesh(config.mesh)
     statistics = jax.jit(
-        steps.make_statistics_step(model, config, create_mesh(config), batch_size=6)
+        steps.make_statistics_step(model, config.dataset, mesh, batch_size=6)
     )
     before = jax.device_get(state)
     found = steps.pool_statistics(
@@ -192,7 +195,7 @@ def test_precise_statistics_are_those_of_the_activations(average_decay):
     images = np.concatenate([part["image"][0, :6] for part in parts])
     _, seen = model.apply(
         {"params": state.average or state.params, "batch_stats": state.batch_stats},
-        steps.normalizer(config)(images),
+        steps.normalizer(config.dataset)(images),
         train=False,
         capture_intermediates=lambda module, _: isinstance(module, nn.Conv),
     )
@@ -215,13 +218,11 @@ def test_unknown_normalization_lists_the_known_ones():
         setup(**{"dataset.normalization": "mean"})
 
 
-# --- The quadratic model ------------------------------------------------------------
+# --- By curvature ------------------------------------------------------------
 
 
-def quadratic_setup(**fields):
-    return setup(
-        **{"optimizer.nlcg.step_rule": "quadratic_model", "l2_penalty": 0.01, **fields}
-    )
+def auto_setup(**fields):
+    return setup(**{"optimizer.name": "nlcg_auto", "l2_penalty": 0.01, **fields})
 
 
 @pytest.mark.parametrize(
@@ -232,17 +233,17 @@ def quadratic_setup(**fields):
         pytest.param(1.0, 1, marks=pytest.mark.long),
     ],
 )
-def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride):
+def test_nlcg_auto_sees_the_curvature_of_some_images(fraction, stride):
     # Without a preconditioner, so that rounding stays what it is.
-    config, model, state, step = quadratic_setup(
+    config, model, state, step = auto_setup(
         **{
-            "optimizer.nlcg.curvature_fraction": fraction,
-            "optimizer.nlcg.curvature_min_images": 1,
-            "optimizer.nlcg.preconditioner": "none",
+            "optimizer.nlcg_auto.curvature_fraction": fraction,
+            "optimizer.nlcg_auto.curvature_min_examples": 1,
+            "optimizer.nlcg_auto.preconditioner": "none",
         }
     )
     data = batch()
-    images = steps.normalizer(config)(data["image"][0])
+    images = steps.normalizer(config.dataset)(data["image"][0])
     labels = data["label"][0]
 
     def run_model(params, images):
@@ -284,9 +285,9 @@ def test_the_quadratic_model_sees_the_curvature_of_some_images(fraction, stride)
     assert names < set(metrics) and metrics["coefficient_gradient"] > 0
 
 
-def test_the_quadratic_model_takes_microbatches():
-    fields = {"microbatches": 2, "optimizer.nlcg.curvature_fraction": 1.0}
-    *_, state, step = quadratic_setup(**fields)
+def test_nlcg_auto_takes_microbatches():
+    fields = {"microbatches": 2, "optimizer.nlcg_auto.curvature_fraction": 1.0}
+    *_, state, step = auto_setup(**fields)
     data = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[2:]), batch())
     losses = []
     for _ in range(8):
@@ -295,8 +296,8 @@ def test_the_quadratic_model_takes_microbatches():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_the_quadratic_model_takes_back_a_step_to_where_there_is_no_loss():
-    *_, state, step = quadratic_setup()
+def test_nlcg_auto_takes_back_a_step_to_where_there_is_no_loss():
+    *_, state, step = auto_setup()
     first, _ = step(state, batch())
     # As if that step had led far away.
     far = first.replace(params=jax.tree.map(lambda x: x * jnp.inf, first.params))
