@@ -73,15 +73,6 @@ UNTUNED = {"nlcg by curvature", "nlcg by full curvature"}
 SCHEDULE_FREE = {"schedule-free adamw"}
 
 
-def todays(words: list[str]) -> list[str]:
-    """The words of a recorded row, where `nlcg_auto` was a step rule of `nlcg`."""
-    if "optimizer.nlcg.step_rule=quadratic_model" not in words:
-        return words
-    text = "\n".join(words).replace("optimizer.nlcg.curvature_", "optimizer.nlcg_auto.")
-    text = text.replace("nlcg_auto.fraction", "nlcg_auto.curvature_fraction")
-    return [*CURVATURE, *text.split("\n")[2:]]
-
-
 def _variant(*overrides: str, rate: float = 0.04) -> tuple[list[str], float]:
     """NLCG's default but for some fields of ``optimizer.nlcg``."""
     return [*NLCG, *(f"optimizer.nlcg.{field}" for field in overrides)], rate
