@@ -55,6 +55,9 @@ LAYERS = (
     ("curvature/products", "curvature/subspace", "curvature/trust", "curvature/noise"),
     ("curvature/transform",),
     ("beta", "_alias"),
+    ("minimization/result",),
+    ("minimization/loop",),
+    ("minimization/implicit",),
     ("minimization/minimize",),
     ("__init__",),
 )
