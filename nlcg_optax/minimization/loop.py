@@ -52,6 +52,7 @@ class _State(NamedTuple):
     """The loop's state; `grad` is what `jax.grad` returns.
 
     Attributes of which the names do not tell all:
+      reached: where it is, after how much work.
       updates: the direction along which the next search goes.
       fresh: whether nothing was gained since the direction was started afresh.
       idle: iterations since the value or the gradient was last the lowest so far.
@@ -59,37 +60,24 @@ class _State(NamedTuple):
       steepest: the largest gradient so far.
     """
 
-    params: Any
-    value: jax.Array
+    reached: MinimizeResult
     grad: Any
-    grad_norm: jax.Array
     updates: Any
     direction: Any
     line_search: Any
-    iterations: jax.Array
-    value_evaluations: jax.Array
-    grad_evaluations: jax.Array
-    restarts: jax.Array
     fresh: jax.Array
     idle: jax.Array
     lowest: tuple[jax.Array, jax.Array]
     steepest: jax.Array
-    status: jax.Array
 
 
 class _Problem(NamedTuple):
     """What stays the same in all iterations.
 
-    Attributes:
+    Attributes of which the names do not tell all:
       value_fn: the objective's value alone.
-      options: what is fixed when the solver is compiled.
-      gtol: tolerance of the gradient.
-      tolerance: the same, with the first gradient taken into account.
-      start: the parameters to start from.
-      first_value: the value there.
-      size: the size of those parameters, 1 at least.
-      direction: makes the direction.
-      line_search: goes along it.
+      tolerance: gtol with the first gradient taken into account.
+      size: the size of the parameters at the start, 1 at least.
       dtype: of scalars.
     """
 
@@ -108,10 +96,7 @@ class _Problem(NamedTuple):
 class _Found(NamedTuple):
     """Where a line search arrived, and after how many evaluations.
 
-    Attributes of which the names do not tell all:
-      failed: whether it did not move, or to where something is not finite.
-      nonfinite: how many of the evaluations were not finite.
-      line_search: the state of the search.
+    It failed if it did not move, or to where something is not finite.
     """
 
     params: Any
@@ -136,21 +121,14 @@ def solve(
 
     problem, state = _begin(value_fn, options, params, gtol)
     final = jax.lax.while_loop(
-        lambda state: state.status == result.RUNNING,
+        lambda state: state.reached.status == result.RUNNING,
         functools.partial(_iterate, problem),
         state,
-    )
-    aux = objective(final.params)[1] if options.has_aux else None
-    return MinimizeResult(
-        params=final.params,
-        value=final.value,
-        grad_norm=final.grad_norm,
-        iterations=final.iterations,
-        value_evaluations=final.value_evaluations + int(options.has_aux),
-        grad_evaluations=final.grad_evaluations,
-        restarts=final.restarts,
-        status=final.status,
-        aux=aux,
+    ).reached
+    if not options.has_aux:
+        return final
+    return final._replace(
+        value_evaluations=final.value_evaluations + 1, aux=objective(final.params)[1]
     )
 
 
@@ -192,28 +170,30 @@ def _begin(
     )
     zero = jnp.zeros([], jnp.int32)
     return problem, _State(
-        params=params,
-        value=value,
+        reached=MinimizeResult(
+            params=params,
+            value=value,
+            grad_norm=grad_norm,
+            iterations=zero,
+            value_evaluations=zero + 1,
+            grad_evaluations=zero + 1,
+            restarts=zero,
+            status=status.astype(jnp.int32),
+        ),
         grad=grad,
-        grad_norm=grad_norm,
         updates=updates,
         direction=direction_state,
         line_search=problem.line_search.init(params),
-        iterations=zero,
-        value_evaluations=zero + 1,
-        grad_evaluations=zero + 1,
-        restarts=zero,
         fresh=jnp.ones([], bool),
         idle=zero,
         lowest=(value, grad_norm),
         steepest=grad_norm,
-        status=status.astype(jnp.int32),
     )
 
 
 def _iterate(problem: _Problem, state: _State) -> _State:
     """One iteration: along the direction, to a new one, and whether to stop."""
-    found = _search(problem, state)
+    last, found = state.reached, _search(problem, state)
     lowest_value, lowest_norm = state.lowest
     improved = (found.value < lowest_value) | (found.grad_norm < lowest_norm)
     idle = jnp.where(found.failed | improved, 0, state.idle + 1)
@@ -223,7 +203,7 @@ def _iterate(problem: _Problem, state: _State) -> _State:
     # A search that failed leaves everything where it was.
     x, value, grad, grad_norm = _tree.where(
         found.failed,
-        (state.params, state.value, state.grad, state.grad_norm),
+        (last.params, last.value, state.grad, last.grad_norm),
         (found.params, found.value, found.grad, found.grad_norm),
     )
     direction_state = _start_afresh(
@@ -231,31 +211,32 @@ def _iterate(problem: _Problem, state: _State) -> _State:
     )
     updates, direction_state = _direct(problem, value, grad, direction_state, x)
     new_state = _State(
-        params=x,
-        value=value,
+        reached=MinimizeResult(
+            params=x,
+            value=value,
+            grad_norm=grad_norm,
+            iterations=last.iterations + 1,
+            value_evaluations=last.value_evaluations + found.evaluations,
+            grad_evaluations=last.grad_evaluations + found.grad_evaluations,
+            restarts=last.restarts + (restart & ~stuck).astype(jnp.int32),
+            status=last.status,
+        ),
         grad=grad,
-        grad_norm=grad_norm,
         updates=updates,
         direction=direction_state,
         line_search=_start_afresh(
             problem, restart, problem.line_search, found.line_search
         ),
-        iterations=state.iterations + 1,
-        value_evaluations=state.value_evaluations + found.evaluations,
-        grad_evaluations=state.grad_evaluations + found.grad_evaluations,
-        restarts=state.restarts + (restart & ~stuck).astype(jnp.int32),
         fresh=restart | (state.fresh & ~improved),
         idle=jnp.where(restart, 0, idle),
         lowest=(jnp.fmin(value, lowest_value), jnp.fmin(grad_norm, lowest_norm)),
         steepest=jnp.maximum(grad_norm, state.steepest),
-        status=state.status,
     )
-    status = _judge(problem, state, found, new_state, stuck)
-    stop = _report(problem.options, state.status == result.RUNNING, new_state)
-    going_on = status == result.RUNNING
-    return new_state._replace(
-        status=jnp.where(stop & going_on, result.CALLBACK, status)
-    )
+    status = _judge(problem, last, found, new_state, stuck)
+    active = last.status == result.RUNNING
+    stop = _report(problem.options, active, new_state.reached)
+    status = jnp.where(stop & (status == result.RUNNING), result.CALLBACK, status)
+    return new_state._replace(reached=new_state.reached._replace(status=status))
 
 
 def _search(problem: _Problem, state: _State) -> _Found:
@@ -263,12 +244,12 @@ def _search(problem: _Problem, state: _State) -> _Found:
     steps, line_search_state = problem.line_search.update(
         state.updates,
         state.line_search,
-        state.params,
-        value=state.value,
+        state.reached.params,
+        value=state.reached.value,
         grad=state.grad,
         value_fn=problem.value_fn,
     )
-    params = optax.apply_updates(state.params, steps)
+    params = optax.apply_updates(state.reached.params, steps)
     value = optax.tree.get(line_search_state, "value")
     grad = optax.tree.get(line_search_state, "grad")
     evaluations = optax.tree.get(line_search_state, "num_linesearch_steps", 0)
@@ -320,23 +301,30 @@ def _start_afresh(
 
 
 def _judge(
-    problem: _Problem, state: _State, found: _Found, new: _State, stuck: jax.Array
+    problem: _Problem,
+    last: MinimizeResult,
+    found: _Found,
+    new_state: _State,
+    stuck: jax.Array,
 ) -> jax.Array:
     """Whether to stop, and why: the status."""
     options, gtol, first_value = problem.options, problem.gtol, problem.first_value
+    new = new_state.reached
     # A search that keeps no step promises nothing: the gradient alone decides.
-    step = optax.tree.get(new.line_search, "learning_rate", 0)
-    predicted = -0.5 * step * _tree.slope(new.grad, new.updates, problem.dtype)
+    step = optax.tree.get(new_state.line_search, "learning_rate", 0)
+    predicted = (
+        -0.5 * step * _tree.slope(new_state.grad, new_state.updates, problem.dtype)
+    )
     decided = predicted <= _PREDICTED * gtol * jnp.maximum(
         jnp.abs(new.value), first_value - new.value
     )
     small = new.grad_norm <= problem.tolerance
-    decrease = state.value - found.value
-    scale = jnp.maximum(jnp.maximum(jnp.abs(state.value), jnp.abs(found.value)), 1)
+    decrease = last.value - found.value
+    scale = jnp.maximum(jnp.maximum(jnp.abs(last.value), jnp.abs(found.value)), 1)
     level = (options.ftol > 0) & ~found.failed & (decrease <= options.ftol * scale)
     hopeless = 2 * found.nonfinite > found.evaluations
     fall = first_value / _FALL - new.value / _FALL  # this way nothing overflows
-    unbounded = (new.grad_norm >= new.steepest) & (
+    unbounded = (new.grad_norm >= new_state.steepest) & (
         fall > jnp.maximum(jnp.abs(first_value), new.grad_norm * problem.size)
     )
     # No step goes further down than the numbers do.
@@ -384,7 +372,7 @@ def _make_line_search(options: Options) -> optax.GradientTransformationExtraArgs
     return optax.with_extra_args_support(line_search)
 
 
-def _report(options: Options, active: jax.Array, state: _State) -> Any:
+def _report(options: Options, active: jax.Array, reached: MinimizeResult) -> Any:
     """Calls back on the host; returns whether the callback wants to stop.
 
     Problems of a batch that have stopped already are silent.
@@ -415,10 +403,10 @@ def _report(options: Options, active: jax.Array, state: _State) -> Any:
         call,
         jax.ShapeDtypeStruct((), bool),
         active,
-        state.iterations,
-        state.params if options.callback is not None else None,
-        state.value,
-        state.grad_norm,
-        state.value_evaluations,
+        reached.iterations,
+        reached.params if options.callback is not None else None,
+        reached.value,
+        reached.grad_norm,
+        reached.value_evaluations,
         vmap_method="sequential",
     )
