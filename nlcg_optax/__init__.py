@@ -17,7 +17,8 @@ from nlcg_optax.directions.conjugate import (
 )
 from nlcg_optax.matrices.describe import describe
 from nlcg_optax.matrices.matrix import Matrix
-from nlcg_optax.minimization.minimize import IterationInfo, MinimizeResult, minimize
+from nlcg_optax.minimization.minimize import minimize
+from nlcg_optax.minimization.result import IterationInfo, MinimizeResult
 from nlcg_optax.preconditioners.diagonal_bfgs import (
     DiagonalBfgsState,
     scale_by_diagonal_bfgs,

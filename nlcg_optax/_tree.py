@@ -197,6 +197,20 @@ def max_abs(
     return total if axis_name is None else jax.lax.pmax(total, bound_axes(axis_name))
 
 
+def slope(
+    grad: Any, updates: Any, dtype: jnp.dtype, axis_name: AxisName | None = None
+) -> jax.Array:
+    """The derivative of a value along `updates`, from what `jax.grad` returns."""
+
+    def integrand(g: jax.Array, u: jax.Array) -> list[jax.Array]:
+        return [real_inner(jnp.conj(g), u)]  # jax.grad's is the conjugate
+
+    (total,) = reduce_products(
+        integrand, grad, updates, dtype=dtype, axis_name=axis_name
+    )
+    return total
+
+
 def zeros_like(tree: Any, dtype: Any | None = None) -> Any:
     """Zeros shaped (and sharded) like `tree`; complex leaves stay complex."""
 

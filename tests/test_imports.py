@@ -59,6 +59,9 @@ LAYERS = (
     ("curvature/memory",),
     ("curvature/transform", "curvature/objective", "curvature/checkup"),
     ("beta", "_alias"),
+    ("minimization/result",),
+    ("minimization/loop",),
+    ("minimization/implicit",),
     ("minimization/minimize",),
     ("__init__",),
 )

@@ -235,13 +235,15 @@ def scale_by_hager_zhang_linesearch(
 
             value, grad = value_and_grad(jax.tree.map(move, params, updates))
             value = jnp.asarray(value).astype(dtype)
-            return Point(step, value, _slope(grad, updates, dtype, axis_name)), grad
+            return Point(
+                step, value, _tree.slope(grad, updates, dtype, axis_name)
+            ), grad
 
         zero = jnp.zeros([], dtype)
         start = Point(
             step=zero,
             value=value.astype(dtype),
-            slope=_slope(grad, updates, dtype, axis_name),
+            slope=_tree.slope(grad, updates, dtype, axis_name),
         )
         # C of the papers: an average of |f|, with a memory of about three searches.
         weight = 1 + 0.7 * state.value_weight
@@ -410,18 +412,6 @@ def _advance(
             search.best_grad,
         ),
     )
-
-
-def _slope(grad: Any, updates: Any, dtype: Any, axis_name: Any) -> jax.Array:
-    """The derivative of the value along `updates`."""
-
-    def integrand(g, u):
-        return [_tree.real_inner(jnp.conj(g), u)]  # jax.grad's is the conjugate
-
-    (slope,) = _tree.reduce_products(
-        integrand, grad, updates, dtype=dtype, axis_name=axis_name
-    )
-    return slope
 
 
 def _initial_step(

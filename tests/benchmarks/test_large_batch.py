@@ -12,7 +12,7 @@ import sweep
 import tiny
 
 from nlcg_optax.training import loop, models, optimizers
-from nlcg_optax.training.config import apply_overrides
+from nlcg_optax.training.config import apply_overrides, typed
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "large_batch"
 SCHEDULES = ("default", "other")
@@ -300,7 +300,7 @@ def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own():
     for overrides in variants:
         config = workload.config.copy_and_resolve_references()
         apply_overrides(config, overrides)
-        optimizers.create_optimizer(config, optax.constant_schedule(0.1), None)
+        optimizers.create_optimizer(typed(config), optax.constant_schedule(0.1), None)
 
 
 def test_figures_that_guides_show_are_those_of_the_rows():

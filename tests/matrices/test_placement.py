@@ -183,12 +183,16 @@ SENT = {
 assert len(CASES) == 32 and CASES.keys() >= SENT.keys()
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", CASES)
-def test_numbers_are_those_of_one_device_and_what_is_sent(case, monkeypatch):
-    # Matrices as small as these are not worth a message, unless messages cost nothing.
+@pytest.fixture
+def free_messages(monkeypatch):
+    """Matrices as small as these are worth a message if messages cost nothing."""
     monkeypatch.setattr(plan, "OPERATIONS_PER_BYTE", 0)
     monkeypatch.setattr(plan, "OPERATIONS_PER_COLLECTIVE", 0)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", CASES)
+def test_numbers_are_those_of_one_device_and_what_is_sent(case, free_messages):
     shapes, layout, (sizes, names), door, options = CASES[case]
     kind = AxisType.Explicit if door == "explicit" else AxisType.Auto
     mesh = make_mesh(sizes, names, kind)
@@ -285,7 +289,9 @@ def another_work(layout, mesh, door):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("layout", ["last", "replicated"])
 @pytest.mark.parametrize("door", ["set", "explicit", "shard_map"])
-def test_another_work_has_the_numbers_of_one_device_and_its_state_stays(layout, door):
+def test_another_work_has_the_numbers_of_one_device_and_its_state_stays(
+    layout, door, free_messages
+):
     """Norms of matrices, averaged over the steps; not orthogonalization."""
     kind = AxisType.Explicit if door == "explicit" else AxisType.Auto
     mesh = make_mesh((8,), ("fsdp",), kind)

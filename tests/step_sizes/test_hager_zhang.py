@@ -367,3 +367,8 @@ def test_arguments_are_checked():
     tx = SEARCH()
     with pytest.raises(ValueError, match="value_fn"):
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+    x = jnp.ones(2)
+    given = {"grad": x, "value_fn": jnp.sum}
+    for value, needle in ((None, "value=None"), (x, "shape \\(2,\\)"), (1j, "real")):
+        with pytest.raises(ValueError, match=needle):
+            tx.update(-x, tx.init(x), x, value=value, **given)

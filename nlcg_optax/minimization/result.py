@@ -1,0 +1,107 @@
+"""What a minimization returns, and what it tells on the way."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+_MESSAGES = (
+    "still running",
+    "converged: the gradient is small enough (gtol)",
+    "converged: the value decreases by too little (ftol)",
+    "stopped: max_iter iterations are used up",
+    "stopped: no lower point is found along steepest descent",
+    "stopped: the value or the gradient is not finite at the starting point",
+    "stopped: along steepest descent most points tried gave a value or a gradient that "
+    "is not finite, and none a lower value",
+    "stopped: the callback asked for it",
+    "stopped: the objective seems to have no lower bound; its value falls ever "
+    "further, and its gradient does not shrink",
+)
+# By which a result's status is named.
+RUNNING, GTOL, FTOL, MAX_ITER, STUCK, BAD_START, NONFINITE, CALLBACK, UNBOUNDED = range(
+    len(_MESSAGES)
+)
+
+
+class MinimizeResult(NamedTuple):
+    """Where :func:`minimize` stopped and why.
+
+    Under `vmap` every field has a leading axis.
+
+    Attributes:
+      params: the parameters reached.
+      value: the objective there.
+      grad_norm: the largest modulus of the gradient's elements there.
+      iterations: directions searched along, int32.
+      value_evaluations: how often the objective was evaluated, int32.
+      grad_evaluations: how often its gradient was, always at such a point, int32.
+      restarts: how often the direction and its preconditioner were started afresh,
+        int32.
+      status: why it stopped, int32; :attr:`message` says it in words.
+      aux: what the objective returns beside the value, with ``has_aux``; else None.
+    """
+
+    params: Any
+    value: jax.Array
+    grad_norm: jax.Array
+    iterations: jax.Array
+    value_evaluations: jax.Array
+    grad_evaluations: jax.Array
+    restarts: jax.Array
+    status: jax.Array
+    aux: Any = None
+
+    @property
+    def message(self) -> Any:
+        """The status in words; a list of them for a batch."""
+
+        def words(status: Any) -> Any:
+            if isinstance(status, list):
+                return [words(one) for one in status]
+            return _MESSAGES[status]
+
+        return words(np.asarray(self.status).tolist())
+
+    @property
+    def success(self) -> jax.Array:
+        """Whether a tolerance was met."""
+        return (self.status == GTOL) | (self.status == FTOL)
+
+    def __repr__(self) -> str:
+        """Why it stopped, where, and after how much work, in a few lines."""
+        told = (self.value, self.grad_norm, self.iterations, self.value_evaluations)
+        if any(
+            isinstance(x, jax.core.Tracer) or jnp.ndim(x) for x in (*told, self.status)
+        ):
+            return f"MinimizeResult{tuple(self)!r}"
+        shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", self.params)
+        return (
+            f"{self.message}\n"
+            f"  value {self.value:.8g}, largest element of the gradient "
+            f"{self.grad_norm:.3g}\n"
+            f"  {self.iterations} iterations, {self.value_evaluations} evaluations of "
+            f"the objective, {self.grad_evaluations} of its gradient, "
+            f"{self.restarts} restarts\n"
+            f"  params: {shapes}"
+        )
+
+
+class IterationInfo(NamedTuple):
+    """What a callback of :func:`minimize` is told after each iteration.
+
+    Attributes:
+      iteration: iterations so far.
+      params: the parameters.
+      value: the objective.
+      grad_norm: the largest modulus of the gradient's elements.
+      value_evaluations: evaluations of the objective so far.
+    """
+
+    iteration: Any
+    params: Any
+    value: Any
+    grad_norm: Any
+    value_evaluations: Any
