@@ -48,8 +48,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``rejected_steps``: steps so far that were taken back.
       - ``nonfinite_products``: steps so far that were left out because an inner product
         (or the first loss) was not finite.
-      - ``loss_mismatch``: steps so far in which loss, gradient and curvature did not fit
-        together; :func:`check` says why.
+      - ``loss_mismatch``: steps so far in which loss, gradient and curvature did not
+        fit together; :func:`check` says why.
       - ``decrease_ratio``: average of the actual decrease over the predicted one, of
         steps in which the loss fell.
 

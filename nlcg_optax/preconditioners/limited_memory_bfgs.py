@@ -1,5 +1,6 @@
 """Limited-memory BFGS as a preconditioner, for smooth functions without noise."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -124,10 +125,9 @@ def scale_by_limited_memory_bfgs(
         params = jax.tree.map(jnp.asarray, params)  # a leaf may be a Python number
         dtype = state.scale.dtype
 
-        def reduce(integrand, *trees):
-            return _tree.reduce_products(
-                integrand, *trees, dtype=dtype, axis_name=axis_name
-            )
+        reduce = functools.partial(
+            _tree.reduce_products, dtype=dtype, axis_name=axis_name
+        )
 
         def inner(a, b):
             return reduce(lambda a, b: [_tree.real_inner(a, b)], a, b)[0]

@@ -228,16 +228,10 @@ def scale_by_hager_zhang_linesearch(
         value_and_grad = jax.value_and_grad(_with_known_arguments(value_fn, extra_args))
 
         def evaluate(step):
-            def move(x, u):
-                lifted = _tree.lift(u)
-                scaled = _tree.scalar_like(step, lifted) * lifted
-                return (_tree.lift(x) + scaled).astype(x.dtype)
-
-            value, grad = value_and_grad(jax.tree.map(move, params, updates))
-            value = jnp.asarray(value).astype(dtype)
-            return Point(
-                step, value, _tree.slope(grad, updates, dtype, axis_name)
-            ), grad
+            moved = jax.tree.map(functools.partial(_move, step), params, updates)
+            value, grad = value_and_grad(moved)
+            slope = _tree.slope(grad, updates, dtype, axis_name)
+            return Point(step, jnp.asarray(value).astype(dtype), slope), grad
 
         zero = jnp.zeros([], dtype)
         start = Point(
@@ -281,14 +275,8 @@ def scale_by_hager_zhang_linesearch(
             ),
         )
         step = search.best.step
-
-        def scaled(u):
-            lifted = _tree.lift(u)
-            # Not 0·u: a direction that is not finite gives no step, rather than NaN.
-            moved = _tree.scalar_like(step, lifted) * lifted
-            return jnp.where(step > 0, moved, 0).astype(u.dtype)
-
-        return jax.tree.map(scaled, updates), HagerZhangLinesearchState(
+        scaled = jax.tree.map(functools.partial(_scaled, step), updates)
+        return scaled, HagerZhangLinesearchState(
             count=_transformations.increment(state.count),
             learning_rate=jnp.where(step > 0, step, state.learning_rate),
             value=search.best.value,
@@ -304,6 +292,21 @@ def scale_by_hager_zhang_linesearch(
         )
 
     return _transformations.make(init_fn, update_fn)
+
+
+def _move(step: jax.Array, x: jax.Array, u: jax.Array) -> jax.Array:
+    """A leaf of the parameters, so far along the direction."""
+    lifted = _tree.lift(u)
+    scaled = _tree.scalar_like(step, lifted) * lifted
+    return (_tree.lift(x) + scaled).astype(x.dtype)
+
+
+def _scaled(step: jax.Array, u: jax.Array) -> jax.Array:
+    """A leaf of the step."""
+    lifted = _tree.lift(u)
+    # Not 0·u: a direction that is not finite gives no step, rather than NaN.
+    moved = _tree.scalar_like(step, lifted) * lifted
+    return jnp.where(step > 0, moved, 0).astype(u.dtype)
 
 
 _CALL = (
@@ -343,20 +346,52 @@ def _advance(
     low_enough = finite & (point.slope < 0) & (point.value <= ceiling)
     too_high = ~rising & ~low_enough
 
-    stage = search.stage
-    expanding = stage == _EXPAND
+    expanding = search.stage == _EXPAND
+    # While expanding, a point low enough becomes the lower end and there is no upper.
     low = _tree.where(low_enough, point, search.low)
     high = _tree.where(low_enough & ~expanding, search.high, point)
-    # While expanding, a point low enough becomes the lower end and there is no upper.
-    expand = expanding & low_enough
+    return _next_trial(search, point, low, high, low_enough, too_high, finite)._replace(
+        count=search.count + 1,
+        nonfinite=search.nonfinite + (~finite).astype(jnp.int32),
+        accepted=accepted,
+        best=_tree.where(better, point, search.best),
+        best_grad=jax.tree.map(
+            lambda new, old: jnp.where(better, new.astype(old.dtype), old),
+            grad,
+            search.best_grad,
+        ),
+    )
+
+
+def _next_trial(
+    search: _Search,
+    point: Point,
+    low: Point,
+    high: Point,
+    low_enough: jax.Array,
+    too_high: jax.Array,
+    finite: jax.Array,
+) -> _Search:
+    """The search with the next point to try in the interval from low to high.
+
+    Args:
+      search: as it was before the last point.
+      point: that point.
+      low: the lower end now.
+      high: the upper end now.
+      low_enough: whether the point became the lower end.
+      too_high: whether it is the upper end for its value alone.
+      finite: whether it has a value and a slope.
+    """
+    stage = search.stage
+    expand = (stage == _EXPAND) & low_enough
     # Only bisection leads out of an interval whose upper end is too high, and it goes
     # on until that end rises.
     bisect = too_high | ((stage == _BISECT) & low_enough)
 
     # Between points whose values can be told apart a cubic knows most; near a minimum,
     # where rounding hides their difference, secants go by the slopes alone.
-    dtype = start.value.dtype
-    visible = jnp.finfo(dtype).eps ** (2 / 3) * jnp.maximum(
+    visible = jnp.finfo(low.value.dtype).eps ** (2 / 3) * jnp.maximum(
         jnp.abs(low.value), jnp.abs(high.value)
     )
     by_value = jnp.abs(high.value - low.value) > visible
@@ -395,22 +430,13 @@ def _advance(
         ~jnp.isfinite(trial),
         (trial <= low.step) | (trial >= high.step),
     )
-    return _Search(
+    return search._replace(
         stage=jnp.asarray(next_stage, jnp.int32),
         trial=trial,
         low=low,
         high=high,
         width=width,
-        count=search.count + 1,
-        nonfinite=search.nonfinite + (~finite).astype(jnp.int32),
-        accepted=accepted,
         exhausted=exhausted,
-        best=_tree.where(better, point, search.best),
-        best_grad=jax.tree.map(
-            lambda new, old: jnp.where(better, new.astype(old.dtype), old),
-            grad,
-            search.best_grad,
-        ),
     )
 
 
