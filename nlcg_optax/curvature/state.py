@@ -117,11 +117,11 @@ class QuadraticModelState(NamedTuple):
 
     Attributes:
       preconditioner_states: states of the nested preconditioners, a tuple.
-      last: the last step, a :class:`LastStep`.
-      trust: how far the model is believed, :class:`Trust`.
-      noise: how much of the gradient is noise, :class:`Noise`.
-      memory: the last steps, :class:`Memory`.
-      counts: what happened so far, :class:`Counts`.
+      last: the last step, a ``LastStep``.
+      trust: how far the model is believed, ``Trust``.
+      noise: how much of the gradient is noise, ``Noise``.
+      memory: the last steps, ``Memory``.
+      counts: what happened so far, ``Counts``.
     """
 
     preconditioner_states: tuple[optax.OptState, ...]

@@ -130,7 +130,7 @@ def test_over_the_devices_of_a_shard_map():
     )
     spec = jax.sharding.PartitionSpec
     evaluate = value_grad_and_curvature(
-        model, loss, l2=0.1, axis_name="data", microbatches=2
+        model, loss, l2=0.1, axis_name="data", microbatches=3
     )
 
     @jax.shard_map(
