@@ -115,7 +115,7 @@ def _divide(
 ) -> jax.Array:
     """Divides, with the denominator moved away from zero by ε; 0 if it is still 0."""
     epsilon = _tree.real_scalar(epsilon, denominator.dtype)
-    denominator += jnp.where(denominator < 0, -epsilon, epsilon)
+    denominator = denominator + jnp.where(denominator < 0, -epsilon, epsilon)
     safe = jnp.where(denominator == 0, 1, denominator)
     return jnp.where(denominator == 0, 0, numerator / safe)
 
