@@ -248,7 +248,8 @@ def on_device(tree):
         state = tx.init(grads)
         seconds = seconds_of(jax.jit(tx.update), grads, state)
         rate = operations(tx.update, grads, state) / seconds
-        factor = newton_schulz.polar_factor(matrix, precision=precision)
+        method = newton_schulz.Method.of("muon", 5, precision)
+        (factor,) = newton_schulz.polar_factors([matrix], method)
         yield {
             "tree": tree,
             "precision": precision,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from nlcg_optax import _check, _tree
 
@@ -38,10 +39,10 @@ class InnerProducts(NamedTuple):
     prev_g_d: jax.Array
     g_w: jax.Array
     y_w: jax.Array
-    prev_d_d: jax.typing.ArrayLike = jnp.nan
+    prev_d_d: ArrayLike = jnp.nan
 
 
-BetaFunction = Callable[[InnerProducts, jax.typing.ArrayLike], jax.typing.ArrayLike]
+BetaFunction = Callable[[InnerProducts, ArrayLike], ArrayLike]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +91,7 @@ class BetaRule:
         object.__setattr__(self, "__doc__", self.function.__doc__)
         object.__setattr__(self, "__wrapped__", self.function)
 
-    def __call__(
-        self, products: InnerProducts, epsilon: jax.typing.ArrayLike = 0
-    ) -> jax.typing.ArrayLike:
+    def __call__(self, products: InnerProducts, epsilon: ArrayLike = 0) -> ArrayLike:
         """β, by the function."""
         return self.function(products, epsilon)
 
@@ -112,25 +111,23 @@ def _rule(*needs: str) -> Callable[[BetaFunction], BetaRule]:
 
 
 def _divide(
-    numerator: jax.Array, denominator: jax.Array, epsilon: jax.typing.ArrayLike
+    numerator: jax.Array, denominator: jax.Array, epsilon: ArrayLike
 ) -> jax.Array:
     """Divides, with the denominator moved away from zero by ε; 0 if it is still 0."""
     epsilon = _tree.real_scalar(epsilon, denominator.dtype)
-    denominator = jnp.where(
-        denominator < 0, denominator - epsilon, denominator + epsilon
-    )
+    denominator = denominator + jnp.where(denominator < 0, -epsilon, epsilon)
     safe = jnp.where(denominator == 0, 1, denominator)
     return jnp.where(denominator == 0, 0, numerator / safe)
 
 
 @_rule("g_z", "prev_g_z")
-def fletcher_reeves(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def fletcher_reeves(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Fletcher & Reeves (1964): :math:`\rho_t / (\rho_{t-1} + \epsilon)`."""
     return _divide(p.g_z, p.prev_g_z, epsilon)
 
 
 @_rule("g_w", "prev_g_z")
-def polak_ribiere(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def polak_ribiere(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Polak & Ribière (1969): :math:`g_t^\top w_t / (\rho_{t-1} + \epsilon)`.
 
     :math:`g_t^\top w_t = \rho_t - g_t^\top z_{t-1}`, the form of arXiv:1812.02886.
@@ -139,30 +136,33 @@ def polak_ribiere(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Ar
 
 
 @_rule("g_w", "g_d", "prev_g_d")
-def hestenes_stiefel(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def hestenes_stiefel(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Hestenes & Stiefel (1952): :math:`g_t^\top w_t / d_{t-1}^\top y_t`."""
     return _divide(p.g_w, p.g_d - p.prev_g_d, epsilon)
 
 
 @_rule("g_z", "g_d", "prev_g_d")
-def dai_yuan(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def dai_yuan(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Dai & Yuan (1999): :math:`\rho_t / d_{t-1}^\top y_t`."""
     return _divide(p.g_z, p.g_d - p.prev_g_d, epsilon)
 
 
-def _truncate(
-    beta: jax.Array, slope: jax.Array, p: InnerProducts, eta: float
+def _truncated(
+    p: InnerProducts, epsilon: ArrayLike, weight: float, eta: float, slope: jax.Array
 ) -> jax.Array:
-    """Raises β to η · slope / ‖d‖²; an unknown length truncates nothing."""
+    """Hestenes & Stiefel's less a weight times a term, raised to η · slope / ‖d‖²."""
+    d_y = p.g_d - p.prev_g_d
+    along = _divide(p.g_d, d_y, epsilon)
+    beta = _divide(p.g_w, d_y, epsilon) - weight * _divide(p.y_w, d_y, epsilon) * along
     length = jnp.asarray(p.prev_d_d, slope.dtype)
-    known = ~jnp.isnan(length)
+    known = ~jnp.isnan(length)  # an unknown length truncates nothing
     # Replaced before the division too, so that the gradient meets no NaN either.
     bound = eta * _divide(slope, jnp.where(known, length, 1), 0)
     return jnp.where(known & (bound > beta), bound, beta)
 
 
 @_rule("g_w", "y_w", "g_d", "prev_g_d", "prev_d_d")
-def hager_zhang(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def hager_zhang(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Hager & Zhang (2005), preconditioned and truncated as in CG_DESCENT.
 
     .. math::
@@ -175,15 +175,11 @@ def hager_zhang(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Arra
     (2013), eq. 1.5, which unlike the one of 2005 does not change when the loss is
     multiplied by a constant.
     """
-    d_y = p.g_d - p.prev_g_d
-    beta = _divide(p.g_w, d_y, epsilon) - 2 * _divide(p.y_w, d_y, epsilon) * _divide(
-        p.g_d, d_y, epsilon
-    )
-    return _truncate(beta, p.prev_g_d, p, 0.4)
+    return _truncated(p, epsilon, 2, 0.4, p.prev_g_d)
 
 
 @_rule("g_w", "y_w", "g_d", "prev_g_d", "prev_d_d")
-def dai_kou(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def dai_kou(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Dai & Kou (2013), preconditioned, with :math:`\tau_k` of Oren & Luenberger.
 
     .. math::
@@ -192,23 +188,18 @@ def dai_kou(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
             \frac{g_t^\top d_{t-1}}{d_{t-1}^\top y_t}, \;
         0.5\, \frac{g_t^\top d_{t-1}}{d_{t-1}^\top M d_{t-1}} \right)
     """
-    d_y = p.g_d - p.prev_g_d
-    beta = _divide(p.g_w, d_y, epsilon) - _divide(p.y_w, d_y, epsilon) * _divide(
-        p.g_d, d_y, epsilon
-    )
-    return _truncate(beta, p.g_d, p, 0.5)
+    return _truncated(p, epsilon, 1, 0.5, p.g_d)
 
 
 @_rule("g_z", "g_w", "g_d", "prev_g_d")
-def hybrid_hs_dy(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def hybrid_hs_dy(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Dai & Yuan (2001): :math:`\max(0, \min(\beta_{HS}, \beta_{DY}))`."""
-    return jnp.maximum(
-        0, jnp.minimum(hestenes_stiefel(p, epsilon), dai_yuan(p, epsilon))
-    )
+    either = jnp.minimum(hestenes_stiefel(p, epsilon), dai_yuan(p, epsilon))
+    return jnp.maximum(0, either)
 
 
 @_rule("g_w", "prev_g_d")
-def liu_storey(p: InnerProducts, epsilon: jax.typing.ArrayLike = 0) -> jax.Array:
+def liu_storey(p: InnerProducts, epsilon: ArrayLike = 0) -> jax.Array:
     r"""Liu & Storey (1991): :math:`g_t^\top w_t / (-g_{t-1}^\top d_{t-1})`."""
     return _divide(p.g_w, -p.prev_g_d, epsilon)
 

@@ -1,5 +1,7 @@
 """Conjugate directions over any preconditioner."""
 
+import contextlib
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -46,11 +48,7 @@ class ConjugateDirectionState(NamedTuple):
 
     def report(self) -> dict[str, jax.Array]:
         """What :func:`nlcg_optax.diagnostics` tells."""
-        return {
-            "beta": self.beta,
-            "cosine": self.cosine,
-            "restarts": self.restarts,
-        }
+        return {"beta": self.beta, "cosine": self.cosine, "restarts": self.restarts}
 
 
 def scale_by_conjugate_direction(
@@ -138,37 +136,28 @@ def scale_by_conjugate_direction(
     0.1111 True
     """
     rule = beta_rules.resolve(beta_rule)
-    lower, upper = _check_bounds(beta_bounds)
+    bounds = _check_bounds(beta_bounds)
     if restart_every is not None:
         _check.number("restart_every", restart_every, minimum=1, integer=True)
     if restart_nonorthogonal is not None:
         _check.number("restart_nonorthogonal", restart_nonorthogonal, minimum=0)
-    needs_prev_grad = "y_w" in rule.needs
-    needs_prev_preconditioned = (
-        needs_prev_grad or "g_w" in rule.needs or restart_nonorthogonal is not None
-    )
-    needs_slope = (
-        bool(rule.needs & {"g_d", "prev_g_d", "prev_d_d"})
-        or restart_on_ascent
-        or track_cosine
-    )
+    keeps_grad = "y_w" in rule.needs
+    keeps_z = keeps_grad or "g_w" in rule.needs or restart_nonorthogonal is not None
+    needs_slope = restart_on_ascent or track_cosine
+    needs_slope |= not rule.needs.isdisjoint(("g_d", "prev_g_d", "prev_d_d"))
     _check.number("epsilon", epsilon, minimum=0)
     _check.floating_dtype("state_dtype", state_dtype)
     inner = _transformations.preconditioner(preconditioner)
 
     def init_fn(params: optax.Params) -> ConjugateDirectionState:
-        def zeros() -> optax.Updates:
-            return _tree.zeros_like(params, state_dtype)
-
-        def scalar() -> jax.Array:
-            return jnp.zeros([], _tree.scalar_dtype(params))
-
+        zeros = functools.partial(_tree.zeros_like, params, state_dtype)
+        scalar = functools.partial(jnp.zeros, [], _tree.scalar_dtype(params))
         return ConjugateDirectionState(
             count=jnp.zeros([], jnp.int32),
             preconditioner_state=inner.init(params),
             prev_update=zeros(),
-            prev_preconditioned=zeros() if needs_prev_preconditioned else None,
-            prev_grad=zeros() if needs_prev_grad else None,
+            prev_preconditioned=zeros() if keeps_z else None,
+            prev_grad=zeros() if keeps_grad else None,
             prev_g_z=scalar(),
             prev_g_d=scalar(),
             prev_d_d=scalar(),
@@ -184,36 +173,29 @@ def scale_by_conjugate_direction(
         **extra_args: Any,
     ) -> tuple[optax.Updates, ConjugateDirectionState]:
         _tree.check_match(updates, state.prev_update, "the optimizer's state")
-        grad = updates
-        preconditioned, preconditioner_state = inner.update(
+        grad, dtype = updates, state.beta.dtype
+        z, preconditioner_state = inner.update(
             grad, state.preconditioner_state, params, **extra_args
         )
-        prev_preconditioned, prev_grad = state.prev_preconditioned, state.prev_grad
-        dtype = state.beta.dtype
+        prev_z, prev_grad = state.prev_preconditioned, state.prev_grad
+        trees = [grad, z, state.prev_update]
+        trees += [tree for tree in (prev_z, prev_grad) if tree is not None]
 
-        def integrands(g, z, u, prev_z, prev_g):
-            z, u, prev_z, prev_g = (a.astype(g.dtype) for a in (z, u, prev_z, prev_g))
+        def integrands(g, *others):
+            z, u, *history = (a.astype(g.dtype) for a in others)
             dots = [(g, z)]
             if needs_slope:
                 dots.append((g, u))
             if track_cosine:
                 dots += [(g, g), (z, z), (z, u), (u, u)]
-            if needs_prev_preconditioned:
-                dots.append((g, z - prev_z))
-            if needs_prev_grad:
-                dots.append((g - prev_g, z - prev_z))
+            if keeps_z:
+                dots.append((g, z - history[0]))
+            if keeps_grad:
+                dots.append((g - history[1], z - history[0]))
             return [_tree.real_inner(a, b) for a, b in dots]
 
         sums = _tree.reduce_products(
-            integrands,
-            grad,
-            preconditioned,
-            state.prev_update,
-            # A rule without history ignores these two; the gradient fills their place.
-            grad if prev_preconditioned is None else prev_preconditioned,
-            grad if prev_grad is None else prev_grad,
-            dtype=dtype,
-            axis_name=axis_name,
+            integrands, *trees, dtype=dtype, axis_name=axis_name
         )
         # Of NumPy: an operation that gives NaN raises under `jax_debug_nans`.
         nan: Any = np.asarray(np.nan, dtype)
@@ -226,16 +208,15 @@ def scale_by_conjugate_direction(
             prev_g_z=state.prev_g_z,
             g_d=-g_u,
             prev_g_d=state.prev_g_d,
-            g_w=next(rest) if needs_prev_preconditioned else nan,
-            y_w=next(rest) if needs_prev_grad else nan,
+            g_w=next(rest, nan),
+            y_w=next(rest, nan),
             prev_d_d=state.prev_d_d,
         )
 
         first = state.count == 0
         beta = jnp.asarray(rule(products, epsilon)).astype(dtype)
         # Bounds of a wider dtype, such as NumPy's, would widen β and the state.
-        ends = _tree.real_scalar(lower, dtype), _tree.real_scalar(upper, dtype)
-        beta = jnp.clip(beta, *ends)
+        beta = jnp.clip(beta, *(_tree.real_scalar(end, dtype) for end in bounds))
         restart = jnp.zeros([], bool)
         if restart_every is not None:
             restart |= state.count % restart_every == 0
@@ -252,10 +233,8 @@ def scale_by_conjugate_direction(
             z, u = _tree.lift(z), _tree.lift(u)
             return z + _tree.scalar_like(beta, z) * u.astype(z.dtype)
 
-        turned = jax.tree.map(direction, preconditioned, state.prev_update)
-        output = turned
-        if nesterov:
-            output = jax.tree.map(direction, preconditioned, turned)
+        turned = jax.tree.map(direction, z, state.prev_update)
+        output = jax.tree.map(direction, z, turned) if nesterov else turned
         # ‖d‖ from what is known of z and the last d: no pass over the new direction.
         norm_sq = jnp.maximum(z_z + 2 * beta * z_u + jnp.square(beta) * u_u, 0)
         slope = -(g_z + beta * g_u)
@@ -266,9 +245,7 @@ def scale_by_conjugate_direction(
             count=_transformations.increment(state.count),
             preconditioner_state=preconditioner_state,
             prev_update=_tree.cast_like(turned, state.prev_update),
-            prev_preconditioned=None
-            if prev_preconditioned is None
-            else _tree.cast_like(preconditioned, prev_preconditioned),
+            prev_preconditioned=None if prev_z is None else _tree.cast_like(z, prev_z),
             prev_grad=None if prev_grad is None else _tree.cast_like(grad, prev_grad),
             prev_g_z=g_z,
             prev_g_d=slope,
@@ -284,7 +261,7 @@ def scale_by_conjugate_direction(
 
 def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
     """Raises unless `beta_bounds` is an interval; returns its two ends."""
-    try:
+    with contextlib.suppress(TypeError, ValueError):  # said below
         lower, upper = beta_bounds
         for end in (lower, upper):
             _check.number("beta_bounds", end)
@@ -292,8 +269,6 @@ def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
         traced = isinstance(lower, Tracer) or isinstance(upper, Tracer)
         if isinstance(beta_bounds, tuple | list) and (traced or lower <= upper):
             return lower, upper
-    except (TypeError, ValueError):
-        pass  # said below
     raise ValueError(
         f"beta_bounds={beta_bounds!r} is not valid: expected two numbers, lower and "
         "upper, with lower <= upper."

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from nlcg_optax.matrices import newton_schulz, recognition
-from nlcg_optax.matrices.matrix import Mask, Matrices, is_mask
+from nlcg_optax.matrices.matrix import Mask, Matrices, Matrix, is_mask
 
 
 def describe(
@@ -37,21 +37,13 @@ def describe(
     ['w']    64×192    64×192           1.206e+07      49152  two axes
     """
     shapes = jax.eval_shape(lambda tree: tree, params)
-    if not isinstance(what, optax.GradientTransformation):
-        found = [recognition.all_of(shapes, what)]
-    else:
-        state = jax.eval_shape(what.init, shapes)
+    if isinstance(what, optax.GradientTransformation):
         # One for each orthogonalizer, which may see a part of the parameters only.
-        found = [
-            {
-                path: node.matrix if isinstance(node, Mask) else None
-                for path, node in jax.tree_util.tree_leaves_with_path(
-                    node.second_moment, is_leaf=is_mask
-                )
-            }
-            for node in jax.tree.leaves(state, is_leaf=_has_masks)
-            if _has_masks(node)
-        ]
+        state = jax.eval_shape(what.init, shapes)
+        nodes = filter(_has_masks, jax.tree.leaves(state, is_leaf=_has_masks))
+        found = [_masks(node.second_moment) for node in nodes]
+    else:
+        found = [recognition.all_of(shapes, what)]
     if not found:
         raise ValueError(
             "This optimizer has no state of `scale_by_orthogonalization`: it "
@@ -65,11 +57,8 @@ def describe(
             if matrix is not None:
                 count, m, n = matrix.sides(leaf.shape)
                 treatment = f"{m}×{n}" if count == 1 else f"{count} × {m}×{n}"
-                operations = count * sum(
-                    newton_schulz.operations(
-                        min(m, n), max(m, n), method, stacked=False
-                    )
-                )
+                each = method.operations(min(m, n), max(m, n), stacked=False)
+                operations = count * sum(each)
             decision = recognition.decide(path, leaf.shape)
             why = "as told" if decision.matrix != matrix else decision.why
             shape = "×".join(map(str, leaf.shape)) or "scalar"
@@ -85,3 +74,8 @@ def describe(
 def _has_masks(node: Any) -> bool:
     """Whether this is a state that keeps second moments of what is no matrix."""
     return hasattr(node, "second_moment")
+
+
+def _masks(moments: Any) -> dict[Any, Matrix | None]:
+    leaves = jax.tree_util.tree_leaves_with_path(moments, is_leaf=is_mask)
+    return {path: x.matrix if isinstance(x, Mask) else None for path, x in leaves}

@@ -1,5 +1,6 @@
 """Work on the matrices of leaves, wherever a call finds that these are."""
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -30,8 +31,7 @@ def apply(
       found: paths, leaves, and their masks.
       mesh: the mesh to use under `jit`; None for the one that is set, if any.
       axis_name: the mapped axis (or axes) of a `shard_map`; None for none.
-      kept: what is kept for each share of the work, of those that :func:`plan.shares`
-        makes of what :func:`locate` finds; None for nothing.
+      kept: what is kept for each of the :func:`plan.shares`; None for nothing.
 
     Returns:
       Arrays of the shapes of the leaves, in the dtypes of the arithmetic, and what is
@@ -40,30 +40,22 @@ def apply(
     leaves, mesh, axes = locate(found, mesh, axis_name)
     values = [leaf.value for leaf in leaves]
 
-    def compute(
-        values: list[jax.Array], kept: Any, mesh: Any = mesh
-    ) -> tuple[list[jax.Array], Any]:
+    def compute(values: list[jax.Array], kept: Any, mesh: Any) -> Any:
         here = [leaf._replace(value=x) for leaf, x in zip(leaves, values, strict=True)]
-        results: list[Any] = [None] * len(here)
-        after = []
+        results, after = {}, []
         for i, share in enumerate(plan.shares(here, work, mesh, axes)):
-            stacks, then = work.function(
-                share.scatter(here), share, None if kept is None else kept[i]
-            )
+            stacks = share.scatter(here)
+            stacks, then = work.function(stacks, share, kept and kept[i])
             after.append(then)
-            for number, x in share.gather(stacks, here):
-                results[number] = x
-        return results, None if kept is None else after
+            results.update(share.gather(stacks, here))
+        return [results[i] for i in range(len(here))], kept and after
 
     explicit = None if axis_name is not None else _explicit_mesh(values)
     if explicit is None:
-        return compute(values, kept)
+        return compute(values, kept, mesh)
     # Explicit axes do not say how to multiply or reshape along them: as automatic ones.
-    names = tuple(
-        name
-        for name, kind in zip(explicit.axis_names, explicit.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
+    kinds = dict(zip(explicit.axis_names, explicit.axis_types, strict=True))
+    names = tuple(name for name in kinds if kinds[name] == AxisType.Explicit)
 
     def automatic(values: list[jax.Array], kept: Any) -> Any:
         return compute(values, kept, jax.sharding.get_abstract_mesh())
@@ -106,11 +98,7 @@ def locate(
 def mask_of(
     path: Any, x: Any, matrix: Matrix, mesh: Any, axis_name: _tree.AxisName | None
 ) -> Mask:
-    """The mask of a parameter, as `init` sees it.
-
-    Raises:
-      ValueError: if the parameter lies on devices that the mesh does not have.
-    """
+    """The mask of a parameter, which must not be on devices that the mesh lacks."""
     placed = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
     if placed and isinstance(mesh, jax.sharding.Mesh):
         missing = x.sharding.device_set - set(mesh.devices.flat)
@@ -122,27 +110,19 @@ def mask_of(
                 f"({mesh.devices.size} devices) does not have. Put the parameters on "
                 "the mesh, or give the mesh that they are on."
             )
-    whole = _known_whole(x, _mapped_axes(axis_name))
+    axes: tuple[_tree.AxisName, ...] = ()
+    if axis_name is not None:
+        with contextlib.suppress(NameError):  # nothing maps them here
+            axes = _tree.bound_axes(axis_name)
+    whole = _known_whole(x, axes)
     return mask(matrix, tuple(jnp.shape(x)) if whole else None)
 
 
 def _explicit_mesh(grads: Sequence[jax.Array]) -> Any:
     """The mesh of the leaves, if it has explicit axes; else None."""
-    for g in grads:
-        mesh = jax.typeof(g).sharding.mesh
-        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
-            return mesh
-    return None
-
-
-def _mapped_axes(axis_name: _tree.AxisName | None) -> tuple[_tree.AxisName, ...]:
-    """The named axes, if something maps them here; else none."""
-    if axis_name is None:
-        return ()
-    try:
-        return _tree.bound_axes(axis_name)
-    except NameError:
-        return ()
+    meshes = [jax.typeof(g).sharding.mesh for g in grads]
+    explicit = (m for m in meshes if not m.empty and AxisType.Explicit in m.axis_types)
+    return next(explicit, None)
 
 
 def _known_whole(x: Any, axes: Sequence[_tree.AxisName]) -> bool:

@@ -3,11 +3,11 @@
 Under `jit` by sharding constraints (:class:`Global`), in a `shard_map` by `all_to_all`
 (:class:`Mapped`). What they do is the same, and said once (:class:`Exchange`).
 """
-# ruff: noqa: D102 - what the methods of both do is said by the protocol
+# ruff: noqa: D102 - what the methods of both do is said by the first class
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from nlcg_optax import _tree
 from nlcg_optax.matrices.layout import Group
 
 
-class Exchange(Protocol):
-    """Moves stacks of matrices between devices.
+class Exchange:
+    """Moves stacks of matrices between devices; this one leaves all where it is.
 
     A stack is [count, ...], or [rows, devices, ...] where each device has a slot of
     each row.
@@ -29,51 +29,47 @@ class Exchange(Protocol):
 
     def scatter(self, rows: jax.Array, group: Group) -> jax.Array:
         """From where a group's leaves are to the slots: matrices are whole there."""
-        ...
+        return rows
 
     def gather(self, rows: jax.Array, group: Group) -> jax.Array:
         """And back."""
-        ...
+        return rows
 
     def stay(self, rows: jax.Array) -> jax.Array:
         """What is kept for each slot, which does not move from step to step."""
-        ...
+        return rows
 
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
         """The stack of a group, whole on every device."""
-        ...
+        return x
 
     def part(self, x: jax.Array, group: Group) -> jax.Array:
         """And back: this device's part of it."""
-        ...
+        return x
 
     def split(self, x: jax.Array) -> jax.Array:
         """Matrices with their last axis split over the devices."""
-        ...
+        return x
 
     def unsplit(self, x: jax.Array, group: Group) -> jax.Array:
         """And back, without what was filled up."""
-        ...
+        return x
 
     def together(self, x: jax.Array) -> jax.Array:
         """A stack whose first axis stays whole, so that it is moved as one."""
-        ...
+        return x
 
     def largest(self, x: jax.Array) -> jax.Array:
         """The largest over devices that have parts of a matrix."""
-        ...
+        return x
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum over them."""
-        ...
+        return x
 
 
-class Global:
-    """Exchanges under `jit`, by sharding constraints.
-
-    Args:
-      mesh: the mesh; None for one device.
-    """
+class Global(Exchange):
+    """Exchanges under `jit`, by constraints over a mesh; None for one device."""
 
     def __init__(self, mesh: Any):
         self.mesh = mesh
@@ -87,28 +83,23 @@ class Global:
     def scatter(self, rows: jax.Array, group: Group) -> jax.Array:
         if not group.layered:
             # Else the compiler would take the stack apart while it is made.
-            rows = self._constrain(rows, None, None, *self._anywhere(rows, 2))
+            rows = self._constrain(rows, None, None, rest=P.UNCONSTRAINED)
         return self.stay(rows)
 
     def gather(self, rows: jax.Array, group: Group) -> jax.Array:
         rows = self.stay(rows)
         if group.layered:  # the layers of a leaf may well stay where they are
             return rows
-        return self._constrain(rows, None, None, *self._anywhere(rows, 2))
+        return self._constrain(rows, None, None, rest=P.UNCONSTRAINED)
 
     def stay(self, rows: jax.Array) -> jax.Array:
         # With an axis for each of the mesh's the compiler moves one after the other.
         x = rows.reshape(rows.shape[0], *self.sizes, *rows.shape[2:])
-        x = self._constrain(x, None, *self.axes, *[None] * (rows.ndim - 2))
+        x = self._constrain(x, None, *self.axes)
         return x.reshape(rows.shape)
 
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
-        del group
-        return self._constrain(x, *[None] * x.ndim)
-
-    def part(self, x: jax.Array, group: Group) -> jax.Array:
-        del group
-        return x
+        return self._constrain(x)
 
     def split(self, x: jax.Array) -> jax.Array:
         fill = -x.shape[-1] % self.devices
@@ -119,31 +110,26 @@ class Global:
         return x[..., : group.stack.long]
 
     def together(self, x: jax.Array) -> jax.Array:
-        return self._constrain(x, None, *self._anywhere(x, 1))
+        return self._constrain(x, None, rest=P.UNCONSTRAINED)
 
     def total(self, x: jax.Array) -> jax.Array:
         # The compiler adds up (or compares) to have it whole.
-        return self._constrain(x, *[None] * x.ndim)
+        return self._constrain(x)
 
     largest = total
 
-    def _anywhere(self, x: jax.Array, start: int) -> list[Any]:
-        return [P.UNCONSTRAINED] * (x.ndim - start)
-
-    def _constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
+    def _constrain(self, x: jax.Array, *spec: Any, rest: Any = None) -> jax.Array:
         if self.devices == 1:
             return x
+        spec += (rest,) * (x.ndim - len(spec))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
 
 
-class Mapped:
-    """Exchanges inside a `shard_map`, of leaves sharded over its axes.
+class Mapped(Exchange):
+    """Exchanges inside a `shard_map`, over axes of which some have leaves `sharded`.
 
-    Here a device has [rows, 1, ...] of what is [rows, devices, ...].
-
-    Args:
-      axes: the mapped axes over which to spread.
-      sharded: those along which the leaves are sharded.
+    Here a device has [rows, 1, ...] of what is [rows, devices, ...]. To split matrices
+    there is nothing to do: nobody asks it but for those that are.
     """
 
     def __init__(
@@ -165,8 +151,7 @@ class Mapped:
         return x.reshape(rows.shape[0], 1, *x.shape[1 + len(self.axes) :])
 
     def gather(self, rows: jax.Array, group: Group) -> jax.Array:
-        ones = [1] * len(self.axes)
-        x = rows.reshape(rows.shape[0], *ones, *rows.shape[2:])
+        x = rows.reshape(rows.shape[0], *[1] * len(self.axes), *rows.shape[2:])
         for i, axis in reversed(list(enumerate(self.axes, start=1))):
             if axis in group.sharded:
                 dim = 1 + len(self.axes) + group.sharded[axis]
@@ -181,12 +166,6 @@ class Mapped:
                 x = jax.lax.psum(x, axis)
         return x.reshape(rows.shape[0], self.devices, *x.shape[1 + len(self.axes) :])
 
-    def stay(self, rows: jax.Array) -> jax.Array:
-        return rows
-
-    def together(self, x: jax.Array) -> jax.Array:
-        return x
-
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
         for axis, dim in group.sharded.items():
             x = jax.lax.all_gather(x, axis, axis=1 + dim, tiled=True)
@@ -197,13 +176,6 @@ class Mapped:
             size = x.shape[1 + dim] // jax.lax.axis_size(axis)
             start = jax.lax.axis_index(axis) * size
             x = jax.lax.dynamic_slice_in_dim(x, start, size, 1 + dim)
-        return x
-
-    def split(self, x: jax.Array) -> jax.Array:
-        return x  # it is: of others nobody asks
-
-    def unsplit(self, x: jax.Array, group: Group) -> jax.Array:
-        del group
         return x
 
     def largest(self, x: jax.Array) -> jax.Array:

@@ -15,48 +15,28 @@ from nlcg_optax.matrices.matrix import Matrix
 
 
 class Leaf(NamedTuple):
-    """A leaf whose matrices are to be worked on.
-
-    Attributes:
-      value: the array.
-      matrix: what it is.
-      sharded: in a `shard_map`, the axes over which it is sharded, and along which of
-        its own each of them goes.
-      everywhere: whether it is known to be whole on every device, or not; None where
-        only the compiler knows.
-    """
+    """A leaf whose matrices are to be worked on."""
 
     value: jax.Array
     matrix: Matrix
+    # In a `shard_map`, the axes over which it is sharded, and along which of its own.
     sharded: Mapping[_tree.AxisName, int] = {}
+    # Whether it is known to be whole on every device, or not; None where only the
+    # compiler knows.
     everywhere: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """How many matrices of one shape there are, and where: what costs are counted by.
-
-    Attributes:
-      count: how many.
-      small, long: their sides; those of a part, where they are several side by side.
-      parts: how many.
-      itemsize: bytes of an element.
-      sharded: whether they lie split over the devices; None where nobody knows.
-      splittable: whether the longer side can be split.
-    """
+    """How many matrices of one shape there are, and where; what costs depend on."""
 
     count: int
-    small: int
+    small: int  # the sides; those of a part, where several are side by side
     long: int
     parts: int = 1
-    itemsize: int = 4
-    sharded: bool | None = None
-    splittable: bool = True
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of all matrices, zeros among them."""
-        return self.count * self.parts * self.small * self.long * self.itemsize
+    itemsize: int = 4  # bytes of an element
+    sharded: bool | None = None  # over the devices; None where nobody knows
+    splittable: bool = True  # along the longer side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,47 +45,34 @@ class Slots:
 
     Each device has so many slots; a row is one slot of each. A stack fills some rows
     and, with the rest, part of one that it may share with the rests of other stacks.
-
-    Attributes:
-      full: for each stack, the rows that it fills.
-      row: for each stack, the number of the shared row with its rest; None for no rest.
-      offset: for each stack, the first device of the rest.
-      shared: how many rows are shared.
     """
 
-    full: tuple[int, ...]
-    row: tuple[int | None, ...]
-    offset: tuple[int, ...]
-    shared: int
+    full: tuple[int, ...]  # for each stack, the rows that it fills
+    row: tuple[int | None, ...]  # the number of the shared row with its rest, if any
+    offset: tuple[int, ...]  # the first device of the rest
+    shared: int  # how many rows are shared
 
     @classmethod
     def fit(cls, counts: Sequence[int], devices: int) -> "Slots":
         """As few rows as can be, by first fit."""
         rows, offsets = [], []
-        used: list[int] = []
+        used = [0] * len(counts)
         for count in counts:
             rest = count % devices
             row, offset = None, 0
             if rest:
-                fits = (i for i, n in enumerate(used) if n + rest <= devices)
-                row = next(fits, len(used))
-                if row == len(used):
-                    used.append(0)
+                row = next(i for i, n in enumerate(used) if n + rest <= devices)
                 offset = used[row]
                 used[row] += rest
             rows.append(row)
             offsets.append(offset)
         full = tuple(count // devices for count in counts)
-        return cls(full, tuple(rows), tuple(offsets), len(used))
+        return cls(full, tuple(rows), tuple(offsets), sum(n > 0 for n in used))
 
     @property
     def rows(self) -> int:
         """Matrices that each device works on."""
         return sum(self.full) + self.shared
-
-    def rows_of(self, i: int) -> int:
-        """The rows of which a stack has a part."""
-        return self.full[i] + (self.row[i] is not None)
 
     def rows_from(self, x: jax.Array, i: int, devices: int) -> jax.Array:
         """From the matrices of a stack, [count, ...], to [rows, devices, ...]."""
@@ -134,11 +101,8 @@ class Slots:
         """One array of all rows, from those of each stack."""
         parts = [x[:n] for x, n in zip(stacks, self.full, strict=True) if n]
         for row in range(self.shared):
-            rests = [
-                x[n:]
-                for x, n, i in zip(stacks, self.full, self.row, strict=True)
-                if i == row
-            ]
+            members = zip(stacks, self.full, self.row, strict=True)
+            rests = [x[n:] for x, n, i in members if i == row]
             parts.append(functools.reduce(operation, rests))
         return _concatenate(parts)
 
@@ -154,29 +118,19 @@ class Slots:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Leaves that are stacked, as items: their axes are first the rows, then columns.
+    """Leaves that are stacked, as items: axes are first those of rows, then columns."""
 
-    Attributes:
-      matrices: what each of the leaves is.
-      numbers: which leaves these are, and how many items each has.
-      item: shape of an item, as far as this device has it.
-      sharded: the mapped axes over which items are sharded, and along which of theirs.
-      layered: whether this is one leaf with axes that count matrices.
-      wide: whether there are no more rows than columns (in one of the parts).
-      stack: to be counted.
-      simple: whether a leaf has one axis of rows and one of columns, in this order.
-      chunks: shorter matrices are made as long as the others by zeros at the end of
-        each of so many parts, which is where devices have theirs.
-    """
-
-    matrices: tuple[Matrix, ...]
-    numbers: tuple[tuple[int, int], ...]
-    item: tuple[int, ...]
+    matrices: tuple[Matrix, ...]  # what each of the leaves is
+    numbers: tuple[tuple[int, int], ...]  # which leaves, and how many items each has
+    item: tuple[int, ...]  # shape of an item, as far as this device has it
+    # The mapped axes over which items are sharded, and along which of theirs.
     sharded: dict[_tree.AxisName, int]
-    layered: bool
-    wide: bool
+    layered: bool  # one leaf, with axes that count matrices
+    wide: bool  # no more rows than columns, in one of the parts
     stack: Stack
-    simple: bool
+    simple: bool  # a leaf has one axis of rows and one of columns, in this order
+    # Shorter matrices are made as long as the others by zeros at the end of each of so
+    # many parts, which is where devices have theirs.
     chunks: int = 1
 
     @property
@@ -186,23 +140,15 @@ class Group:
 
     def apart(self) -> list["Group"]:
         """A group for each leaf."""
-        return [
-            dataclasses.replace(
-                self,
-                matrices=(matrix,),
-                numbers=((i, count),),
-                stack=dataclasses.replace(self.stack, count=count),
-            )
-            for (i, count), matrix in zip(self.numbers, self.matrices, strict=True)
-        ]
+        found = []
+        for number, matrix in zip(self.numbers, self.matrices, strict=True):
+            stack = dataclasses.replace(self.stack, count=number[1])
+            one = {"numbers": (number,), "matrices": (matrix,), "stack": stack}
+            found.append(dataclasses.replace(self, **one))
+        return found
 
     def items(self, leaves: Sequence[Leaf], together: Callable) -> jax.Array:
-        """All items, of shape [count, *item].
-
-        Args:
-          leaves: all leaves, some of which are in this group.
-          together: see `Exchange.together`.
-        """
+        """All items, of shape [count, *item]; `together` is an exchange's."""
         # Those of one shape first: a stack may have to be moved to be lengthened.
         stacks: dict[Any, list[jax.Array]] = {}
         for (i, count), matrix in zip(self.numbers, self.matrices, strict=True):
@@ -210,7 +156,7 @@ class Group:
             x = x.reshape(count, *x.shape[len(matrix.batch) :])
             stacks.setdefault(x.shape[1:], []).append(x)
         whole = (_concatenate(alike) for alike in stacks.values())
-        return _concatenate([self._lengthen(x, together) for x in whole])
+        return _concatenate([self._resize(x, self.item[-1], together) for x in whole])
 
     def leaves(
         self, items: jax.Array, leaves: Sequence[Leaf], together: Callable
@@ -223,7 +169,7 @@ class Group:
         ):
             alike = list(alike)
             total = sum(count for (_, count), _ in alike)
-            x = self._shorten(items[start : start + total], long, together)
+            x = self._resize(items[start : start + total], long, together)
             start, first = start + total, 0
             for (i, count), matrix in alike:
                 shape = [leaves[i].value.shape[axis] for axis in matrix.order]
@@ -232,20 +178,16 @@ class Group:
                 yield i, one.reshape(shape).transpose(back)
                 first += count
 
-    def _lengthen(self, x: jax.Array, together: Callable) -> jax.Array:
-        if x.shape[-1] == self.item[-1]:
-            return x
-        x = together(x)
-        fill = (self.item[-1] - x.shape[-1]) // self.chunks
-        x = x.reshape(*x.shape[:-1], self.chunks, -1)
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, fill)])
-        return together(x.reshape(*x.shape[:-2], -1))
-
-    def _shorten(self, x: jax.Array, long: int, together: Callable) -> jax.Array:
+    def _resize(self, x: jax.Array, long: int, together: Callable) -> jax.Array:
+        """Makes each of the chunks longer by zeros, or shorter."""
         if x.shape[-1] == long:
             return x
         x = together(x).reshape(*x.shape[:-1], self.chunks, -1)
-        x = x[..., : long // self.chunks]
+        more = long // self.chunks - x.shape[-1]
+        if more < 0:
+            x = x[..., :more]
+        else:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, more)])
         return together(x.reshape(*x.shape[:-2], -1))
 
     def to_matrices(self, items: jax.Array) -> jax.Array:
@@ -293,13 +235,14 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
         stacks.setdefault(key, []).append((i, matrix, count))
     bundles: dict[Any, list[Group]] = {}
     for key, members in stacks.items():
-        (_, n, _, parts), item, dtype, sharded, layers, everywhere, layered = key
-        whole = _whole(item, dict(sharded))
+        (_, n, _, parts), item, dtype, by_axis, layers, everywhere, layered = key
+        sharded = dict(by_axis)
+        whole = _whole(item, sharded)
         rows, columns = math.prod(whole[:n]), math.prod(whole[n:]) // parts
         wide = rows <= columns
         # Which of an item's axes are of the longer side, and may be split.
         along = range(n, len(item)) if wide else range(n)
-        inside = all(dim in along for _, dim in sharded)
+        inside = all(dim in along for dim in sharded.values())
         stack = Stack(
             count=sum(count for *_, count in members),
             small=min(rows, columns),
@@ -313,14 +256,14 @@ def group(leaves: Sequence[Leaf]) -> list[list[Group]]:
             matrices=tuple(matrix for _, matrix, _ in members),
             numbers=tuple((i, count) for i, _, count in members),
             item=item,
-            sharded=dict(sharded),
+            sharded=sharded,
             layered=layered is not None,
             wide=wide,
             stack=stack,
             simple=len(item) == 2 and parts == 1 and layered is None and inside,
         )
-        shared = (stack.small, parts, dtype, frozenset(dict(sharded)), layers)
-        bundles.setdefault(shared, []).append(made)
+        together = stack.small, parts, dtype, frozenset(sharded), layers
+        bundles.setdefault(together, []).append(made)
     return [bundles[key] for key in sorted(bundles, key=lambda key: key[0])]
 
 
@@ -334,17 +277,14 @@ def merge(one: Group, other: Group, devices: int) -> Group | None:
     chunks = math.gcd(one.chunks, other.chunks)
     if not one.sharded:  # as the compiler may have split it
         chunks = devices if all(n % devices == 0 for n in lengths) else 1
-    stacks = one.stack, other.stack
+    count = one.stack.count + other.stack.count
+    long = max(one.stack.long, other.stack.long)
     return dataclasses.replace(
         one,
         matrices=one.matrices + other.matrices,
         numbers=one.numbers + other.numbers,
         item=(one.item[0], max(lengths)),
-        stack=dataclasses.replace(
-            one.stack,
-            count=sum(s.count for s in stacks),
-            long=max(s.long for s in stacks),
-        ),
+        stack=dataclasses.replace(one.stack, count=count, long=long),
         chunks=chunks,
     )
 

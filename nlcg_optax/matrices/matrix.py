@@ -101,13 +101,8 @@ def check(path: Any, leaf: Any, matrix: Any) -> Matrix | None:
             "nlcg_optax.Matrix, or None for a leaf that is no matrix."
         )
     ndim = len(shape)
-    named = [axis for axes in matrix[:3] for axis in axes]
-    if (
-        not matrix.rows
-        or not matrix.columns
-        or sorted(axis + ndim if axis < 0 else axis for axis in named)
-        != list(range(ndim))
-    ):
+    named = sorted(axis + ndim if axis < 0 else axis for axis in matrix.order)
+    if not matrix.rows or not matrix.columns or named != list(range(ndim)):
         raise ValueError(
             f"`matrices` gave {matrix} for the parameter {where}: rows, columns and "
             f"batch have to name each of its axes, 0 to {ndim - 1}, once, and rows and "

@@ -53,19 +53,14 @@ def coefficients_of(name: str | Coefficients, iterations: int) -> Coefficients:
 
 
 class Method(NamedTuple):
-    """How to iterate.
+    """How to iterate."""
 
-    Attributes:
-      coefficients: of each step.
-      precision: of the products.
-      norm: by which the matrix is divided first, an upper bound of its largest singular
-        value: Frobenius's (`"frobenius"`), which Muon's coefficients were made for; or
-        the Schatten norm of order 8 (`"schatten"`), which is closer, and costs nothing
-        since the square of the Gram matrix tells it.
-    """
-
-    coefficients: Coefficients
-    precision: str = "highest"
+    coefficients: Coefficients  # of each step
+    precision: str = "highest"  # of the products
+    # By which the matrix is divided first, an upper bound of its largest singular
+    # value: Frobenius's ("frobenius"), which Muon's coefficients were made for; or the
+    # Schatten norm of order 8 ("schatten"), which is closer, and costs nothing since
+    # the square of the Gram matrix tells it.
     norm: str = "schatten"
 
     @classmethod
@@ -76,46 +71,28 @@ class Method(NamedTuple):
         norm = "frobenius" if coefficients == "muon" else "schatten"
         return cls(coefficients_of(coefficients, iterations), precision, norm)
 
+    @property
+    def segments(self) -> list[Coefficients]:
+        """The steps that are done on one Gram matrix.
 
-def segments(method: Method) -> list[Coefficients]:
-    """The steps that are done on one Gram matrix.
+        In half precision rounding gives the iterated Gram matrix eigenvalues below
+        zero, which the steps after would blow up; made anew of X it has none. Once,
+        after two steps of five, is enough for most matrices in float16
+        (Dao-AILab/gram-newton-schulz) but not for all: one in some hundred with
+        singular values of many sizes ends at a thousand. After every step it is for all
+        that were tried.
+        """
+        steps = self.coefficients
+        return [[step] for step in steps] if self.precision in HALF else [steps]
 
-    In half precision rounding gives the iterated Gram matrix eigenvalues below zero,
-    which the steps after would blow up; made anew of X it has none. Once, after two
-    steps of five, is enough for most matrices in float16 (Dao-AILab/gram-newton-schulz)
-    but not for all: one in some hundred with singular values of many sizes ends at a
-    thousand. After every step it is for all that were tried.
-    """
-    steps = method.coefficients
-    return [[step] for step in steps] if method.precision in HALF else [steps]
-
-
-def polar_factor(
-    x: jax.Array,
-    iterations: int = 5,
-    scale: float = 1.0,
-    coefficients: str | Coefficients = "muon",
-    precision: str = "highest",
-) -> jax.Array:
-    """The orthogonal polar factor (XXᴴ)^(-1/2) X, approximately, times a scale.
-
-    Args:
-      x: matrices, real or complex, of shape [..., m, n].
-      iterations: steps of the iteration.
-      scale: what the singular values are to be.
-      coefficients: see `coefficients_of`.
-      precision: of the products: ``"highest"``, ``"bfloat16"`` or ``"float16"``.
-
-    Returns:
-      Matrices of the shape of `x`; zero where `x` is.
-    """
-    wide = x.shape[-2] <= x.shape[-1]
-    x = x if wide else x.mT
-    stacked = x if x.ndim == 2 else x.reshape(-1, *x.shape[-2:])
-    method = Method.of(coefficients, iterations, precision)
-    (y,) = polar_factors([stacked], method)
-    y = scale * y.reshape(x.shape)
-    return y if wide else y.mT
+    def operations(
+        self, small: int, long: int, stacked: bool = True
+    ) -> tuple[float, float]:
+        """Operations for one matrix: on its Gram matrix, and on the matrix itself."""
+        products = sum(4 * len(steps) - 3 for steps in self.segments)
+        part = _hermitian_part(small) if stacked else 1.0
+        inner = products * part * 2.0 * small**3
+        return inner, len(self.segments) * (part + 1) * 2.0 * small**2 * long
 
 
 def polar_factors(
@@ -127,9 +104,10 @@ def polar_factors(
     largest: Callable[[jax.Array], jax.Array] = lambda x: x,
     total: Callable[[jax.Array], jax.Array] = lambda gram: gram,
 ) -> list[jax.Array]:
-    """Polar factors of stacks of matrices, which share an iteration.
+    """The polar factors (XXᴴ)^(-1/2) X of stacks, nearly, by an iteration they share.
 
-    It works on their Gram matrices, the smaller of which are filled up with zeros.
+    It works on their Gram matrices, the smaller of which are filled up with zeros. The
+    factor of zero is zero.
 
     Args:
       xs: stacks, of shape [k, ..., m, n] with m <= n; k, m and n may differ.
@@ -140,24 +118,17 @@ def polar_factors(
       pick: from the one stack to the slots of the stack of a number.
       largest: the largest of something over devices that have parts of each matrix.
       total: the sum of something over those.
-
-    Returns:
-      Stacks of the shapes of `xs`.
     """
     # Squares of very small or large entries would leave the range.
     peaks = [jnp.max(jnp.abs(x), (-2, -1), keepdims=True) for x in xs]
     peak = largest(add(jnp.maximum, peaks))
     peak = jnp.where(peak == 0, 1, peak)
     xs = [x / pick(peak, i).astype(x.dtype) for i, x in enumerate(xs)]
-    precision, parts = method.precision, segments(method)
+    precision = method.precision
     sides = [x.shape[-2] for x in xs]
 
-    def factor_of(factor: jax.Array, i: int) -> jax.Array:
-        return pick(factor, i)[..., : sides[i], : sides[i]]
-
-    for number, steps in enumerate(parts):
-        grams = [_hermitian(x, x.conj().mT, precision) for x in xs]
-        grams = [_fill(gram, max(sides)) for gram in grams]
+    for number, steps in enumerate(method.segments):
+        grams = [_gram(x, max(sides), precision) for x in xs]
         gram = total(add(jnp.add, grams))
         norm = method.norm if number == 0 else None
         iterate = functools.partial(
@@ -167,17 +138,13 @@ def polar_factors(
             factor, root = iterate(gram)
         else:
             factor, root = jax.lax.map(iterate, gram)
-        if precision in HALF:
-            # Scaled after the product: half precision has no room for it before.
-            xs = [
-                _multiply(factor_of(factor, i), x, precision) / pick(root, i)
-                for i, x in enumerate(xs)
-            ]
-        else:
+        if precision not in HALF:
             factor = factor / root  # the smaller of the two
-            xs = [
-                _multiply(factor_of(factor, i), x, precision) for i, x in enumerate(xs)
-            ]
+        factors = [pick(factor, i)[..., :m, :m] for i, m in enumerate(sides)]
+        xs = [_multiply(a, x, precision) for a, x in zip(factors, xs, strict=True)]
+        if precision in HALF:
+            # Not before the product: half precision has no room for it.
+            xs = [x / pick(root, i) for i, x in enumerate(xs)]
     return list(xs)
 
 
@@ -193,15 +160,8 @@ def newton_schulz(
     X itself is read twice, and communicated once where it is sharded. They commute, so
     all products are symmetric.
 
-    Args:
-      gram: matrices XXᴴ, of shape [..., m, m].
-      coefficients: of each step.
-      precision: of the products.
-      norm: by which X is to be divided before the first step, as in `Method`; None for
-        a matrix that needs none.
-
-    Returns:
-      The matrix, and what to divide the product by, of shape [..., 1, 1].
+    Returned too is what to divide the product by, of shape [..., 1, 1]. `norm` is that
+    of `Method`; None where X needs none, as it does after the first step.
     """
     root = jnp.ones((*gram.shape[:-2], 1, 1), gram.dtype)
     if norm == "frobenius":
@@ -228,8 +188,9 @@ def newton_schulz(
     return factor, root
 
 
-def _fill(gram: jax.Array, side: int) -> jax.Array:
-    """Matrices with zeros on the right and below."""
+def _gram(x: jax.Array, side: int, precision: str) -> jax.Array:
+    """Gram matrices, with zeros on the right and below up to a side."""
+    gram = _hermitian(x, x.conj().mT, precision)
     fill = side - gram.shape[-1]
     return jnp.pad(gram, [(0, 0)] * (gram.ndim - 2) + [(0, fill)] * 2)
 
@@ -238,18 +199,6 @@ def _norm(x: jax.Array) -> jax.Array:
     """The Frobenius norm, but 1 of zero."""
     total = jnp.sum(jnp.square(jnp.abs(x)), (-2, -1), keepdims=True)
     return jnp.sqrt(jnp.where(total == 0, 1, total)).astype(x.dtype)
-
-
-def operations(
-    small: int, long: int, method: Method, *, stacked: bool = True
-) -> tuple[float, float]:
-    """Operations for one matrix: on its Gram matrix, and those on the matrix itself."""
-    parts = segments(method)
-    products = sum(4 * len(part) - 3 for part in parts)
-    part = _hermitian_part(small) if stacked else 1.0
-    inner = products * part * 2.0 * small**3
-    outer = len(parts) * (part + 1) * 2.0 * small**2 * long
-    return inner, outer
 
 
 def _hermitian_part(size: int) -> float:
@@ -278,6 +227,9 @@ def _hermitian(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
     return jnp.concatenate([upper, lower], -2)
 
 
+_exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
 def _multiply(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
     if precision == "highest" or a.dtype != jnp.float32:
         return _exactly(a, b)
@@ -292,7 +244,3 @@ def _multiply(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
         return _exactly(a, b)
 
     return jax.lax.platform_dependent(a, b, cpu=on_cpu, default=on_matrix_units)
-
-
-def _exactly(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

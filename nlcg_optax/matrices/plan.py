@@ -14,6 +14,7 @@ matrices as any other, or one less. Where it pays, stacks of nearly one small si
 too: as if what is as small as that side were all of one size.
 """
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -58,13 +59,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Groups of matrices that are worked on together.
-
-    Attributes:
-      how: they are worked on.
-      groups: the groups.
-      exchange: how they travel.
-    """
+    """Groups of matrices that are worked on together: how, and how they travel."""
 
     how: How
     groups: tuple[Group, ...]
@@ -114,18 +109,11 @@ class Share:
 
 
 def shares(
-    leaves: Sequence[Leaf],
-    work: Work,
-    mesh: Any = None,
-    axes: Sequence[_tree.AxisName] = (),
+    leaves: Sequence[Leaf], work: Work, mesh: Any, axes: Sequence[_tree.AxisName]
 ) -> list[Share]:
-    """Shares the work out as it takes least time.
+    """Shares the work on leaves, or their shapes, out as it takes least time.
 
-    Args:
-      leaves: the leaves, in the dtype of the arithmetic, or their shapes.
-      work: what is to be done.
-      mesh: the mesh over whose automatic axes to place the work; None for none.
-      axes: the mapped axes (of size 2 and more) over which to.
+    Over the automatic axes of a mesh, if any, or mapped axes of size 2 and more.
     """
     bundles = group(leaves)
     if mesh is not None and not axes:
@@ -170,30 +158,25 @@ def choose(
 ) -> tuple[float, list[How]]:
     """How to work on each of some stacks that may be together, and what it costs.
 
-    Args:
-      stacks: the stacks.
-      devices: over how many devices they may be spread or split.
-      work: what is to be done.
-      copies: on how many of them there is a copy of each element.
-
-    Returns:
-      The operations of a device, messages counted as operations; and how.
+    The cost is in operations of a device, messages counted as operations. On `copies`
+    of the devices there is a copy of each element.
     """
 
     def cost(how: Sequence[How]) -> float:
         return _cost(stacks, how, devices, work, copies)
 
-    found: list[list[How]] = []
     starts: list[How] = [way for way in work.ways if way != "split"]
     if devices == 1:
         starts = ["each"]
+    found = []
     for start in starts:
         how: list[How] = [start] * len(stacks)
         for i in [*range(len(stacks))] * (2 if devices > 1 else 0):
-            options = list(starts)
-            if stacks[i].splittable and "split" in work.ways:
-                options.append("split")
-            changed = [[*how[:i], option, *how[i + 1 :]] for option in options]
+            changed = [
+                [*how[:i], way, *how[i + 1 :]]
+                for way in work.ways
+                if way != "split" or stacks[i].splittable
+            ]
             how = min(changed, key=cost)
         found.append(how)
     best = min(found, key=cost)
@@ -201,28 +184,23 @@ def choose(
 
 
 def _cost(
-    stacks: Sequence[Stack],
-    how: Sequence[How],
-    devices: int,
-    work: Work,
-    copies: int,
+    stacks: Sequence[Stack], how: Sequence[How], devices: int, work: Work, copies: int
 ) -> float:
     spread = [i for i, choice in enumerate(how) if choice == "spread"]
     slots = Slots.fit([stacks[i].count for i in spread], devices)
     # Of those that are worked on together the Gram matrices are of one size.
     sides: dict[How, int] = {}
-    numbers: dict[How, int] = {}
+    numbers = collections.Counter[How]()
     for stack, choice in zip(stacks, how, strict=True):
         sides[choice] = max(stack.small, sides.get(choice, 0))
-        number = stack.count * stack.parts
-        numbers[choice] = number + numbers.get(choice, 0)
+        numbers[choice] += stack.count * stack.parts
     total = 0.0
     for i, (stack, choice) in enumerate(zip(stacks, how, strict=True)):
         side, stacked = sides[choice], choice == "spread" or numbers[choice] > 1
         inside, _ = work.operations(side, side, stacked)
         _, outside = work.operations(stack.small, stack.long, stacked)
         matrices = stack.count * stack.parts
-        size = stack.bytes
+        size = matrices * stack.small * stack.long * stack.itemsize
         sent, messages = 0.0, 0
         if choice == "each":
             total += matrices * (inside + outside)
@@ -234,8 +212,9 @@ def _cost(
             sent += 0 if stack.sharded else size
             messages = 1 if stack.sharded else 2
         else:
-            rows = slots.rows_of(spread.index(i))
-            if i == spread[0]:
+            at = spread.index(i)
+            rows = slots.full[at] + (slots.row[at] is not None)
+            if at == 0:
                 total += slots.rows * stack.parts * inside
             total += rows * stack.parts * outside
             # Replicated matrices are gathered with the slots that nothing is in. Where
@@ -254,10 +233,7 @@ def join(
 ) -> list[list[Group]]:
     """Puts bundles of nearly one small side together, where that costs less.
 
-    Args:
-      bundles: in the order of their small sides.
-      leaves: of which they are.
-      cost: from a bundle to what it costs.
+    They come in the order of their small sides.
     """
 
     def kind(bundle: list[Group]) -> tuple:
@@ -265,14 +241,14 @@ def join(
         dtype = leaves[first.numbers[0][0]].value.dtype
         return first.stack.parts, dtype, first.sharded, first.layered
 
-    def pays(one: list[Group], other: list[Group]) -> bool:
-        near = other[0].stack.small < NEARLY * one[0].stack.small
-        return near and cost([*one, *other]) < cost(one) + cost(other)
-
     joined: list[list[Group]] = []
     for bundle in bundles:
         last = next((b for b in reversed(joined) if kind(b) == kind(bundle)), None)
-        if last is not None and pays(last, bundle):
+        if (
+            last is not None
+            and bundle[0].stack.small < NEARLY * last[0].stack.small
+            and cost([*last, *bundle]) < cost(last) + cost(bundle)
+        ):
             last.extend(bundle)
         else:
             joined.append(list(bundle))
@@ -280,25 +256,15 @@ def join(
 
 
 def _with_exchange(
-    bundle: list[Group],
-    leaves: Sequence[Leaf],
-    work: Work,
-    mesh: Any,
-    axes: Sequence[_tree.AxisName],
+    bundle: list[Group], leaves: Sequence[Leaf], work: Work, mesh: Any, axes: Sequence
 ) -> tuple[Exchange, list[Group], list[How]]:
     """By which exchange a bundle travels, in which groups, and how to work on each."""
     if not axes:
         everywhere = Global(mesh)
         return everywhere, *divide(bundle, everywhere.devices, work)[1:]
-    bundle = [
-        dataclasses.replace(
-            g,
-            stack=dataclasses.replace(
-                g.stack, splittable=g.stack.splittable and bool(g.sharded)
-            ),
-        )
-        for g in bundle
-    ]
+    if not bundle[0].sharded:  # nor are the others
+        ways = tuple(way for way in work.ways if way != "split")
+        work = dataclasses.replace(work, ways=ways)
     # Along an axis that splits the layers, each device has matrices of its own.
     leaf = leaves[bundle[0].numbers[0][0]]
     layers = {a for a, d in leaf.sharded.items() if d in leaf.matrix.batch}

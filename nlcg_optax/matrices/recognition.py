@@ -12,17 +12,11 @@ from nlcg_optax.matrices.matrix import Matrices, Matrix, check
 
 
 class Decision(NamedTuple):
-    """What a leaf is taken for.
-
-    Attributes:
-      matrix: what it is as a matrix; None for no matrix.
-      why: in words.
-      sure: whether its path and shape allow no other reading.
-    """
+    """What a leaf is taken for, and why in words."""
 
     matrix: Matrix | None
     why: str
-    sure: bool = True
+    sure: bool = True  # path and shape allow no other reading
 
 
 def recognize(path: Any, leaf: Any) -> Matrix | None:
@@ -107,13 +101,10 @@ def decide(path: Any, shape: Sequence[int], batch_axes: int = 0) -> Decision:
 def all_of(
     params: Any, matrices: Matrices | None = None, batch_axes: int = 0
 ) -> dict[Any, Matrix | None]:
-    """What the leaves of a tree are, by their paths.
+    """What the leaves of a tree, or of their shapes, are by their paths.
 
-    Args:
-      params: the parameters, or their shapes.
-      matrices: a function that says so; None for :func:`decide`, and a warning that
-        names leaves of which it is not sure (`batch_axes` given, it is to be).
-      batch_axes: leading axes of every leaf that count matrices.
+    A function may say so; else :func:`decide` does, and a warning names leaves of which
+    it is not sure. (With `batch_axes` it is to be.)
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if matrices is not None:
@@ -197,17 +188,10 @@ def equinox(path: Any, leaf: Any) -> Matrix | None:
 
 def _names(path: Any) -> tuple[str, str]:
     """Of a leaf's layer and of itself, as a path of attributes or keys has them."""
-    names = [name for name in map(_name, path) if not name.isdigit()]
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    names = [name for name in names if not name.isdigit()]
     # Of an `nnx.State` a leaf is the value of a variable. (Attention has one, too.)
     if names[-1:] in (["value"], ["raw_value"]):
         names.pop()
     parent, name = ["", "", *names][-2:]
     return parent, name
-
-
-def _name(key: Any) -> str:
-    """What a key of a path says: an attribute's name, a dictionary's key, a number."""
-    for field in ("key", "name", "idx"):
-        if hasattr(key, field):
-            return str(getattr(key, field))
-    return str(key)

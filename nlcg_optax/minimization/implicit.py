@@ -14,48 +14,30 @@ from nlcg_optax.minimization.result import MinimizeResult
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def solution(
-    fun: Callable[..., Any],
-    options: loop.Options,
-    params: Any,
-    args: Any,
-    closed_over: Any,
-    gtol: jax.Array,
+    fun: Callable, options: loop.Options, params: Any, args: Any, gtol: jax.Array
 ) -> MinimizeResult:
     """The loop's result, with derivatives by the implicit function theorem."""
-
-    def objective(x):
-        return fun(x, *args, *closed_over)
-
-    return loop.solve(objective, options, params, gtol)
+    return loop.solve(lambda x: fun(x, *args), options, params, gtol)
 
 
 @solution.defjvp
 def _solution_jvp(fun, options, primals, tangents):
-    params, args, closed_over, gtol = primals
-    _, args_dot, closed_over_dot, _ = tangents
-    result = solution(fun, options, params, args, closed_over, gtol)
+    params, args, gtol = primals
+    _, args_dot, _ = tangents
+    result = solution(fun, options, params, args, gtol)
     x = result.params
+    real = _to_real(x)
 
-    def value_and_gradient(x, args, closed_over):
-        """The value, and the gradient in real coordinates."""
+    def value(real, args):
+        out = fun(_from_real(real, x), *args)
+        return out[0] if options.has_aux else out
 
-        def value(real):
-            out = fun(_from_real(real, x), *args, *closed_over)
-            return out[0] if options.has_aux else out
-
-        return jax.value_and_grad(value)(_to_real(x))
-
-    (_, _), (value_dot, grad_dot) = jax.jvp(
-        functools.partial(value_and_gradient, x),
-        (args, closed_over),
-        (args_dot, closed_over_dot),
-    )
+    first_order = functools.partial(jax.value_and_grad(value), real)
+    (_, _), (value_dot, grad_dot) = jax.jvp(first_order, (args,), (args_dot,))
 
     def hessian_product(v):
-        def gradient(real):
-            return value_and_gradient(_from_real(real, x), args, closed_over)[1]
-
-        return jax.jvp(gradient, (_to_real(x),), (v,))[1]
+        gradient = jax.grad(lambda real: value(real, args))
+        return jax.jvp(gradient, (real,), (v,))[1]
 
     tolerance = float(jnp.finfo(result.value.dtype).eps) ** 0.75
 
@@ -69,9 +51,7 @@ def _solution_jvp(fun, options, primals, tangents):
     aux_dot = None
     if options.has_aux:
         _, aux_dot = jax.jvp(
-            lambda x, args, closed_over: fun(x, *args, *closed_over)[1],
-            (x, args, closed_over),
-            (x_dot, args_dot, closed_over_dot),
+            lambda x, args: fun(x, *args)[1], (x, args), (x_dot, args_dot)
         )
     still = jax.tree.map(_zero_tangent, result)
     return result, still._replace(

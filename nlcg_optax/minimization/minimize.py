@@ -173,23 +173,16 @@ def minimize(
     if restart_every is not None:
         _check.number("restart_every", restart_every, minimum=1, integer=True)
     if not isinstance(preconditioner, optax.GradientTransformation | None):
-        _check.one_of(
-            "preconditioner",
-            preconditioner,
-            ("lbfgs", "diagonal_bfgs"),
-            ", a gradient transformation, or None",
-        )
+        known = ("lbfgs", "diagonal_bfgs")
+        otherwise = ", a gradient transformation, or None"
+        _check.one_of("preconditioner", preconditioner, known, otherwise)
     if beta_rule == "auto":
         beta_rule = None if preconditioner == "lbfgs" else "hager_zhang"
     elif beta_rule is not None:
         beta_rules.resolve(beta_rule)
     if not isinstance(line_search, optax.GradientTransformation):
-        _check.one_of(
-            "line_search",
-            line_search,
-            ("hager_zhang",),
-            " or a gradient transformation",
-        )
+        known, otherwise = ("hager_zhang",), " or a gradient transformation"
+        _check.one_of("line_search", line_search, known, otherwise)
     options = Options(
         max_iter=int(max_iter),
         ftol=float(ftol),
@@ -230,7 +223,7 @@ def _minimize(fun, options, params, args, gtol):
         return out
 
     fun, closed_over = jax.closure_convert(checked, params, *args)
-    return solution(fun, options, params, args, closed_over, gtol)
+    return solution(fun, options, params, (*args, *closed_over), gtol)
 
 
 def _check_output(out: Any, has_aux: bool) -> None:

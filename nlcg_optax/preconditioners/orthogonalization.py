@@ -1,5 +1,6 @@
 """Preconditioning by orthogonalization, matrix by matrix."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -137,8 +138,7 @@ def scale_by_orthogonalization(
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
     _check.number("epsilon", epsilon, minimum=0)
     _check.static_counts(iterations=(iterations, 1), batch_axes=(batch_axes, 0))
-    kinds = jax.sharding.Mesh | jax.sharding.AbstractMesh | None
-    if not isinstance(mesh, kinds):
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | None):
         raise ValueError(
             f"mesh={mesh!r} is not valid: expected a jax.sharding.Mesh or None."
         )
@@ -156,8 +156,7 @@ def scale_by_orthogonalization(
         found = recognition.all_of(params, matrices, batch_axes)
 
         def moment(path: Any, x: Any) -> Any:
-            matrix = found[path]
-            if matrix is None:
+            if (matrix := found[path]) is None:
                 return jnp.zeros_like(x, dtype=_tree.scalar_dtype(x))
             return devices.mask_of(path, x, matrix, mesh, axis_name)
 
@@ -177,18 +176,15 @@ def scale_by_orthogonalization(
         count = optax.safe_increment(state.count)
         # A mask is no leaf of its own, so the trees are walked side by side.
         paths, structure = jax.tree_util.tree_flatten_with_path(updates)
-        results, moments = [g for _, g in paths], []
+        results, moments, found = [g for _, g in paths], [], {}
         for i, v in enumerate(jax.tree.leaves(state.second_moment, is_leaf=is_mask)):
             if not isinstance(v, Mask):
                 # An embedding is scaled as the matrices beside it.
                 scale = 0.2 if results[i].ndim - batch_axes > 1 else 1.0
                 v, results[i] = _normalize(results[i], v, count, decay, epsilon, scale)
+            elif jnp.size(results[i]):
+                found[i] = (*paths[i], v)
             moments.append(v)
-        found = {
-            i: (path, g, v)
-            for i, ((path, g), v) in enumerate(zip(paths, moments, strict=True))
-            if isinstance(v, Mask) and jnp.size(g)
-        }
         factors, _ = devices.apply(work, list(found.values()), mesh, axis_name)
         for (i, (_, g, v)), z in zip(found.items(), factors, strict=True):
             whole = v.shape if axis_name is not None and v.shape else g.shape
@@ -220,26 +216,20 @@ def _normalize(
 def work_of(method: newton_schulz.Method) -> plan.Work:
     """Polar factors as work for several devices."""
 
-    def function(
-        xs: list[jax.Array], share: plan.Share, kept: Any
-    ) -> tuple[list[jax.Array], Any]:
+    def function(xs: list[jax.Array], share: plan.Share, kept: Any) -> Any:
         polar_factors = functools.partial(
             newton_schulz.polar_factors,
             method=method,
             largest=share.largest,
             total=share.total,
         )
-        shape = xs[0].shape
+        shape, slots = xs[0].shape, share.slots
         if len(xs) == 1 and math.prod(shape[:3]) == 1:  # one matrix, and no stack
             (y,) = polar_factors([xs[0].reshape(shape[3:])])
             return [y.reshape(shape)], kept
-        slots = share.slots
         return polar_factors(xs, add=slots.add, pick=slots.pick), kept
 
-    def operations(small: int, long: int, stacked: bool) -> tuple[float, float]:
-        return newton_schulz.operations(small, long, method, stacked=stacked)
-
-    return plan.Work(function, operations)
+    return plan.Work(function, method.operations)
 
 
 def _check_coefficients(coefficients: Any) -> None:
@@ -247,33 +237,31 @@ def _check_coefficients(coefficients: Any) -> None:
     if isinstance(coefficients, str):
         _check.one_of("coefficients", coefficients, ("muon", "polar_express"))
         return
-    try:
+    with contextlib.suppress(TypeError, ValueError):  # said below
         steps = [tuple(step) for step in coefficients]
-        valid = bool(steps) and all(len(step) == 3 for step in steps)
         for value in itertools.chain(*steps):
             _check.number("coefficients", value)
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise ValueError(
-            f"coefficients={coefficients!r} is not valid: expected 'polar_express', "
-            "'muon', or a sequence of (a, b, c), one for each step."
-        )
+        if steps and all(len(step) == 3 for step in steps):
+            return
+    raise ValueError(
+        f"coefficients={coefficients!r} is not valid: expected 'polar_express', "
+        "'muon', or a sequence of (a, b, c), one for each step."
+    )
 
 
 def _check_moments(updates: Any, moments: Any) -> None:
     """Raises unless the gradients are of the tree that `init` saw."""
     leaves, structure = jax.tree.flatten(moments, is_leaf=is_mask)
-    if jax.tree.structure(updates) == structure:
+    given = jax.tree.leaves(updates)
+    if jax.tree.structure(updates) != structure:  # which is an error
+        given = [0.0] * len(leaves)
 
-        def as_given(g: Any, v: Any) -> Any:
-            matrix = isinstance(v, Mask) and jnp.ndim(g) == len(v.matrix.order)
-            return g if matrix else v
+    def expected(g: Any, v: Any) -> Any:
+        if not isinstance(v, Mask):
+            return v
+        if jnp.ndim(g) == len(v.matrix.order):  # of a matrix there may be a shard
+            return g
+        return jax.ShapeDtypeStruct(v.shape or (), float)
 
-        leaves = list(map(as_given, jax.tree.leaves(updates), leaves))
-    leaves = [
-        jax.ShapeDtypeStruct(v.shape or (), float) if isinstance(v, Mask) else v
-        for v in leaves
-    ]
-    expected = jax.tree.unflatten(structure, leaves)
-    _tree.check_match(updates, expected, "the optimizer's state")
+    wanted = jax.tree.unflatten(structure, map(expected, given, leaves))
+    _tree.check_match(updates, wanted, "the optimizer's state")
