@@ -166,6 +166,17 @@ def scale_by_conjugate_direction(
             restarts=jnp.zeros([], jnp.int32),
         )
 
+    def restarts(count: Any, p: beta_rules.InnerProducts, beta: jax.Array) -> Any:
+        """Whether the direction starts anew, but for the first one."""
+        restart = jnp.zeros([], bool)
+        if restart_every is not None:
+            restart |= count % restart_every == 0
+        if restart_on_ascent:
+            restart |= (-p.g_z + beta * p.g_d >= 0) & (beta != 0)
+        if restart_nonorthogonal is not None:
+            restart |= jnp.abs(p.g_z - p.g_w) >= restart_nonorthogonal * p.g_z
+        return restart
+
     def update_fn(
         updates: optax.Updates,
         state: ConjugateDirectionState,
@@ -217,22 +228,12 @@ def scale_by_conjugate_direction(
         beta = jnp.asarray(rule(products, epsilon)).astype(dtype)
         # Bounds of a wider dtype, such as NumPy's, would widen β and the state.
         beta = jnp.clip(beta, *(_tree.real_scalar(end, dtype) for end in bounds))
-        restart = jnp.zeros([], bool)
-        if restart_every is not None:
-            restart |= state.count % restart_every == 0
-        if restart_on_ascent:
-            restart |= (-g_z - beta * g_u >= 0) & (beta != 0)
-        if restart_nonorthogonal is not None:
-            restart |= jnp.abs(g_z - products.g_w) >= restart_nonorthogonal * g_z
-        restart &= ~first
+        restart = restarts(state.count, products, beta) & ~first
         beta = jnp.where(first | restart, 0, beta)
         # Whatever is read of the history is read before the direction replaces it.
         beta = _xla.compute_once(_xla.after(state.count < 0, beta, *sums))
 
-        def direction(z, u):
-            z, u = _tree.lift(z), _tree.lift(u)
-            return z + _tree.scalar_like(beta, z) * u.astype(z.dtype)
-
+        direction = functools.partial(_direction, beta)
         turned = jax.tree.map(direction, z, state.prev_update)
         output = jax.tree.map(direction, z, turned) if nesterov else turned
         # ‖d‖ from what is known of z and the last d: no pass over the new direction.
@@ -257,6 +258,12 @@ def scale_by_conjugate_direction(
         )
 
     return _transformations.make(init_fn, update_fn)
+
+
+def _direction(beta: jax.Array, z: jax.Array, u: jax.Array) -> jax.Array:
+    """A leaf of z + β u."""
+    z, u = _tree.lift(z), _tree.lift(u)
+    return z + _tree.scalar_like(beta, z) * u.astype(z.dtype)
 
 
 def _check_bounds(beta_bounds: Any) -> tuple[Any, Any]:
