@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+import nlcg_optax
 from nlcg_optax.training import (
     comparison,
     data,
@@ -187,6 +188,11 @@ class _Run:
         self.next_batch, self.step_fn = make_input(
             config, dataset, model, tx, schedule, mesh, start
         )
+        # What the optimizer has counted before this run began.
+        self.mismatches = 0.0
+        if config.optimizer.name == "nlcg_auto":
+            before = nlcg_optax.diagnostics(state.opt_state)
+            self.mismatches = float(before["loss_mismatch"])
         self.evaluate = make_evaluation(config, dataset, model, mesh)
         self.writer: Any = metrics.Silence()
         if distributed.is_first():
@@ -284,14 +290,24 @@ class _Run:
         if step % self.config.log_every_steps == 0 or not finite:
             self.writer.write(step, "train", row)
             self.told.step(step, row)
+        if "loss_mismatch" in row:
+            self.told.loss_mismatch(step, row["loss_mismatch"] - self.mismatches)
         if not finite and not row.get("taken_back"):
+            advice = (
+                "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs, and "
+                "start again"
+            )
+            if self.config.optimizer.name == "nlcg_auto":
+                advice = (
+                    "There was no step of nlcg_auto to take back: look for what is not "
+                    "finite in the images, the labels or the model, and for a gradient "
+                    "that is not where the loss is, and start again"
+                )
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
                 f"{self.checkpoints.path}, the metrics in "
-                f"{self.workdir / 'metrics.jsonl'}. Lower optimizer.learning_rate or "
-                "lengthen schedule.warmup_epochs, and start "
-                "again in another --workdir."
+                f"{self.workdir / 'metrics.jsonl'}. {advice} in another --workdir."
             )
         return row
 

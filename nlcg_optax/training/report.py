@@ -244,6 +244,7 @@ class Report:
         # Images, and the seconds they took, since a line last told the speed.
         self._images, self._seconds = 0, 0.0
         self._compiling = self._training = 0.0
+        self._warned = False
 
     def paint(self, text: str, style: str) -> str:
         """The text in colour where lines go to a terminal."""
@@ -323,6 +324,23 @@ class Report:
         """Tells all the metrics of a step, in the verbose case."""
         values = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         self.line(f"{self._place(step)}: {values}", "verbose")
+
+    def loss_mismatch(self, step: int, count: float) -> None:
+        """Warns once, where most of the steps did not see the loss that they should.
+
+        Args:
+          step: steps taken.
+          count: in how many since the run began, or was resumed, loss, gradient and
+            curvature did not fit together.
+        """
+        if not self._warned and count >= max(10, (step - self._initial) // 2 + 1):
+            self._warned = True
+            self.line(
+                f"{self.paint('warning:', 'yellow')} loss_mismatch: in {count:,.0f} of "
+                f"{step - self._initial:,} steps loss, gradient and curvature did not "
+                "fit together. nlcg_optax.check says what is wrong with them.",
+                "quiet",
+            )
 
     def update(
         self, metrics: Mapping[str, float] | None, seconds: float, waited: float = 0.0
