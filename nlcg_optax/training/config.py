@@ -344,13 +344,8 @@ def differing(
     a: dict[str, Any], b: dict[str, Any], free: Sequence[str], groups: tuple[str, ...]
 ) -> list[str]:
     """Names in which flat fields differ, but for those and all of those groups."""
-    return [
-        name
-        for name in sorted(a.keys() | b.keys())
-        if name not in free
-        and not name.startswith(groups)
-        and a.get(name) != b.get(name)
-    ]
+    names = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+    return [n for n in names if n not in free and not n.startswith(groups)]
 
 
 def modern(saved: dict[str, Any]) -> dict[str, Any]:

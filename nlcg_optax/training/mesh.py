@@ -60,15 +60,7 @@ def state_shardings(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
     longest dimension that the axis divides (the last of equals); any other leaf is
     whole. The rule looks at the shape alone, so that a parameter, its gradient and all
     that an optimizer keeps for it are split alike, and their arithmetic needs no
-    communication.
-
-    Args:
-      tree: arrays, or what `jax.eval_shape` makes of them.
-      mesh: from :func:`create_mesh`.
-      config: of the mesh.
-
-    Returns:
-      A tree of the same structure.
+    communication. The tree is of arrays, or of what `jax.eval_shape` makes of them.
 
     Example:
       >>> mesh = create_mesh(MeshConfig())

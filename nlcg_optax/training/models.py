@@ -8,8 +8,10 @@ Two families, both with float32 parameters, BatchNorm statistics in the collecti
 * :class:`ResNet50`, version 1.5.
 
 BatchNorm sees the whole batch under ``jit``, also when the batch is sharded over a
-mesh: the statistics are then global. A ``mask`` keeps rows that are no examples out of
-them.
+mesh: the statistics are then global, and ``axis_name`` must stay ``None``. Only where
+each device runs the model on its own shard (``shard_map``, ``pmap``) does
+``axis_name`` average the statistics over the named axis. A ``mask`` keeps rows that are
+no examples out of them.
 """
 
 import functools
@@ -42,6 +44,7 @@ def _layers(model: Any, train: bool, *init: Any) -> tuple[Any, Any]:
         momentum=model.batch_norm_momentum,
         epsilon=model.batch_norm_epsilon,
         dtype=model.dtype,
+        axis_name=model.axis_name if train else None,
     )
     return conv, norm
 
@@ -115,6 +118,8 @@ class ResNetV2(nn.Module):
       batch_norm_momentum: decay of the running statistics.
       batch_norm_epsilon: added to the variance.
       filters: channels of the first stage.
+      axis_name: axis over which BatchNorm averages its statistics under ``shard_map``
+        or ``pmap``; leave ``None`` under ``jit``, where they are global anyway.
       remat: whether the backward pass computes each block again rather than keep what
         lies within it: less memory, about a third more time.
 
@@ -128,6 +133,7 @@ class ResNetV2(nn.Module):
     batch_norm_momentum: float = 0.99
     batch_norm_epsilon: float = 1e-5
     filters: int = 16
+    axis_name: str | None = None
     remat: bool = False
 
     def __post_init__(self):
@@ -171,6 +177,7 @@ class _BottleneckBlock(nn.Module):
     project: bool
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    scale_init: Callable[..., Any]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -179,7 +186,7 @@ class _BottleneckBlock(nn.Module):
         y = self.conv(self.filters, (3, 3), strides=self.strides)(y)
         y = nn.relu(self.norm()(y, mask=mask))
         y = self.conv(4 * self.filters, (1, 1))(y)
-        y = self.norm(scale_init=nn.initializers.zeros)(y, mask=mask)
+        y = self.norm(scale_init=self.scale_init)(y, mask=mask)
         if self.project:
             x = self.conv(
                 4 * self.filters, (1, 1), strides=self.strides, name="projection"
@@ -195,17 +202,23 @@ class ResNet50(nn.Module):
     *Deep residual learning for image recognition* (arXiv:1512.03385).
 
     Convolutions start normal of variance 2 / fan-out, the dense layer normal of
-    standard deviation 0.01, and the scale of the last BatchNorm of each block at zero,
-    so that a block starts as its shortcut (arXiv:1706.02677). Padding is ``"SAME"``,
-    which on even inputs puts the extra row and column of strided convolutions on the
-    right and below alone; PyTorch's model pads both sides. Attributes are those of
-    :class:`ResNetV2`.
+    standard deviation 0.01 (arXiv:1706.02677). Padding is ``"SAME"``, which on even
+    inputs puts the extra row and column of strided convolutions on the right and
+    below alone; PyTorch's model pads both sides. Attributes that are not listed are
+    those of :class:`ResNetV2`.
+
+    Attributes:
+      num_classes: number of logits.
+      zero_init_residual: whether the scale of the last BatchNorm of each block starts
+        at zero, so that a block starts as its shortcut (arXiv:1706.02677).
     """
 
     num_classes: int = 1000
     dtype: Any = jnp.float32
     batch_norm_momentum: float = 0.99
     batch_norm_epsilon: float = 1e-5
+    zero_init_residual: bool = True
+    axis_name: str | None = None
     remat: bool = False
 
     @nn.compact
@@ -219,7 +232,9 @@ class ResNet50(nn.Module):
         x = nn.relu(norm()(x, mask=mask))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         block = nn.remat(_BottleneckBlock) if self.remat else _BottleneckBlock
-        block = functools.partial(block, conv=conv, norm=norm)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale_init = zeros if self.zero_init_residual else ones
+        block = functools.partial(block, conv=conv, norm=norm, scale_init=scale_init)
         x = _stages(block, (3, 4, 6, 3), 64, x, mask)
         return _pool_and_classify(x, self.num_classes, nn.initializers.normal(0.01))
 

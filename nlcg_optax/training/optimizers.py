@@ -89,8 +89,7 @@ def _nlcg(config: OptimizerConfig, learning_rate: optax.Schedule) -> Any:
     name, rule = options["preconditioner"], options["step_rule"]
     options["preconditioner"] = _preconditioner(name, config.adam)
     options["step_rule"] = None if rule == "none" else rule
-    make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]
-    return make(learning_rate, **options)
+    return getattr(nlcg_optax, config.name)(learning_rate, **options)
 
 
 def _muon(config: OptimizerConfig, learning_rate: optax.Schedule) -> Any:

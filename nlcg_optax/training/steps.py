@@ -506,10 +506,9 @@ def pool_statistics(statistics: Sequence[Any]) -> Any:
         variances = np.stack([norm["var"] for norm in norms])
         return {"mean": means.mean(0), "var": variances.mean(0) + means.var(0)}
 
-    def is_norm(node: Any) -> bool:
-        return isinstance(node, dict) and "var" in node
-
-    return jax.tree.map(pool, *statistics, is_leaf=is_norm)
+    return jax.tree.map(
+        pool, *statistics, is_leaf=lambda x: isinstance(x, dict) and "var" in x
+    )
 
 
 def _variables_to_evaluate(state: TrainState, mesh: Mesh) -> Any:
