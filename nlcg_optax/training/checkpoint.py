@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from nlcg_optax.training.config import ConfigError, modern, to_json
+from nlcg_optax.training.config import ConfigError, differing, modern, to_json
 from nlcg_optax.training.run_config import RunConfig
 
 try:
@@ -48,6 +48,9 @@ class Checkpoints:
     Args:
       workdir: folder of the run.
       keep: how many of the newest to keep.
+
+    Raises:
+      CheckpointError: by its methods, if this state or the last cannot be written.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int):
@@ -57,8 +60,7 @@ class Checkpoints:
         # 20 minutes during a write, the write would fail. Several processes need one.
         never = ocp.AsyncOptions(timeout_secs=_CENTURY)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            async_options=never if jax.process_count() == 1 else None,
+            max_to_keep=keep, async_options=never if jax.process_count() == 1 else None
         )
         self._manager = ocp.CheckpointManager(self.path.absolute(), options=options)
 
@@ -93,11 +95,7 @@ class Checkpoints:
         return state
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save a state, unless that step is saved already.
-
-        Raises:
-          CheckpointError: if it, or the one before, cannot be written.
-        """
+        """Starts to save a state, unless that step is saved already."""
         # Orbax copies to the host in a way that a transfer guard takes as not meant.
         with self._writing(), jax.transfer_guard("allow"):
             if step not in self._manager.all_steps():
@@ -105,21 +103,13 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def wait(self) -> None:
-        """Waits until everything is on disk.
-
-        Raises:
-          CheckpointError: if it cannot be written.
-        """
+        """Waits until everything is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def close(self) -> None:
-        """Waits until everything is on disk, and closes the folder.
-
-        Raises:
-          CheckpointError: if it cannot be written.
-        """
+        """Waits until everything is on disk, and closes the folder."""
         try:
             self.wait()
         finally:
@@ -146,16 +136,14 @@ class Checkpoints:
 
 
 def _check_fits(state: Any, abstract: Any) -> None:
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(state),
-        jax.tree.leaves(abstract),
-        strict=True,
-    ):
+    def check(path: Any, x: Any, y: Any) -> None:
         if (x.shape, x.dtype) != (y.shape, y.dtype):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} is {x.dtype}{list(x.shape)} there and "
                 f"{y.dtype}{list(y.shape)} in this program"
             )
+
+    jax.tree_util.tree_map_with_path(check, state, abstract)
 
 
 def _shortened(error: BaseException) -> str:
@@ -166,15 +154,17 @@ def _shortened(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds a run's folder, so that no other run writes there at the same time.
+    """Makes a run's folder, and holds it, so that no other run writes there meanwhile.
 
     The lock is the operating system's, and ends with the process, whatever ends it.
     Where there is no such lock (on Windows, and on some file systems of a network)
     nothing is held.
 
     Raises:
-      ConfigError: if another run holds it.
+      ConfigError: if another run holds it, or nothing can be written there.
     """
+    with _choosing_another(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
@@ -220,10 +210,7 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
     old, new = modern(saved), modern(to_json(config))
     changed = [
         f"{name}={new.get(name)!r} (was {old.get(name)!r})"
-        for name in sorted(old.keys() | new.keys())
-        if name not in FREE_FIELDS
-        and not name.startswith("mesh.")
-        and old.get(name) != new.get(name)
+        for name in differing(old, new, FREE_FIELDS, ("mesh.",))
     ]
     if changed:
         raise ConfigError(
@@ -232,22 +219,8 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
         )
 
 
-def make_folder(workdir: pathlib.Path) -> None:
-    """Makes the folder of a run.
-
-    Raises:
-      ConfigError: if that cannot be done.
-    """
-    with _choosing_another(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-
-
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
-    """Writes ``config.json`` into the folder of a run.
-
-    Raises:
-      ConfigError: if that cannot be done.
-    """
+    """Writes ``config.json`` into the folder of a run, or raises a ConfigError."""
     path = workdir / "config.json"
     partial = path.with_suffix(".json.tmp")
     with _choosing_another(workdir):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import difflib
-import importlib
 import os
 import re
 import signal
@@ -72,7 +71,7 @@ def main(
 
     # Late, so that --help and mistakes answer at once.
     try:
-        importlib.import_module("nlcg_optax.training.loop")
+        from nlcg_optax.training import checkpoint, config, data, distributed, loop
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "nlcg_optax":
             raise
@@ -82,8 +81,6 @@ def main(
             file=sys.stderr,
         )
         return 2
-    from nlcg_optax.training import distributed
-    from nlcg_optax.training.config import ConfigError
 
     if args.list_configs:
         _list_configs()
@@ -95,9 +92,20 @@ def main(
     try:
         if args.coordinator is not None:
             distributed.initialize(args.coordinator, *numbers)
-        code = _train(args.config, overrides, args.workdir, args.verbosity, train)
-    except ConfigError as error:
+    except config.ConfigError as error:
         return _report(error, 2)
+    try:
+        chosen = config.load_config(args.config)
+        config.apply_overrides(chosen, overrides)
+        train = train or loop.train_and_evaluate
+        result = train(chosen, args.workdir, args.verbosity)
+        code = 130 if result.signal == signal.SIGINT else 0
+    except (config.ConfigError, data.DataError) as error:
+        code = _report(error, 2)
+    except loop.NonFiniteLossError as error:
+        code = _report(error, 3)
+    except (checkpoint.CheckpointError, OSError) as error:
+        code = _report(error, 4)
     except Exception:
         if not _several_processes():
             raise
@@ -139,21 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     amount = parser.add_argument_group("how much is printed")
     amount = amount.add_mutually_exclusive_group()
-    amount.add_argument(
-        *("-q", "--quiet"),
-        dest="verbosity",
-        action="store_const",
-        const="quiet",
-        default="normal",
-        help="warnings, errors and the last line alone",
-    )
-    amount.add_argument(
-        *("-v", "--verbose"),
-        dest="verbosity",
-        action="store_const",
-        const="verbose",
-        help="also versions, the whole config, and every step",
-    )
+    level: Any = {"dest": "verbosity", "action": "store_const", "default": "normal"}
+    text = "warnings, errors and the last line alone"
+    amount.add_argument("-q", "--quiet", **level, const="quiet", help=text)
+    text = "also versions, the whole config, and every step"
+    amount.add_argument("-v", "--verbose", **level, const="verbose", help=text)
     several = parser.add_argument_group(
         "several processes", "The same command is started once for each of them."
     )
@@ -180,42 +178,14 @@ def _unknown_argument(
     near = difflib.get_close_matches(name, sorted({*flags}), n=1, cutoff=0.75)
     if not near and name.startswith("--"):
         with contextlib.suppress(ModuleNotFoundError):  # of the extra [train]
-            from nlcg_optax.training.config import (
-                base_config,
-                known_fields,
-                near_fields,
-            )
+            from nlcg_optax.training import config
 
-            fields = near_fields(name.lstrip("-"), known_fields(base_config()))
+            known = config.known_fields(config.base_config())
+            fields = config.near_fields(name.lstrip("-"), known)
             near = [f"--config.{field}={value or 'VALUE'}" for field in fields]
     if near:
         return f"unknown argument {text!r}: did you mean {' or '.join(near)}?"
     return f"unknown argument {text!r}: fields are set by --config.FIELD=VALUE"
-
-
-def _train(
-    name: str,
-    overrides: Sequence[str],
-    workdir: str,
-    verbosity: str,
-    train: Callable[..., Any] | None,
-) -> int:
-    from nlcg_optax.training.checkpoint import CheckpointError
-    from nlcg_optax.training.config import ConfigError, apply_overrides, load_config
-    from nlcg_optax.training.data import DataError
-    from nlcg_optax.training.loop import NonFiniteLossError, train_and_evaluate
-
-    try:
-        config = load_config(name)
-        apply_overrides(config, overrides)
-        result = (train or train_and_evaluate)(config, workdir, verbosity)
-    except (ConfigError, DataError) as error:
-        return _report(error, 2)
-    except NonFiniteLossError as error:
-        return _report(error, 3)
-    except (CheckpointError, OSError) as error:
-        return _report(error, 4)
-    return 130 if result.signal == signal.SIGINT else 0
 
 
 def _several_processes() -> bool:

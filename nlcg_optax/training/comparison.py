@@ -13,6 +13,7 @@ from nlcg_optax.training import checkpoint, metrics
 from nlcg_optax.training.config import (
     ConfigError,
     builtin_configs,
+    differing,
     flatten,
     modern,
     to_json,
@@ -80,13 +81,7 @@ def differing_fields(config: RunConfig, other: OtherRun) -> list[str]:
     ours, groups = flatten(to_json(config)), _FREE_GROUPS
     if "nlcg_auto" in (config.optimizer.name, other.config["optimizer.name"]):
         groups += ("schedule.",)  # which it has not
-    return [
-        name
-        for name in sorted(ours.keys() | other.config.keys())
-        if name not in _FREE
-        and not name.startswith(groups)
-        and ours.get(name) != other.config.get(name)
-    ]
+    return differing(ours, other.config, _FREE, groups)
 
 
 def in_words(rows: Sequence[dict[str, Any]], other: OtherRun) -> str:
@@ -132,18 +127,11 @@ def in_words(rows: Sequence[dict[str, Any]], other: OtherRun) -> str:
 
 
 def record(workdir: str | pathlib.Path, path: str | pathlib.Path, command: str) -> None:
-    """Makes one small file of a run: its config, and loss and accuracy.
-
-    Args:
-      workdir: folder of the run.
-      path: the file to write.
-      command: that made the run; it is written there.
-    """
+    """Writes one small file of a run: the command and config, loss and accuracy."""
     workdir = pathlib.Path(workdir)
     config = json.loads((workdir / "config.json").read_text())
     lines: list[dict[str, Any]] = [{"command": command, "config": config}]
     for row in metrics.read_metrics(workdir / "metrics.jsonl"):
         short = {name: round(row[name], 5) for name in ("loss", "accuracy")}
         lines.append({"step": row["step"], "split": row["split"], **short})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    pathlib.Path(path).write_text(text)
+    pathlib.Path(path).write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -7,11 +7,13 @@ in: those in the folder ``configs`` of the repository.
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib.util
+import json
+import operator
 import pathlib
 import re
 import traceback
-import types
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,9 +90,8 @@ def builtin_configs() -> list[BuiltinConfig]:
     paths = next((list(f.glob("*.py")) for f in folders if f.is_dir()), [])
     configs = []
     for path in sorted(paths, key=lambda path: path.stem.split("_")):
-        paragraphs = (ast.get_docstring(ast.parse(path.read_text())) or "").split(
-            "\n\n"
-        )
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        paragraphs = text.split("\n\n")
         needs = [text for text in paragraphs if text.startswith("Needs: ")]
         needs = " ".join("".join(needs).removeprefix("Needs: ").split())
         configs.append(BuiltinConfig(path.stem, path, paragraphs[0], needs))
@@ -112,9 +113,8 @@ def load_config(name: str | pathlib.Path) -> ConfigDict:
       >>> load_config("digits_resnet8").dataset.name
       'digits'
     """
-    path = pathlib.Path(name)
     builtin = {config.name: config.path for config in builtin_configs()}
-    path = builtin.get(str(name), path)
+    path = builtin.get(str(name), pathlib.Path(name))
     if path.suffix != ".py" or not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.suffix else []
         near = difflib.get_close_matches(str(name), [*beside, *builtin])
@@ -136,7 +136,11 @@ def load_config(name: str | pathlib.Path) -> ConfigDict:
     except (Exception, SystemExit) as error:  # whatever the file does
         raise ConfigError(_what_failed(error, path)) from error
     if get_config is None:
-        own = [key for key, x in vars(module).items() if _is_own(x, module)]
+        own = [
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
         near = difflib.get_close_matches("get_config", own)
         raise ConfigError(
             f"{path} defines no get_config(){_did_you_mean(near)}: {_CONTRACT}."
@@ -159,11 +163,6 @@ def load_config(name: str | pathlib.Path) -> ConfigDict:
     return config.lock()
 
 
-def _is_own(value: Any, module: types.ModuleType) -> bool:
-    """Whether it is a function that the module itself defines."""
-    return getattr(value, "__module__", None) == module.__name__ and callable(value)
-
-
 def _what_failed(error: BaseException, path: pathlib.Path) -> str:
     """One sentence: file, line, what was wrong, and what is expected."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -176,8 +175,7 @@ def _what_failed(error: BaseException, path: pathlib.Path) -> str:
             where = f"{path}, line {error.lineno}"
         return f"{where} is no Python: {error.msg}; {_CONTRACT}."
     # ConfigDict's own messages contain the whole config, or name the field alone.
-    field = _field_in_error(error, lines[-1] if lines else None, path)
-    if field:
+    if field := _field_in_error(error, lines[-1] if lines else None, path):
         return f"{where}: {_wrong_field(field)}"
     if isinstance(error, ModuleNotFoundError):
         return f"{where}: {error}; expected a package that is installed."
@@ -204,38 +202,36 @@ def _field_in_error(error: BaseException, line: int | None, path: pathlib.Path) 
 def _dotted(node: ast.expr) -> str:
     """``optimizer.lr`` of ``config.optimizer.lr``, or of ``config["optimizer"].lr``."""
     match node:
-        case ast.Attribute(value=value, attr=key):
-            return f"{_dotted(value)}.{key}".lstrip(".")
-        case ast.Subscript(value=value, slice=ast.Constant(value=str(key))):
+        case (
+            ast.Attribute(value=value, attr=key)
+            | ast.Subscript(value=value, slice=ast.Constant(value=str(key)))
+        ):
             return f"{_dotted(value)}.{key}".lstrip(".")
     return ""
 
 
 def _wrong_field(name: str) -> str:
     """Why a config file cannot set a field as it does."""
-    config: Any = base_config()
+    config = base_config()
     known = known_fields(config)
     if name not in known:
         return _no_such_field(name, known)
+    return f"the value does not fit {name}: expected {_kind(*_within(config, name))}."
+
+
+def _within(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
+    """The group that a field is in, and the last part of its name."""
     *groups, last = name.split(".")
-    for group in groups:
-        config = config[group]
-    return f"the value does not fit {name}: expected {_kind(config, last)}."
+    return functools.reduce(operator.getitem, groups, config), last
 
 
 def _kind(group: ConfigDict, last: str) -> str:
     return f"{group.get_type(last).__name__}, as in {group[last]!r}"
 
 
-def known_fields(config: ConfigDict, prefix: str = "") -> list[str]:
+def known_fields(config: ConfigDict) -> list[str]:
     """Dotted names of all the fields."""
-    names = []
-    for key, value in config.items():
-        if isinstance(value, _Group):
-            names += known_fields(value, f"{prefix}{key}.")
-        else:
-            names.append(prefix + key)
-    return names
+    return list(flatten(config.to_dict()))
 
 
 def near_fields(name: str, known: Iterable[str]) -> list[str]:
@@ -258,10 +254,8 @@ def near_fields(name: str, known: Iterable[str]) -> list[str]:
         alike = 1.0 if last == initials else similarity(last, own_last)
         if alike > 0.7:
             found.append((alike + similarity(group, own_group) / 2, field))
-    best = max(found, default=(0.0, ""))[0]
-    return [
-        field for score, field in sorted(found, reverse=True) if score > best - 0.05
-    ]
+    found.sort(reverse=True)
+    return [field for score, field in found if score > found[0][0] - 0.05]
 
 
 def _did_you_mean(near: Sequence[str]) -> str:
@@ -275,8 +269,7 @@ def _no_such_field(name: str, known: Sequence[str]) -> str:
         return f"{name!r} is a group of fields: did you mean {name}.name?"
     if within:
         return f"{name!r} is a group of fields: set one of {', '.join(within)}."
-    near = near_fields(name, known)
-    if near:
+    if near := near_fields(name, known):
         return f"there is no config field {name!r}: did you mean {' or '.join(near)}?"
     # The fields beside it, or the groups there are.
     group = name.rpartition(".")[0]
@@ -300,15 +293,12 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
             raise ConfigError(f"--config.{name}: {_no_such_field(name, known)}")
         if not equals:
             raise ConfigError(f"--config.{name} needs a value: --config.{name}=VALUE.")
-        *groups, last = name.split(".")
-        node: Any = config
-        for group in groups:
-            node = node[group]
+        group, last = _within(config, name)
         try:
-            node[last] = _parse(text, node.get_type(last))
-        except (TypeError, ValueError) as error:
+            group[last] = _parse(text, group.get_type(last))
+        except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"--config.{name}={text} does not fit: expected {_kind(node, last)}."
+                f"--config.{name}={text} does not fit: expected {_kind(group, last)}."
             ) from error
 
 
@@ -317,10 +307,7 @@ def _parse(text: str, kind: type) -> Any:
     if kind is str:
         return text
     if kind is bool:
-        known = {"true": True, "1": True, "false": False, "0": False}
-        if text.lower() not in known:
-            raise ValueError(text)
-        return known[text.lower()]
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     try:
         value = ast.literal_eval("None" if text == "none" else text)
         if kind is float and isinstance(value, int):
@@ -341,26 +328,24 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     flat = {}
     for key, value in fields.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        within = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if within else {prefix + key: value}
     return flat
 
 
 def to_json(config: ConfigDict | RunConfig) -> dict[str, Any]:
     """The config as plain dictionaries, lists and numbers."""
-    if isinstance(config, RunConfig):
-        fields = dataclasses.asdict(config)
-    else:
-        fields = config.to_dict()
+    typed = isinstance(config, RunConfig)
+    fields = dataclasses.asdict(config) if typed else config.to_dict()
+    return json.loads(json.dumps(fields))
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
 
-    return plain(fields)
+def differing(
+    a: dict[str, Any], b: dict[str, Any], free: Sequence[str], groups: tuple[str, ...]
+) -> list[str]:
+    """Names in which flat fields differ, but for those and all of those groups."""
+    names = sorted(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+    return [n for n in names if n not in free and not n.startswith(groups)]
 
 
 def modern(saved: dict[str, Any]) -> dict[str, Any]:

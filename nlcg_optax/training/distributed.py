@@ -68,11 +68,7 @@ def is_first() -> bool:
 
 
 def check_same_config(config: RunConfig) -> None:
-    """Raises unless all processes were given the same config.
-
-    Raises:
-      ConfigError: in all of them, naming those that differ from the first.
-    """
+    """Raises a ConfigError in all processes unless they were given the same config."""
     text = json.dumps(to_json(config), sort_keys=True)
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], np.uint32)
     digests = multihost_utils.process_allgather(digest).reshape(-1, 2)
@@ -87,12 +83,8 @@ def check_same_config(config: RunConfig) -> None:
 def first_alone(work: Callable[[], T], what: str) -> T | None:
     """Does some work in the first process while the others wait.
 
-    Returns:
-      What `work` returns, in the first process; None in the others.
-
-    Raises:
-      Exception: what `work` raised, in the first process.
-      RuntimeError: in the others if it did.
+    There it returns and raises what the work does. In the others it returns None, and
+    raises a RuntimeError if the work failed.
     """
     result, error = None, None
     if is_first():
@@ -157,11 +149,7 @@ class Interrupts:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX tells all the others
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked in every process at every step.
-
-        Args:
-          step: rises from call to call.
-        """
+        """Whether to stop after this step; all processes are to ask at every step."""
         if jax.process_count() == 1:
             return self.received is not None
         if not multihost_utils.reached_preemption_sync_point(step):

@@ -8,7 +8,7 @@ import math
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+import nlcg_optax
 from nlcg_optax.training import (
+    checkpoint,
     comparison,
     data,
     distributed,
@@ -27,15 +29,7 @@ from nlcg_optax.training import (
     report,
     steps,
 )
-from nlcg_optax.training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    check_config,
-    check_shared,
-    locked,
-    make_folder,
-    save_config,
-)
+from nlcg_optax.training.checkpoint import CheckpointError, Checkpoints
 from nlcg_optax.training.config import ConfigDict, ConfigError, typed
 from nlcg_optax.training.mesh import (
     BatchLayout,
@@ -72,21 +66,13 @@ class Result(NamedTuple):
 
 
 def create_model(config: ModelConfig, num_classes: int, remat: bool = False) -> Any:
-    """The model that a config names, for so many classes.
-
-    Args:
-      config: which one, and its options.
-      num_classes: number of logits.
-      remat: whether the backward pass computes each block again, to save memory.
+    """The model of a config, by :func:`nlcg_optax.training.models.create_model`.
 
     Raises:
       ConfigError: for a name or an option that the model refuses.
     """
-    options = vars(config) | {}
     try:
-        return models.create_model(
-            options.pop("name"), num_classes, remat=remat, **options
-        )
+        return models.create_model(num_classes=num_classes, remat=remat, **vars(config))
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -122,9 +108,9 @@ def train_and_evaluate(
         written.
       NonFiniteLossError: if the loss was not finite.
     """
-    told: Any = metrics.Silence()
-    if distributed.is_first():
-        told = report.Report(verbosity)
+    told: Any = (
+        report.Report(verbosity) if distributed.is_first() else metrics.Silence()
+    )
     with contextlib.ExitStack() as held:  # the folder, until this has returned
         run = _Run(typed(config), pathlib.Path(workdir), told, create_model, held)
         run.train()
@@ -151,7 +137,7 @@ class _Run:
         name = config.compare_with
         other = comparison.load_run(name) if name else None
         self.differing = comparison.differing_fields(config, other) if other else []
-        check_config(config, workdir)
+        checkpoint.check_config(config, workdir)
         # The first process may have to prepare the data for all.
         load = functools.partial(load_dataset, config.dataset)
         dataset = distributed.first_alone(load, "load the data") or load()
@@ -162,16 +148,16 @@ class _Run:
         tx = optimizers.create_optimizer(
             config, schedule, models.l2_mask, total_steps if sampled else None
         )
-        model = create_model(config.model, dataset.num_classes, remat=_remat(config))
+        model = create_model(config.model, dataset.num_classes, remat=config.remat)
 
         def begin() -> None:
-            make_folder(workdir)
-            held.enter_context(locked(workdir))
-            check_config(config, workdir)  # another run may have been here meanwhile
-            save_config(config, workdir)
+            held.enter_context(checkpoint.locked(workdir))
+            # Another run may have been here meanwhile.
+            checkpoint.check_config(config, workdir)
+            checkpoint.save_config(config, workdir)
 
         distributed.first_alone(begin, "begin in --workdir")
-        check_shared(workdir)
+        checkpoint.check_shared(workdir)
 
         self.config, self.workdir, self.told, self.other = config, workdir, told, other
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
@@ -187,6 +173,11 @@ class _Run:
         self.next_batch, self.step_fn = make_input(
             config, dataset, model, tx, schedule, mesh, start
         )
+        # What the optimizer has counted before this run began.
+        self.mismatches = 0.0
+        if config.optimizer.name == "nlcg_auto":
+            before = nlcg_optax.diagnostics(state.opt_state)
+            self.mismatches = float(before["loss_mismatch"])
         self.evaluate = make_evaluation(config, dataset, model, mesh)
         self.writer: Any = metrics.Silence()
         if distributed.is_first():
@@ -194,22 +185,10 @@ class _Run:
         self.results: dict[str, dict[str, float]] = {}
         self.received: signal.Signals | None = None
         self.pending: tuple[int, Any] | None = None  # whose metrics are not read yet
-        told.start(
-            report.summary(
-                config,
-                dataset,
-                mesh,
-                state,
-                steps_per_epoch,
-                total_steps,
-                start,
-                workdir,
-            ),
-            total=total_steps,
-            initial=start,
-            steps_per_epoch=steps_per_epoch,
-            batch_size=config.batch_size,
+        rows = report.summary(
+            config, dataset, mesh, state, steps_per_epoch, total_steps, start, workdir
         )
+        told.start(rows, total_steps, start, steps_per_epoch, config.batch_size)
 
     def train(self) -> None:
         """Takes the steps that are left, until a signal comes; saves and closes."""
@@ -236,8 +215,7 @@ class _Run:
             self.state, values = self.step_fn(self.state, batch)
             self.step += 1
             # Reading the metrics of the step before keeps the device busy.
-            before, self.pending = self.pending, (self.step, values)
-            shown = self._record(*before) if before else None
+            shown = self._record_pending((self.step, values))
             evaluation = self._due(self.config.eval_every_epochs)
             saving = self._due(self.config.checkpoint_every_epochs)
             if evaluation or saving:
@@ -273,8 +251,8 @@ class _Run:
         every, step = every_epochs * self.steps_per_epoch, self.step
         return step == self.total_steps or step // every > (step - 1) // every
 
-    def _record_pending(self) -> dict[str, float] | None:
-        last, self.pending = self.pending, None
+    def _record_pending(self, next_one: Any = None) -> dict[str, float] | None:
+        last, self.pending = self.pending, next_one
         return self._record(*last) if last else None
 
     def _record(self, step: int, values: Any) -> dict[str, float]:
@@ -284,13 +262,20 @@ class _Run:
         if step % self.config.log_every_steps == 0 or not finite:
             self.writer.write(step, "train", row)
             self.told.step(step, row)
+        if "loss_mismatch" in row:
+            self.told.loss_mismatch(step, row["loss_mismatch"] - self.mismatches)
         if not finite and not row.get("taken_back"):
+            advice = "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs"
+            if self.config.optimizer.name == "nlcg_auto":
+                advice = (
+                    "There was no step of nlcg_auto to take back: look for what is not "
+                    "finite in images, labels, the model or its gradient"
+                )
             raise NonFiniteLossError(
                 f"At step {step:,} the loss was {row['loss']} and the gradient's norm "
                 f"{row['grad_norm']}. The state before that step is saved in "
                 f"{self.checkpoints.path}, the metrics in "
-                f"{self.workdir / 'metrics.jsonl'}. Lower optimizer.learning_rate or "
-                "lengthen schedule.warmup_epochs, and start "
+                f"{self.workdir / 'metrics.jsonl'}. {advice}, and start "
                 "again in another --workdir."
             )
         return row
@@ -360,11 +345,7 @@ class _Run:
 
 
 def _operations(
-    model: Any,
-    tx: optax.GradientTransformation,
-    config: RunConfig,
-    image_shape: tuple[int, ...],
-    mesh: Mesh,
+    model: Any, tx: Any, config: RunConfig, image_shape: steps.Shape, mesh: Mesh
 ) -> tuple[float | None, float | None]:
     """Those of a training step, and of one by SGD; None where JAX does not tell.
 
@@ -394,17 +375,17 @@ def _check_without_data(
     config: RunConfig, mesh: Mesh, create_model: Callable[..., Any]
 ) -> None:
     """Raises for what is wrong whatever the data are, before they are downloaded."""
-    batch_size, parts = config.batch_size, config.microbatches
-    if batch_size // parts < mesh.size:
+    parts = config.microbatches
+    if config.batch_size // parts < mesh.size:
         raise ConfigError(
-            f"batch_size={batch_size} in {parts} microbatch(es) is less than one image "
-            f"for each of {mesh.size} devices: raise batch_size, lower microbatches or "
-            "use fewer devices."
+            f"batch_size={config.batch_size} in {parts} microbatch(es) is less than "
+            f"one image for each of {mesh.size} devices: raise batch_size, lower "
+            "microbatches or use fewer devices."
         )
     # They are made again when the data tell how many steps and classes there are.
     schedule = optimizers.create_schedule(config, steps_per_epoch=1.0)
     optimizers.create_optimizer(config, schedule, models.l2_mask)
-    create_model(config.model, 2, remat=_remat(config))
+    create_model(config.model, 2, remat=config.remat)
 
 
 def _count_steps(config: RunConfig, num_train: int) -> tuple[float, int]:
@@ -427,19 +408,8 @@ def _count_steps(config: RunConfig, num_train: int) -> tuple[float, int]:
 
 def load_dataset(config: DatasetConfig) -> data.Dataset:
     """Loads the data set that a config names."""
-    return data.load(
-        config.name,
-        data_dir=config.data_dir,
-        split_seed=config.split_seed,
-        validation_fraction=config.validation_fraction,
-        image_size=config.image_size,
-        in_memory=config.in_memory,
-        max_train_examples=config.max_train_examples,
-    )
-
-
-def _remat(config: RunConfig) -> bool:
-    return config.microbatches > 1 and config.at_once
+    later = {"normalization", "crop_padding", "flip"}  # what is done to its images
+    return data.load(**{k: x for k, x in vars(config).items() if k not in later})
 
 
 class Update:
@@ -498,38 +468,51 @@ def make_input(
     work on. Both follow from the step alone.
 
     Returns:
-      A function of the step to its input, and the update of the state by that input.
+      A function of the step (asked for one after the other, from `start` on) to its
+      input, and the update of the state by that input.
     """
-    split = dataset.train
     layout = BatchLayout(mesh, config.batch_size, config.microbatches)
     augment = not (dataset.streamed and config.dataset.image_size)
     train_step = steps.make_train_step(
         model, tx, schedule, config, mesh, augment=augment
     )
+    source = _training_batches(config, dataset, layout, start)
     if dataset.streamed:
-        batches = data.stream(
-            split,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start,
-            places=layout.places,
-            image_size=config.dataset.image_size,
-            flip=config.dataset.flip,
-            train=True,
-        )
-        return lambda step: layout.put(next(batches)), Update(train_step, mesh)
+        return lambda step: layout.put(next(source)), Update(train_step, mesh)
 
+    split = dataset.train
     images, labels = put_replicated((split.images, split.labels), mesh)
 
     def gathering_step(state, indices, go_on, images, labels):
         batch = {"image": images[indices], "label": labels[indices]}
         return train_step(state, batch, go_on)
 
-    def indices(step: int) -> jax.Array:
-        chosen = data.batch_indices(step, config.batch_size, len(split), config.seed)
-        return layout.put(chosen[layout.places])
+    update = Update(gathering_step, mesh, images, labels)
+    return lambda step: layout.put(next(source)), update
 
-    return indices, Update(gathering_step, mesh, images, labels)
+
+def _training_batches(
+    config: RunConfig, dataset: data.Dataset, layout: BatchLayout, start: int = 0
+) -> Iterator[Any]:
+    """This process's share of the batches from a step on: images, or their indices.
+
+    Indices are those of images in memory.
+    """
+    size, count = layout.batch_size, len(dataset.train)
+    if dataset.streamed:
+        return data.stream(
+            dataset.train,
+            batch_size=size,
+            seed=config.seed,
+            start_step=start,
+            places=layout.places,
+            image_size=config.dataset.image_size,
+            flip=config.dataset.flip,
+        )
+    return (
+        data.batch_indices(step, size, count, config.seed)[layout.places]
+        for step in itertools.count(start)
+    )
 
 
 def make_evaluation(
@@ -552,14 +535,14 @@ def make_evaluation(
     # Splits in memory stay on the device from one evaluation to the next.
     held: dict[str, list[Any]] = {}
 
-    def put(name: str, layout: BatchLayout, source: Iterator[Any]) -> Iterator[Any]:
+    def put(name: str, layout: BatchLayout, source: Iterator[Any]) -> Iterable[Any]:
         if dataset.streamed:
             return map(layout.put, source)
         if name not in held:
             held[name] = [layout.put(batch) for batch in source]
-        return iter(held[name])
+        return held[name]
 
-    def batches(name: str, split: data.Split) -> Iterator[Any]:
+    def batches(name: str, split: data.Split) -> Iterable[Any]:
         # As many images for each device; what there is not is masked.
         size = min(config.eval_batch_size, len(split))
         size = math.ceil(size / mesh.size) * mesh.size
@@ -570,30 +553,25 @@ def make_evaluation(
         return put(name, layout, source)
 
     # A microbatch is normalized by itself where training does so.
-    size = config.batch_size // (1 if config.at_once else config.microbatches)
-    count = _precise_batches(config, len(dataset.train)) * (config.batch_size // size)
+    parts = 1 if config.at_once else config.microbatches
+    size, epoch = config.batch_size // parts, len(dataset.train) / config.batch_size
+    precise_batches = config.precise_batch_norm_batches
+    if precise_batches is None:
+        precise_batches = math.ceil(epoch) if epoch <= 10 else 0
+    count = precise_batches * parts
     statistics_step = jax.jit(
         steps.make_statistics_step(model, config.dataset, mesh, size),
         out_shardings=replicated(mesh),
     )
 
-    def training_batches(layout: BatchLayout) -> Iterator[Any]:
-        split, image_size = dataset.train, config.dataset.image_size
-        options: Any = dict(batch_size=size, seed=config.seed)
-        if dataset.streamed:
-            options |= dict(places=layout.places, flip=config.dataset.flip)
-            options |= dict(image_size=image_size)
-            return data.stream(split, **options)
-        order = (
-            data.batch_indices(step, num_examples=len(split), **options)[layout.places]
-            for step in itertools.count()
-        )
-        return ({"image": split.images[indices]} for indices in order)
-
     def precise(state: steps.TrainState) -> steps.TrainState:
         """The state with BatchNorm's statistics computed anew."""
         layout = BatchLayout(mesh, size)
-        source = itertools.islice(training_batches(layout), count)
+        source = _training_batches(config, dataset, layout)
+        if not dataset.streamed:
+            images = dataset.train.images
+            source = ({"image": images[indices]} for indices in source)
+        source = itertools.islice(source, count)
         statistics = [statistics_step(state, b) for b in put("train", layout, source)]
         pooled = steps.pool_statistics(jax.device_get(statistics))
         return state.replace(batch_stats=put_replicated(pooled, mesh))
@@ -611,11 +589,3 @@ def make_evaluation(
         return results
 
     return evaluate
-
-
-def _precise_batches(config: RunConfig, num_train: int) -> int:
-    """Training batches that an evaluation takes BatchNorm's statistics from."""
-    if config.precise_batch_norm_batches is not None:
-        return config.precise_batch_norm_batches
-    steps_per_epoch = num_train / config.batch_size
-    return math.ceil(steps_per_epoch) if steps_per_epoch <= 10 else 0

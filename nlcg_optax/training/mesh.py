@@ -53,32 +53,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def state_shardings(tree: Any, mesh: Mesh, min_size: int) -> Any:
+def state_shardings(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
     """The shardings of parameters, or of a state made of leaves of their shapes.
 
-    A leaf of at least `min_size` elements is split along ``fsdp`` in its longest
-    dimension that the axis divides (the last of equals); any other leaf is whole. The
-    rule looks at the shape alone, so that a parameter, its gradient and all that an
-    optimizer keeps for it are split alike, and their arithmetic needs no communication.
-
-    Args:
-      tree: arrays, or what `jax.eval_shape` makes of them.
-      mesh: from :func:`create_mesh`.
-      min_size: elements below which splitting a leaf is not worth it.
-
-    Returns:
-      A tree of the same structure.
+    A leaf of at least ``min_size_to_split`` elements is split along ``fsdp`` in its
+    longest dimension that the axis divides (the last of equals); any other leaf is
+    whole. The rule looks at the shape alone, so that a parameter, its gradient and all
+    that an optimizer keeps for it are split alike, and their arithmetic needs no
+    communication. The tree is of arrays, or of what `jax.eval_shape` makes of them.
 
     Example:
       >>> mesh = create_mesh(MeshConfig())
-      >>> tuple(state_shardings(np.zeros((8, 8)), mesh, min_size=1).spec)
+      >>> config = MeshConfig(min_size_to_split=1)
+      >>> tuple(state_shardings(np.zeros((8, 8)), mesh, config).spec)
       (None, 'fsdp')
     """
     parts = mesh.shape["fsdp"]
 
     def sharding(leaf: Any) -> NamedSharding:
         divisible = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
-        if not divisible or math.prod(leaf.shape) < min_size:
+        if not divisible or math.prod(leaf.shape) < config.min_size_to_split:
             return replicated(mesh)
         longest = max(divisible, key=lambda i: (leaf.shape[i], i))
         return NamedSharding(mesh, P(*(None,) * longest, "fsdp"))
@@ -141,24 +135,16 @@ class BatchLayout:
         return (first + rows).reshape(-1)
 
     def put(self, examples: Any) -> Any:
-        """Makes the global batch out of this process's share of it.
+        """Makes the global batch of this process's share, a tree of arrays.
 
-        Args:
-          examples: tree of arrays, the examples at :attr:`places` along their first
-            axis.
-
-        Returns:
-          Global arrays [microbatches, rows, ...]; what the rows without an example hold
-          is to be masked.
+        Their first axis has the examples at :attr:`places`. The global arrays are
+        [microbatches, rows, ...]; what rows without an example hold is to be masked.
         """
 
         def put(x: np.ndarray) -> jax.Array:
-            real = x.reshape(self.microbatches, -1, *x.shape[1:])
-            local = real
-            if real.shape[1] != len(self.local_rows):
-                shape = (self.microbatches, len(self.local_rows), *x.shape[1:])
-                local = np.zeros(shape, x.dtype)
-                local[:, : real.shape[1]] = real
+            local = x.reshape(self.microbatches, -1, *x.shape[1:])
+            if empty := len(self.local_rows) - local.shape[1]:
+                local = np.pad(local, [(0, 0), (0, empty)] + [(0, 0)] * (x.ndim - 1))
 
             def part(index: Any) -> np.ndarray:
                 start, stop, _ = index[1].indices(self.rows)
@@ -179,9 +165,7 @@ def put_replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def _assemble(
-    shape: tuple[int, ...],
-    sharding: NamedSharding,
-    part: Callable[[Any], np.ndarray],
+    shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[Any], np.ndarray]
 ) -> jax.Array:
     """A global array from its parts on this process's devices, by their indices.
 

@@ -24,7 +24,7 @@ class MetricsWriter:
     One line of ``metrics.jsonl`` is an object with ``"step"`` (the number of steps
     taken), ``"split"`` (``"train"`` or the name of an evaluated split) and the metrics.
     Numbers that are not finite are written as strings ("nan", "inf"), so that every
-    line is valid JSON.
+    line is valid JSON. Where the disk is full, or the like, an OSError names the file.
 
     Args:
       workdir: folder of the run.
@@ -46,16 +46,13 @@ class MetricsWriter:
         folder.mkdir(exist_ok=True)
         self._events = EventsWriter(str(folder / "events"))
         start = _SessionLog(status=_SessionLog.START)
-        self._events.write_event(
-            _Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
-        )
+        self._write_event(resume_step + 1, session_log=start)
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(_Event(wall_time=time.time(), step=step, **content))
 
     def write(self, step: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of one step or evaluation.
-
-        Raises:
-          OSError: if the disk is full, or the like.
-        """
+        """Writes the metrics of one step or evaluation."""
         with _naming(self.path):
             self._file.write(_line({"step": step, "split": split, **metrics}))
         values = [
@@ -63,9 +60,7 @@ class MetricsWriter:
             for name, number in metrics.items()
             for value in summary.scalar(f"{split}/{name}", number).value
         ]
-        self._events.write_event(
-            _Event(wall_time=time.time(), step=step, summary=_Summary(value=values))
-        )
+        self._write_event(step, summary=_Summary(value=values))
 
     def flush(self) -> None:
         """Makes sure that everything written is on disk."""
@@ -98,13 +93,11 @@ class Silence:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    finite = {
-        key: str(value)
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        for key, value in row.items()
-    }
-    return json.dumps(finite) + "\n"
+    def valid(value: Any) -> Any:
+        broken = isinstance(value, float) and not math.isfinite(value)
+        return str(value) if broken else value
+
+    return json.dumps({key: valid(value) for key, value in row.items()}) + "\n"
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

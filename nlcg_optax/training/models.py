@@ -56,6 +56,19 @@ def _pool_and_classify(x: jax.Array, num_classes: int, kernel_init: Any) -> jax.
     return nn.Dense(num_classes, dtype=jnp.float32, kernel_init=kernel_init)(x)
 
 
+def _stages(block: Any, counts: Any, filters: int, x: jax.Array, mask: Any) -> Any:
+    """Blocks in stages; each but the first halves the image and doubles the filters."""
+    for stage, count in enumerate(counts):
+        for i in range(count):
+            x = block(
+                filters=filters * 2**stage,
+                strides=2 if stage > 0 and i == 0 else 1,
+                project=i == 0,
+                name=f"stage{stage + 1}_block{i + 1}",
+            )(x, mask)
+    return x
+
+
 class _PreActivationBlock(nn.Module):
     filters: int
     strides: int
@@ -149,21 +162,11 @@ class ResNetV2(nn.Module):
           Logits, ``[batch, num_classes]``, float32.
         """
         conv, norm = _layers(self, train, 1.0, "fan_in", "truncated_normal")
-        block_type = (
-            nn.remat(_PreActivationBlock) if self.remat else _PreActivationBlock
-        )
         mask = None if mask is None else mask[:, None, None, None]
         x = conv(self.filters, (3, 3))(x.astype(self.dtype))
-        for stage in range(3):
-            for block in range((self.depth - 2) // 6):
-                x = block_type(
-                    filters=self.filters * 2**stage,
-                    strides=2 if stage > 0 and block == 0 else 1,
-                    project=block == 0,
-                    conv=conv,
-                    norm=norm,
-                    name=f"stage{stage + 1}_block{block + 1}",
-                )(x, mask)
+        block = nn.remat(_PreActivationBlock) if self.remat else _PreActivationBlock
+        block = functools.partial(block, conv=conv, norm=norm)
+        x = _stages(block, [(self.depth - 2) // 6] * 3, self.filters, x, mask)
         x = nn.relu(norm()(x, mask=mask))
         return _pool_and_classify(x, self.num_classes, nn.initializers.glorot_uniform())
 
@@ -172,9 +175,9 @@ class _BottleneckBlock(nn.Module):
     filters: int
     strides: int
     project: bool
-    zero_init_residual: bool
     conv: Callable[..., Any]
     norm: Callable[..., Any]
+    scale_init: Callable[..., Any]
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -183,11 +186,7 @@ class _BottleneckBlock(nn.Module):
         y = self.conv(self.filters, (3, 3), strides=self.strides)(y)
         y = nn.relu(self.norm()(y, mask=mask))
         y = self.conv(4 * self.filters, (1, 1))(y)
-        y = self.norm(
-            scale_init=nn.initializers.zeros
-            if self.zero_init_residual
-            else nn.initializers.ones
-        )(y, mask=mask)
+        y = self.norm(scale_init=self.scale_init)(y, mask=mask)
         if self.project:
             x = self.conv(
                 4 * self.filters, (1, 1), strides=self.strides, name="projection"
@@ -228,22 +227,15 @@ class ResNet50(nn.Module):
     ) -> jax.Array:
         """Logits of images, 224x224 in the literature; see :class:`ResNetV2`."""
         conv, norm = _layers(self, train, 2.0, "fan_out", "normal")
-        block_type = nn.remat(_BottleneckBlock) if self.remat else _BottleneckBlock
         mask = None if mask is None else mask[:, None, None, None]
         x = conv(64, (7, 7), strides=2)(x.astype(self.dtype))
         x = nn.relu(norm()(x, mask=mask))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                x = block_type(
-                    filters=64 * 2**stage,
-                    strides=2 if stage > 0 and block == 0 else 1,
-                    project=block == 0,
-                    zero_init_residual=self.zero_init_residual,
-                    conv=conv,
-                    norm=norm,
-                    name=f"stage{stage + 1}_block{block + 1}",
-                )(x, mask)
+        block = nn.remat(_BottleneckBlock) if self.remat else _BottleneckBlock
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        scale_init = zeros if self.zero_init_residual else ones
+        block = functools.partial(block, conv=conv, norm=norm, scale_init=scale_init)
+        x = _stages(block, (3, 4, 6, 3), 64, x, mask)
         return _pool_and_classify(x, self.num_classes, nn.initializers.normal(0.01))
 
 
@@ -252,10 +244,8 @@ def create_model(
     num_classes: int,
     *,
     dtype: str = "float32",
-    batch_norm_momentum: float = 0.99,
-    batch_norm_epsilon: float = 1e-5,
     filters: int | None = None,
-    remat: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A model by its name.
 
@@ -263,11 +253,9 @@ def create_model(
       name: one of :data:`MODELS`.
       num_classes: number of logits.
       dtype: dtype of the computation, ``"float32"`` or ``"bfloat16"``.
-      batch_norm_momentum: decay of the running statistics.
-      batch_norm_epsilon: added to the variance.
       filters: channels of the first stage, of the small-image family alone; 16 by
         default.
-      remat: whether the backward pass computes each block again, to save memory.
+      **options: attributes of both, such as ``remat``; see :class:`ResNetV2`.
 
     Returns:
       The module, to be called as ``model.apply(variables, images, train=...)``.
@@ -297,30 +285,17 @@ def create_model(
             f"filters must be at least 1, and resnet50 has its own; not {filters} for "
             f"{name}"
         )
-    make = (
-        ResNet50
-        if name == "resnet50"
-        else functools.partial(
-            ResNetV2, depth=int(name.removeprefix("resnet")), filters=filters or 16
-        )
-    )
-    return make(
-        num_classes=num_classes,
-        dtype=jnp.dtype(dtype),
-        batch_norm_momentum=batch_norm_momentum,
-        batch_norm_epsilon=batch_norm_epsilon,
-        remat=remat,
-    )
+    options |= {"num_classes": num_classes, "dtype": jnp.dtype(dtype)}
+    if name == "resnet50":
+        return ResNet50(**options)
+    depth = int(name.removeprefix("resnet"))
+    return ResNetV2(depth, filters=filters or 16, **options)
 
 
 def muon_matrices(params: Any) -> Any:
     """Kernels as Muon's matrices: the last axis by all others; None for the rest.
 
-    Args:
-      params: a tree of parameters.
-
-    Returns:
-      What `optax.contrib.muon` takes as ``muon_weight_dimension_numbers``.
+    `optax.contrib.muon` takes it as ``muon_weight_dimension_numbers``.
 
     Example:
       >>> import numpy as np
@@ -328,28 +303,20 @@ def muon_matrices(params: Any) -> Any:
       >>> tree["kernel"].reduction_axis, tree["kernel"].output_axis, tree["bias"]
       ((0, 1, 2), 3, None)
     """
-    return jax.tree.map(
-        lambda w: (
-            optax.contrib.MuonDimensionNumbers(tuple(range(w.ndim - 1)), w.ndim - 1)
-            if w.ndim > 1
-            else None
-        ),
-        params,
-    )
+
+    def matrix(w: Any) -> Any:
+        *others, last = range(w.ndim) or [0]
+        axes = optax.contrib.MuonDimensionNumbers(tuple(others), last)
+        return axes if others else None
+
+    return jax.tree.map(matrix, params)
 
 
 def l2_mask(params: Any) -> Any:
-    """Which parameters carry the L2 penalty: all but those of BatchNorm.
+    """Which parameters carry the L2 penalty: a tree, True but for those of BatchNorm.
 
     A normalisation is recognised by its parameter ``scale``, which no other module
     of this file has; its ``bias`` goes with it.
-
-    Args:
-      params: a Flax parameter tree.
-
-    Returns:
-      A tree of the same structure, ``False`` for the scales and biases of
-      normalisations and ``True`` otherwise.
 
     Example:
       >>> l2_mask({"norm": {"scale": 1.0, "bias": 0.0}, "dense": {"bias": 0.0}})

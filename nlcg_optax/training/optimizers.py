@@ -86,30 +86,10 @@ def _preconditioner(name: str, adam: AdamConfig) -> Any:
 def _nlcg(config: OptimizerConfig, learning_rate: optax.Schedule) -> Any:
     """The optimizer ``config.name``, nlcg or nlcg_paper, of the group of that name."""
     options = vars(getattr(config, config.name)) | {}
-    preconditioner = _preconditioner(options.pop("preconditioner"), config.adam)
-    step_rule = options.pop("step_rule")
-    make = {"nlcg": nlcg_optax.nlcg, "nlcg_paper": nlcg_optax.nlcg_paper}[config.name]
-    return make(
-        learning_rate,
-        preconditioner=preconditioner,
-        step_rule=None if step_rule == "none" else step_rule,
-        **options,
-    )
-
-
-def _nlcg_auto(
-    config: OptimizerConfig, total_steps: int | None, decay: float, decay_mask: Any
-) -> Any:
-    options = config.nlcg_auto
-    given: dict[str, Any] = {}
-    if decay:
-        given = {"weight_decay": decay, "weight_decay_mask": decay_mask}
-    return nlcg_optax.nlcg_auto(
-        total_steps,
-        preconditioner=_preconditioner(options.preconditioner, config.adam),
-        residuals=options.residuals,
-        **given,
-    )
+    name, rule = options["preconditioner"], options["step_rule"]
+    options["preconditioner"] = _preconditioner(name, config.adam)
+    options["step_rule"] = None if rule == "none" else rule
+    return getattr(nlcg_optax, config.name)(learning_rate, **options)
 
 
 def _muon(config: OptimizerConfig, learning_rate: optax.Schedule) -> Any:
@@ -185,7 +165,15 @@ def create_optimizer(
         if optimizer.layerwise_coefficient:
             pieces.append(nlcg_optax.scale_by_lars(optimizer.layerwise_coefficient))
         if name == "nlcg_auto":
-            pieces.append(_nlcg_auto(optimizer, total_steps, decay, decay_mask))
+            auto = optimizer.nlcg_auto
+            nlcg_auto = nlcg_optax.nlcg_auto(
+                total_steps,
+                preconditioner=_preconditioner(auto.preconditioner, optimizer.adam),
+                residuals=auto.residuals,
+                weight_decay=decay,
+                weight_decay_mask=decay_mask,
+            )
+            pieces.append(nlcg_auto)
         elif name in DECAYING_OPTIMIZERS:
             pieces.append(
                 DECAYING_OPTIMIZERS[name](optimizer, schedule, decay, decay_mask)

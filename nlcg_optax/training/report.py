@@ -26,13 +26,11 @@ import nlcg_optax
 from nlcg_optax.training import data
 from nlcg_optax.training.config import flatten
 from nlcg_optax.training.mesh import BatchLayout
-from nlcg_optax.training.run_config import (
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-)
+from nlcg_optax.training.run_config import RunConfig
 
 VERBOSITIES = ("quiet", "normal", "verbose")
+
+Results = Mapping[str, Mapping[str, float]]  # metrics by split
 
 # A log that shows no bar gets a line of progress at most so often.
 _LOG_SECONDS = 60.0
@@ -121,18 +119,7 @@ def summary(
     start: int,
     workdir: pathlib.Path,
 ) -> list[tuple[str, str]]:
-    """What is about to run, as rows of a name and a text.
-
-    Args:
-      config: the whole config of the run.
-      dataset: its data.
-      mesh: its devices.
-      state: its first state, with shardings.
-      steps_per_epoch: steps (or a fraction of one) that an epoch takes.
-      total_steps: steps of the whole run.
-      start: steps that were taken before.
-      workdir: folder of the run.
-    """
+    """What is about to run, from step `start` on, as rows of a name and a text."""
     axes = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
     processes = len({device.process_index for device in mesh.devices.flat})
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
@@ -140,12 +127,9 @@ def summary(
     if dataset.validation is not None:
         splits.insert(1, f"{len(dataset.validation):,} validation")
     shape = "×".join(map(str, dataset.image_shape))
-    if not start:
-        resumes = "a new run"
-    elif start < total_steps:
-        resumes = f"resumed from the checkpoint of step {start:,}"
-    else:
-        resumes = f"complete: resumed from the checkpoint of step {start:,}, the last"
+    resumes = f"resumed from the checkpoint of step {start:,}" if start else "a new run"
+    if start >= total_steps:
+        resumes = f"complete: {resumes}, the last"
     return [
         (
             "devices",
@@ -165,7 +149,7 @@ def summary(
             f"{total_steps:,}: {_count(config.num_epochs, 'epoch', 'epochs')} of "
             f"{_count(steps_per_epoch, 'step', 'steps')}",
         ),
-        ("optimizer", _optimizer(config.optimizer, config.schedule)),
+        ("optimizer", _optimizer(config)),
         (
             "state",
             f"{size(bytes_per_device(state))} per device: parameters, "
@@ -178,12 +162,7 @@ def summary(
 
 
 def memory_row(analysis: Any, device: Any) -> tuple[str, str]:
-    """The row of the summary that tells the memory of a training step.
-
-    Args:
-      analysis: ``memory_analysis()`` of the compiled step, or None.
-      device: one that it runs on.
-    """
+    """The row that tells the memory of a step, by its ``memory_analysis()``, if any."""
     if analysis is None:
         return "memory", "not told by this device's compiler"
     held = analysis.argument_size_in_bytes
@@ -202,10 +181,8 @@ def curvature_row(
 ) -> tuple[str, str]:
     """The row that tells what the products of the curvature add to a training step.
 
-    Args:
-      images: of each batch that they are made of.
-      operations: of a training step, or None if they are not known.
-      plain: of one by SGD.
+    They are made of so many images of each batch. `operations` are those of a step,
+    `plain` those of one by SGD, as far as they are known.
     """
     text = f"of {_count(images, 'image', 'images')} of each batch"
     if operations and plain:
@@ -231,9 +208,9 @@ class Report:
     ):
         """Shows nothing yet."""
         if verbosity not in VERBOSITIES:
+            known = ", ".join(map(repr, VERBOSITIES))
             raise ValueError(
-                f"verbosity={verbosity!r} is unknown: expected one of "
-                f"{', '.join(map(repr, VERBOSITIES))}."
+                f"verbosity={verbosity!r} is unknown: expected one of {known}."
             )
         self._level = VERBOSITIES.index(verbosity)
         self._out, self._err = out or sys.stdout, err or sys.stderr
@@ -244,6 +221,7 @@ class Report:
         # Images, and the seconds they took, since a line last told the speed.
         self._images, self._seconds = 0, 0.0
         self._compiling = self._training = 0.0
+        self._warned = False
 
     def paint(self, text: str, style: str) -> str:
         """The text in colour where lines go to a terminal."""
@@ -285,15 +263,7 @@ class Report:
         steps_per_epoch: float,
         batch_size: int,
     ) -> None:
-        """Prints the summary.
-
-        Args:
-          rows: from :func:`summary`.
-          total: steps of the whole run.
-          initial: steps taken already.
-          steps_per_epoch: steps that an epoch takes.
-          batch_size: images a step.
-        """
+        """Prints the rows of :func:`summary`; `initial` steps were taken already."""
         self._total, self._initial, self._step = total, initial, initial
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self.table(rows)
@@ -324,15 +294,27 @@ class Report:
         values = ", ".join(f"{name} {value:.5g}" for name, value in metrics.items())
         self.line(f"{self._place(step)}: {values}", "verbose")
 
+    def loss_mismatch(self, step: int, count: float) -> None:
+        """Warns once, where in most steps loss, gradient and curvature did not fit.
+
+        That was so in `count` of them since the run began, or was resumed.
+        """
+        steps = step - self._initial
+        if not self._warned and count >= 10 and count > steps / 2:
+            self._warned = True
+            self.line(
+                f"{self.paint('warning:', 'yellow')} loss_mismatch: in {count:,.0f} of "
+                f"{steps:,} steps loss, gradient and curvature did not fit together. "
+                "nlcg_optax.check says what is wrong with them.",
+                "quiet",
+            )
+
     def update(
         self, metrics: Mapping[str, float] | None, seconds: float, waited: float = 0.0
     ) -> None:
-        """Advances by one step.
+        """Advances by one step, which took so many seconds, `waited` of them its input.
 
-        Args:
-          metrics: of that step or the one before, or None.
-          seconds: that the step took.
-          waited: seconds of these that its input took.
+        The metrics, if any, are those of that step or the one before.
         """
         self._step += 1
         self._images += self._batch_size
@@ -355,22 +337,13 @@ class Report:
             self._told = now
 
     def evaluation(
-        self,
-        step: int,
-        train: Mapping[str, float] | None,
-        results: Mapping[str, Mapping[str, float]],
+        self, step: int, train: Mapping[str, float] | None, results: Results
     ) -> None:
-        """Tells loss and accuracy of every split.
-
-        Args:
-          step: steps taken.
-          train: metrics of the last step, or None.
-          results: metrics by split.
-        """
+        """Tells loss and accuracy of the last step, if any, and of every split."""
         self.line(self._at(step, ({"train": train} if train else {}) | dict(results)))
         self._told = time.monotonic()
 
-    def _at(self, step: int, results: Mapping[str, Mapping[str, float]]) -> str:
+    def _at(self, step: int, results: Results) -> str:
         """Where the run is, with the metrics of some splits, and the speed."""
         parts = [
             f"{name} loss {row['loss']:.4f}, accuracy "
@@ -397,20 +370,15 @@ class Report:
 
     def end(
         self,
-        results: Mapping[str, Mapping[str, float]],
+        results: Results,
         rows: Sequence[Mapping[str, Any]],
         workdir: pathlib.Path,
         checkpoints: pathlib.Path,
         compared: str | None = None,
     ) -> None:
-        """Says how a complete run ended and where everything is.
+        """Says how a complete run ended, by its last evaluation and all its rows.
 
-        Args:
-          results: metrics of the last evaluation by split.
-          rows: of ``metrics.jsonl``.
-          workdir: folder of the run.
-          checkpoints: folder of its checkpoints.
-          compared: how it compares with another run.
+        And where everything is, and in `compared` how it compares with another run.
         """
         parts = []
         for split, last in results.items():
@@ -472,7 +440,8 @@ def _batch(config: RunConfig, mesh: Mesh) -> str:
     return text
 
 
-def _optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> str:
+def _optimizer(config: RunConfig) -> str:
+    optimizer, schedule = config.optimizer, config.schedule
     text = optimizer.name
     if text == "nlcg_auto":
         preconditioner = optimizer.nlcg_auto.preconditioner

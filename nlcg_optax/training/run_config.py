@@ -16,14 +16,14 @@ class ConfigError(ValueError):
     """A config file, an override or a value that cannot be used."""
 
 
+@typing.dataclass_transform(frozen_default=True)
 class Group:
-    """Fields that are checked by their types when they are given values."""
-
-    _at = ""
+    """Frozen dataclasses, whose fields are checked by their types."""
 
     def __init_subclass__(cls, at: str = ""):
-        """The group's own name, with a dot at its end."""
+        """Takes the group's own name, with a dot at its end."""
         cls._at = at
+        dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self):
         """Raises for a value that its type does not allow."""
@@ -66,7 +66,6 @@ Interval = Annotated[float, (lambda x: x > 0, _INTERVAL)]
 Preconditioner = Literal["orthogonalization", "diagonal_bfgs", "rms", "adam", "none"]
 
 
-@dataclasses.dataclass(frozen=True)
 class ModelConfig(Group, at="model."):
     """``model``: the network."""
 
@@ -77,7 +76,6 @@ class ModelConfig(Group, at="model."):
     batch_norm_epsilon: float = 1e-5
 
 
-@dataclasses.dataclass(frozen=True)
 class DatasetConfig(Group, at="dataset."):
     """``dataset``: the images, and what is done to them."""
 
@@ -94,7 +92,6 @@ class DatasetConfig(Group, at="dataset."):
     flip: bool = True  # random horizontal flip
 
 
-@dataclasses.dataclass(frozen=True)
 class MeshConfig(Group, at="mesh."):
     """``mesh``: devices; -1 for those that the other axis leaves."""
 
@@ -103,7 +100,6 @@ class MeshConfig(Group, at="mesh."):
     min_size_to_split: int = 2**12  # elements of a leaf
 
 
-@dataclasses.dataclass(frozen=True)
 class NLCGConfig(Group, at="optimizer.nlcg."):
     """``optimizer.nlcg``, as of :func:`nlcg_optax.nlcg`, which checks the rest."""
 
@@ -115,7 +111,6 @@ class NLCGConfig(Group, at="optimizer.nlcg."):
     epsilon: float = 1e-8
 
 
-@dataclasses.dataclass(frozen=True)
 class NLCGAutoConfig(Group, at="optimizer.nlcg_auto."):
     """``optimizer.nlcg_auto``: NLCG whose step the curvature of the loss chooses."""
 
@@ -130,7 +125,6 @@ class NLCGAutoConfig(Group, at="optimizer.nlcg_auto."):
     curvature_min_examples: Annotated[int, (lambda x: x >= 1, "at least 1 image")] = 250
 
 
-@dataclasses.dataclass(frozen=True)
 class NLCGPaperConfig(Group, at="optimizer.nlcg_paper."):
     """``optimizer.nlcg_paper``, as of :func:`nlcg_optax.nlcg_paper`."""
 
@@ -141,7 +135,6 @@ class NLCGPaperConfig(Group, at="optimizer.nlcg_paper."):
     threshold: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
 class RmspropConfig(Group, at="optimizer.rmsprop."):
     """``optimizer.rmsprop``."""
 
@@ -150,7 +143,6 @@ class RmspropConfig(Group, at="optimizer.rmsprop."):
     eps: float = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
 class AdamConfig(Group, at="optimizer.adam."):
     """``optimizer.adam``: also of adamw, lamb, and what Muon leaves to Adam."""
 
@@ -159,7 +151,6 @@ class AdamConfig(Group, at="optimizer.adam."):
     eps: float = 1e-8
 
 
-@dataclasses.dataclass(frozen=True)
 class MuonConfig(Group, at="optimizer.muon."):
     """``optimizer.muon``."""
 
@@ -168,7 +159,6 @@ class MuonConfig(Group, at="optimizer.muon."):
     consistent_rms: float = 0.2
 
 
-@dataclasses.dataclass(frozen=True)
 class LarsConfig(Group, at="optimizer.lars."):
     """``optimizer.lars``."""
 
@@ -176,24 +166,16 @@ class LarsConfig(Group, at="optimizer.lars."):
     eps: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+_Ours = Literal["nlcg", "nlcg_auto", "nlcg_paper"]
+_Peer = Literal[
+    "sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "muon", "lars", "lamb"
+]
+
+
 class OptimizerConfig(Group, at="optimizer."):
     """``optimizer``: which one, and the options of each."""
 
-    name: Literal[
-        "nlcg",
-        "nlcg_auto",
-        "nlcg_paper",
-        "sgd",
-        "momentum",
-        "nesterov",
-        "rmsprop",
-        "adam",
-        "adamw",
-        "muon",
-        "lars",
-        "lamb",
-    ] = "nlcg"
+    name: Literal[_Ours, _Peer] = "nlcg"
     # The maximum of the schedule. None, for nlcg_auto alone, which has none.
     learning_rate: float | None = 0.1
     momentum: float = 0.9  # of momentum, nesterov, lars
@@ -207,7 +189,6 @@ class OptimizerConfig(Group, at="optimizer."):
     lars: LarsConfig = LarsConfig()
 
 
-@dataclasses.dataclass(frozen=True)
 class ScheduleConfig(Group, at="schedule."):
     """``schedule``: the learning rate by step."""
 
@@ -219,7 +200,6 @@ class ScheduleConfig(Group, at="schedule."):
     decay_factor: float = 10.0
 
 
-@dataclasses.dataclass(frozen=True)
 class RunConfig(Group):
     """All the fields there are, with their defaults: the paper's where it has one."""
 
@@ -298,9 +278,8 @@ class RunConfig(Group):
             refused.append(f"optimizer.layerwise_coefficient={value}")
             overrides.append("--config.optimizer.layerwise_coefficient=0.0")
         if schedule.name != "none" and schedule != ScheduleConfig():
-            fields, defaults = map(dataclasses.asdict, (schedule, ScheduleConfig()))
-            for name, value in fields.items():
-                if value != defaults[name]:
+            for name, value in vars(schedule).items():
+                if value != getattr(ScheduleConfig, name):
                     refused.append(f"schedule.{name}={value}")
             overrides.append("--config.schedule.name=none")
         if refused:
@@ -314,6 +293,11 @@ class RunConfig(Group):
     def at_once(self) -> bool:
         """Whether all microbatches go through the model side by side."""
         return self.microbatches == 1 or self.batch_norm_statistics == "batch"
+
+    @property
+    def remat(self) -> bool:
+        """Whether the backward pass computes blocks again, to save their memory."""
+        return self.microbatches > 1 and self.at_once
 
 
 def typed(config: Any) -> RunConfig:

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
 from nlcg_optax.training import data, models
 from nlcg_optax.training.mesh import AXES, BatchLayout, replicated, state_shardings
 from nlcg_optax.training.optimizers import curvature_stride
-from nlcg_optax.training.run_config import DatasetConfig, MeshConfig, RunConfig
+from nlcg_optax.training.run_config import DatasetConfig, RunConfig
 
+Optimizer = optax.GradientTransformation
+Shape = tuple[int, ...]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -44,10 +46,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_init(
-    model: Any,
-    tx: optax.GradientTransformation,
-    config: RunConfig,
-    image_shape: tuple[int, ...],
+    model: Any, tx: Optimizer, config: RunConfig, image_shape: Shape
 ) -> Callable[[jax.typing.ArrayLike], TrainState]:
     """The function from a seed to the first state, to be jitted."""
 
@@ -68,11 +67,7 @@ def make_init(
 
 
 def abstract_state(
-    model: Any,
-    tx: optax.GradientTransformation,
-    config: RunConfig,
-    image_shape: tuple[int, ...],
-    mesh: jax.sharding.Mesh,
+    model: Any, tx: Optimizer, config: RunConfig, image_shape: Shape, mesh: Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state on the mesh; nothing is allocated."""
     init = make_init(model, tx, config, image_shape)
@@ -80,16 +75,12 @@ def abstract_state(
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
-        shardings(shapes, mesh, config.mesh),
+        state_shardings(shapes, mesh, config.mesh),
     )
 
 
 def create_state(
-    model: Any,
-    tx: optax.GradientTransformation,
-    config: RunConfig,
-    image_shape: tuple[int, ...],
-    mesh: jax.sharding.Mesh,
+    model: Any, tx: Optimizer, config: RunConfig, image_shape: Shape, mesh: Mesh
 ) -> TrainState:
     """Initializes a model and its optimizer from ``config.seed``, on the mesh.
 
@@ -101,14 +92,9 @@ def create_state(
     on_cpu = jax.default_backend() == "cpu"
     return jax.jit(
         init,
-        out_shardings=shardings(jax.eval_shape(init), mesh, config.mesh),
+        out_shardings=state_shardings(jax.eval_shape(init), mesh, config.mesh),
         compiler_options=options if on_cpu else None,
     )()
-
-
-def shardings(tree: Any, mesh: jax.sharding.Mesh, config: MeshConfig) -> Any:
-    """The shardings of a state, or of a part of it, by the config's rule."""
-    return state_shardings(tree, mesh, config.min_size_to_split)
 
 
 def normalizer(config: DatasetConfig) -> Callable[[jax.Array], jax.Array]:
@@ -123,7 +109,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: RunConfig,
-    mesh: jax.sharding.Mesh,
+    mesh: Mesh,
     *,
     augment: bool,
     seed: jax.typing.ArrayLike | None = None,
@@ -168,15 +154,9 @@ def make_train_step(
       the step before (True by default), to the new state and the metrics: scalars in
       float32, and ``go_on``, a boolean.
     """
-    return _TrainStep(
-        model,
-        optax.with_extra_args_support(tx),
-        schedule,
-        config,
-        mesh,
-        augment,
-        config.seed if seed is None else seed,
-    )
+    seed = config.seed if seed is None else seed
+    extended = optax.with_extra_args_support(tx)
+    return _TrainStep(model, extended, schedule, config, mesh, augment, seed)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,7 +167,7 @@ class _TrainStep:
     tx: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule
     config: RunConfig
-    mesh: jax.sharding.Mesh
+    mesh: Mesh
     augment: bool
     seed: jax.typing.ArrayLike
 
@@ -389,7 +369,7 @@ class _TrainStep:
 
     def _constrain(self, tree: Any) -> Any:
         return jax.lax.with_sharding_constraint(
-            tree, shardings(tree, self.mesh, self.config.mesh)
+            tree, state_shardings(tree, self.mesh, self.config.mesh)
         )
 
     def _whole(self, tree: Any) -> Any:
@@ -422,18 +402,12 @@ def _guarded(
 def _by_name(coefficients: jax.Array, residuals: int) -> Metrics:
     """The coefficients that the curvature chose: gradient, past steps, residuals."""
     past = len(coefficients) - 1 - residuals
-    names = [
-        "gradient",
-        *(f"past_{i}" for i in range(1, past + 1)),
-        *(f"residual_{i}" for i in range(1, residuals + 1)),
-    ]
-    return {
-        f"coefficient_{name}": coefficient
-        for name, coefficient in zip(names, coefficients, strict=True)
-    }
+    names = ["gradient", *(f"past_{i + 1}" for i in range(past))]
+    names += [f"residual_{i + 1}" for i in range(residuals)]
+    return {f"coefficient_{name}": coefficients[i] for i, name in enumerate(names)}
 
 
-def curvature_images(config: RunConfig, mesh: jax.sharding.Mesh) -> int:
+def curvature_images(config: RunConfig, mesh: Mesh) -> int:
     """How many images of each batch tell the curvature, on the devices of ``mesh``."""
     layout = BatchLayout(mesh, config.batch_size, config.microbatches)
     stride = curvature_stride(config.optimizer.nlcg_auto, config.batch_size)
@@ -455,16 +429,16 @@ def _every(stride: int, x: Any, devices: int) -> Any:
 
 def l2_loss(params: Any) -> jax.Array:
     """Half the squared norm of all but the BatchNorm parameters."""
-    penalized = jax.tree.map(
-        lambda w, penalize: jnp.sum(jnp.square(w)) if penalize else jnp.zeros([]),
-        params,
-        models.l2_mask(params),
-    )
+
+    def squares(w: Any, penalize: bool) -> jax.Array:
+        return jnp.sum(jnp.square(w)) if penalize else jnp.zeros([])
+
+    penalized = jax.tree.map(squares, params, models.l2_mask(params))
     return jnp.asarray(0.5 * optax.tree.sum(penalized))
 
 
 def make_eval_step(
-    model: Any, config: DatasetConfig, mesh: jax.sharding.Mesh
+    model: Any, config: DatasetConfig, mesh: Mesh
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Sums of loss, hits and examples over one batch [1, R, ...], padding masked out.
 
@@ -489,15 +463,12 @@ def make_eval_step(
 
 
 def make_statistics_step(
-    model: Any, config: DatasetConfig, mesh: jax.sharding.Mesh, batch_size: int
+    model: Any, config: DatasetConfig, mesh: Mesh, batch_size: int
 ) -> Callable[[TrainState, Batch], Any]:
     """BatchNorm's statistics of one batch [1, R, ...], under the weights evaluated.
 
-    Args:
-      model: a Flax module with the attribute ``batch_norm_momentum``.
-      config: how images become the model's input.
-      mesh: the devices.
-      batch_size: images in the batch; the rows after them do not count.
+    The model is to have the attribute ``batch_norm_momentum``. Rows of the batch after
+    `batch_size` images do not count.
 
     Returns:
       A function of the state and a batch to what may take ``batch_stats``' place.
@@ -535,13 +506,12 @@ def pool_statistics(statistics: Sequence[Any]) -> Any:
         variances = np.stack([norm["var"] for norm in norms])
         return {"mean": means.mean(0), "var": variances.mean(0) + means.var(0)}
 
-    def is_norm(node: Any) -> bool:
-        return isinstance(node, dict) and "var" in node
+    return jax.tree.map(
+        pool, *statistics, is_leaf=lambda x: isinstance(x, dict) and "var" in x
+    )
 
-    return jax.tree.map(pool, *statistics, is_leaf=is_norm)
 
-
-def _variables_to_evaluate(state: TrainState, mesh: jax.sharding.Mesh) -> Any:
+def _variables_to_evaluate(state: TrainState, mesh: Mesh) -> Any:
     params = state.params if state.average is None else state.average
     params = jax.lax.with_sharding_constraint(params, replicated(mesh))
     return {"params": params, "batch_stats": state.batch_stats}

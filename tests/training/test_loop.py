@@ -18,6 +18,7 @@ import tiny
 from tiny import CONFIG, OVERRIDES, tiny_model, train
 from waiting import wait_for
 
+import nlcg_optax
 from nlcg_optax.training import cli, data, loop, metrics, report, steps
 from nlcg_optax.training.config import (
     ConfigError,
@@ -498,9 +499,8 @@ def test_signals_save_and_say_where(tmp_path, number, code):
     assert trained == list(range(1, step + 1))
 
 
-def test_nlcg_auto_needs_no_learning_rate(tmp_path):
-    printed = io.StringIO()
-    config = tiny_config(
+def auto_config():
+    return tiny_config(
         "optimizer.name=nlcg_auto",
         "optimizer.nlcg_auto.residuals=1",
         "optimizer.learning_rate=none",
@@ -508,6 +508,53 @@ def test_nlcg_auto_needs_no_learning_rate(tmp_path):
         "dataset.crop_padding=0",
         "dataset.flip=False",
     )
+
+
+def test_nlcg_auto_is_advised_of_no_learning_rate(tmp_path, monkeypatch):
+    load_dataset = loop.load_dataset
+
+    def with_broken_labels(options):
+        dataset = load_dataset(options)
+        labels = np.full_like(dataset.train.labels, 10)  # ten classes, from 0
+        train = data.Split.from_arrays(dataset.train.images, labels)
+        return dataclasses.replace(dataset, train=train)
+
+    monkeypatch.setattr(loop, "load_dataset", with_broken_labels)
+    with pytest.raises(loop.NonFiniteLossError, match="no step of nlcg_auto") as info:
+        train(auto_config(), tmp_path)
+    assert "learning_rate" not in str(info.value)
+
+
+def test_a_mismatch_of_loss_and_curvature_is_told_since_the_run_began(
+    tmp_path, monkeypatch, capsys
+):
+    """The optimizer counts on through a restart; the warning begins anew."""
+    seen = []
+    monkeypatch.setattr(
+        report.Report, "loss_mismatch", lambda self, *found: seen.append(found)
+    )
+
+    def stop(step):
+        if step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # Every step tells of one more mismatch.
+    mismatch = nlcg_optax.curvature.trust.mismatch
+    monkeypatch.setattr(
+        nlcg_optax.curvature.trust,
+        "mismatch",
+        lambda *args: mismatch(*args) | True,
+    )
+    with monkeypatch.context() as patch:
+        before_each_batch(patch, stop)
+        train(auto_config(), tmp_path, "quiet")
+    train(auto_config(), tmp_path, "quiet")
+    assert seen == [(s, s) for s in range(1, 9)] + [(s, s - 8) for s in range(9, 13)]
+
+
+def test_nlcg_auto_needs_no_learning_rate(tmp_path):
+    printed = io.StringIO()
+    config = auto_config()
     with contextlib.redirect_stdout(printed):
         train(config, tmp_path)
     text = printed.getvalue()

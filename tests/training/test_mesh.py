@@ -220,7 +220,7 @@ def test_large_leaves_are_split_along_their_longest_dimension():
         "scalar": (),
     }
     tree = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in shapes.items()}
-    found = state_shardings(tree, mesh, min_size=16)
+    found = state_shardings(tree, mesh, MeshConfig(min_size_to_split=16))
     assert {k: tuple(v.spec) for k, v in found.items()} == {
         "kernel": (None, None, None, "fsdp"),
         "last_of_equals": (None, "fsdp"),

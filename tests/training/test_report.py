@@ -124,6 +124,31 @@ def test_memory_of_a_step_beside_what_the_device_has():
     assert "not told" in report.memory_row(None, device)[1]
 
 
+@pytest.mark.parametrize(
+    ("initial", "counts", "warned_at"),
+    [
+        (0, [min(s, 12) for s in range(1, 31)], [10]),  # not at nine of nine
+        (0, [s // 2 for s in range(1, 31)], []),  # half of them is not most
+        (100, [s - s // 5 for s in range(1, 31)], [112]),  # since it was resumed
+    ],
+)
+def test_a_loss_that_does_not_fit_is_told_once(initial, counts, warned_at):
+    for verbosity in ("quiet", "normal"):
+        out = io.StringIO()
+        told = report.Report(verbosity, out, io.StringIO())
+        told.start([], 1000, initial, 2.0, 10)
+        seen = []
+        for step, count in enumerate(counts, initial + 1):
+            told.loss_mismatch(step, float(count))
+            seen += [step] * (out.getvalue().count("\n") > len(seen))
+        assert seen == warned_at
+    if initial:
+        assert out.getvalue() == (
+            "warning: loss_mismatch: in 10 of 12 steps loss, gradient and curvature "
+            "did not fit together. nlcg_optax.check says what is wrong with them.\n"
+        )
+
+
 def test_unknown_verbosity():
     with pytest.raises(ValueError, match="'loud' is unknown.*'quiet', 'normal'"):
         report.Report("loud")

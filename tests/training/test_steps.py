@@ -1,5 +1,6 @@
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -283,6 +284,27 @@ def test_nlcg_auto_sees_the_curvature_of_some_images(fraction, stride):
     wanted = ("gradient", "past_1", "past_3", "residual_2")
     names = {f"coefficient_{n}" for n in wanted}
     assert names < set(metrics) and metrics["coefficient_gradient"] > 0
+
+
+def test_nlcg_auto_decays_by_the_penalty_itself_but_for_batch_norm():
+    """Decay in its model takes the step of as much penalty in the loss."""
+    plain = {"optimizer.nlcg_auto.curvature_fraction": 1.0}
+    plain["optimizer.nlcg_auto.preconditioner"] = "none"
+    moved = []
+    for fields in ({}, {"weight_decay": 1e-3}, {"l2_penalty": 1e-3}):
+        *_, state, step = auto_setup(**{"l2_penalty": 0.0, **plain, **fields})
+        # Weights long enough to be penalized.
+        params = jax.tree.map(lambda w: 3 * w, state.params)
+        state = state.replace(params=params)
+        for _ in range(3):
+            state, _ = step(state, batch())
+        moved.append(
+            jax.flatten_util.ravel_pytree(state.params)[0]
+            - jax.flatten_util.ravel_pytree(params)[0]
+        )
+    without, decayed, penalized = map(np.asarray, moved)
+    np.testing.assert_allclose(decayed, penalized, rtol=1e-3, atol=1e-5)
+    assert np.abs(without - penalized).max() > 20 * np.abs(decayed - penalized).max()
 
 
 def test_nlcg_auto_takes_microbatches():

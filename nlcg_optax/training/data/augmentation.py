@@ -65,13 +65,8 @@ def standardize(images: jax.Array) -> jax.Array:
 
     :math:`(x - \mathrm{mean}) / \max(\mathrm{std}, 1 / \sqrt{HWC})` over all pixels and
     channels of one image, as TensorFlow's ``tf.image.per_image_standardization``: the
-    bound keeps a constant image from being divided by zero.
-
-    Args:
-      images: [..., H, W, C] of any dtype.
-
-    Returns:
-      float32, of the same shape.
+    bound keeps a constant image from being divided by zero. Images, [..., H, W, C] of
+    any dtype, become float32 of the same shape.
 
     Example:
       >>> standardize(jnp.array([[[[0], [4]]], [[[7], [7]]]]))[..., 0].tolist()
@@ -87,11 +82,7 @@ def standardize(images: jax.Array) -> jax.Array:
 def normalize_imagenet(images: jax.Array) -> jax.Array:
     """Subtracts ImageNet's mean colour and divides by its standard deviation.
 
-    Args:
-      images: 0..255, [..., 3].
-
-    Returns:
-      float32, of the same shape.
+    Images, 0..255, [..., 3], become float32 of the same shape.
     """
     mean = jnp.array(IMAGENET_MEAN, jnp.float32)
     std = jnp.array(IMAGENET_STD, jnp.float32)

@@ -28,10 +28,8 @@ class BrokenImage(DataError):
 def broken_images(found: Iterable[BrokenImage], checked: str) -> DataError:
     """One error for all the broken images, of which it names the first ten.
 
-    Args:
-      found: the errors, in any order; one of an image that is there already is left
-        out.
-      checked: the images that were looked at, in words.
+    One of an image that is there already is left out. `checked` says in words which
+    images were looked at.
     """
     each = {error.description: error for error in found}
     if len(each) == 1:

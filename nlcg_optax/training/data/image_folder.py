@@ -28,13 +28,12 @@ def load(
     for path in (root, root / "train"):
         if not path.is_dir():
             raise DataError(f"no folder {path}. {DESCRIPTION}")
-    test_folder = next(
-        (root / split for split in _EVAL_SPLITS if (root / split).is_dir()), None
-    )
-    if test_folder is None:
+    test_folders = [root / split for split in _EVAL_SPLITS if (root / split).is_dir()]
+    if not test_folders:
         raise DataError(
             f"no test split: {root} has none of the folders {', '.join(_EVAL_SPLITS)}"
         )
+    test_folder = test_folders[0]
     train, class_names = _list_images(root / "train")
     test, test_class_names = _list_images(test_folder)
     if class_names != test_class_names:

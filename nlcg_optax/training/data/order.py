@@ -14,16 +14,7 @@ def permutation(epoch: int, num_examples: int, seed: int) -> np.ndarray:
 
 
 def epoch_indices(epoch: int, num_examples: int, seed: int) -> np.ndarray:
-    """The order of the examples in an epoch, a permutation from seed and epoch.
-
-    Args:
-      epoch: counted from 0.
-      num_examples: N.
-      seed: not negative.
-
-    Returns:
-      The permutation, int32 [N].
-    """
+    """The order of the examples in an epoch (from 0), int32 [N], also by the seed."""
     return permutation(int(epoch), int(num_examples), int(seed)).astype(np.int32)
 
 
@@ -36,17 +27,11 @@ def batch_indices(
     positions [kB, (k + 1)B) of that sequence: every example comes once an epoch, none
     is dropped, and a batch may straddle two epochs.
 
-    Args:
-      step: k, counted from 0.
-      batch_size: B, from 1 to N.
-      num_examples: N.
-      seed: not negative.
-
     Returns:
       The indices, int32 [B], a function of the arguments alone.
 
     Raises:
-      ValueError: if the batch size is not in [1, N] or the step is negative.
+      ValueError: if the batch size B is not in [1, N] or the step k is negative.
 
     Example:
       >>> [batch_indices(step, 2, 3, seed=0).tolist() for step in range(3)]

@@ -71,10 +71,8 @@ def load(
         raise DataError(
             f"validation_fraction must lie in [0, 1), not {validation_fraction}"
         )
-    for option, value in (
-        ("max_train_examples", max_train_examples),
-        ("image_size", image_size),
-    ):
+    sizes = {"max_train_examples": max_train_examples, "image_size": image_size}
+    for option, value in sizes.items():
         if value is not None and value < 1:
             raise DataError(f"{option} must be positive, not {value}")
 

@@ -204,46 +204,37 @@ def decode(
     image_size: int | None,
     first: str,
 ) -> list[Arrays]:
-    """Reads whole sources into memory, by all cores.
+    """Reads whole sources into memory, by all cores, as images of that shape.
 
-    Args:
-      sources: the examples.
-      shape: of every image in memory.
-      image_size: height and width that images are resized to; None: they are not.
-      first: for messages, where the image comes from that told the shape.
+    With `image_size` they are resized to it. `first` says, for messages, where the
+    image comes from that told the shape.
 
     Raises:
       DataError: for images of differing sizes; for all the images that are broken.
     """
     broken: list[BrokenImage] = []
-    arrays = [_decode(source, shape, image_size, first, broken) for source in sources]
+
+    def decoded(source: Any) -> Arrays:
+        if isinstance(source, Arrays) and source.images.shape[1:] == shape:
+            return source
+        images = np.empty((len(source), *shape), np.uint8)
+        labels = np.empty(len(source), np.int32)
+
+        def read(i: int, example: dict[str, Any]) -> None:
+            image = example["image"]
+            if image_size is not None:
+                image = resize_and_crop(image, image_size, image_size)
+            elif image.shape != shape:
+                raise differing_sizes(source.describe(i), image.shape, first, shape)
+            images[i], labels[i] = image, example["label"]
+
+        broken.extend(_visit(source, range(len(source)), read))
+        return Arrays(images, labels)
+
+    arrays = list(map(decoded, sources))
     if broken:
         raise broken_images(broken, f"{sum(map(len, sources)):,} images")
     return arrays
-
-
-def _decode(
-    source: Any,
-    shape: tuple[int, int, int],
-    image_size: int | None,
-    first: str,
-    broken: list[BrokenImage],
-) -> Arrays:
-    if isinstance(source, Arrays) and source.images.shape[1:] == shape:
-        return source
-    images = np.empty((len(source), *shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
-
-    def read(i: int, example: dict[str, Any]) -> None:
-        image = example["image"]
-        if image_size is not None:
-            image = resize_and_crop(image, image_size, image_size)
-        elif image.shape != shape:
-            raise differing_sizes(source.describe(i), image.shape, first, shape)
-        images[i], labels[i] = image, example["label"]
-
-    broken += _visit(source, range(len(source)), read)
-    return Arrays(images, labels)
 
 
 def find_broken(source: Source, found: BrokenImage) -> DataError:
@@ -282,14 +273,11 @@ def _visit(
 
 
 def differing_sizes(
-    description: str,
-    shape: tuple[int, ...],
-    first_description: str,
-    first_shape: tuple[int, ...],
+    found: str, shape: tuple[int, ...], first: str, first_shape: tuple[int, ...]
 ) -> DataError:
     """The error for two images that cannot be in one batch."""
     return DataError(
         f"the images differ in size, so image_size is needed: "
-        f"{first_description} is {first_shape[0]}x{first_shape[1]} and "
-        f"{description} is {shape[0]}x{shape[1]} (height x width)"
+        f"{first} is {first_shape[0]}x{first_shape[1]} and "
+        f"{found} is {shape[0]}x{shape[1]} (height x width)"
     )

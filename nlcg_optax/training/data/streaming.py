@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -13,12 +13,7 @@ import numpy as np
 from nlcg_optax.training.data import order
 from nlcg_optax.training.data.errors import BrokenImage
 from nlcg_optax.training.data.images import central_crop, random_resized_crop
-from nlcg_optax.training.data.sources import (
-    Source,
-    Split,
-    differing_sizes,
-    find_broken,
-)
+from nlcg_optax.training.data.sources import Source, Split, differing_sizes, find_broken
 
 
 def stream(
@@ -153,22 +148,13 @@ def _check_places(places: np.ndarray | None, batch_size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class _Visits:
-    """The examples as they are visited, batch after batch, each with its number.
-
-    Attributes:
-      source: the examples.
-      batch_size: of the whole batch.
-      places: those of its places that are visited.
-      seed: of order and crops; None for evaluation, one pass in order.
-      transform: what is made of an image, with `image_size` and a random generator.
-      image_size: given to `transform`.
-    """
+    """The examples as they are visited, batch after batch, each with its number."""
 
     source: Source
     batch_size: int
     places: np.ndarray
-    seed: int | None
-    transform: Any
+    seed: int | None  # None for evaluation, one pass in order
+    transform: Any  # of an image, `image_size` and a random generator
     image_size: int | None
 
     def __len__(self) -> int:
@@ -215,28 +201,24 @@ def _stream(
     )
     parts = dataset[start_step * chunks :].to_iter_dataset(options)
     try:
-        yield from parts.batch(chunks, batch_fn=_batch(visits.source))
+        yield from parts.batch(
+            chunks, batch_fn=functools.partial(_batch, visits.source)
+        )
     except BrokenImage as error:
         # Rather than one by one, each with a run that it ends.
         raise find_broken(visits.source, error) from error
 
 
-def _batch(source: Any) -> Callable[[Any], dict[str, np.ndarray]]:
-    def batch(chunks: Any) -> dict[str, np.ndarray]:
-        examples = list(itertools.chain.from_iterable(chunks))
-        first = examples[0]
-        for example in examples:
-            if example["image"].shape != first["image"].shape:
-                raise differing_sizes(
-                    source.describe(example["index"]),
-                    example["image"].shape,
-                    source.describe(first["index"]),
-                    first["image"].shape,
-                )
-        return {
-            key: np.stack([example[key] for example in examples])
-            for key in first
-            if key != "index"
-        }
-
-    return batch
+def _batch(source: Any, chunks: Any) -> dict[str, np.ndarray]:
+    examples = list(itertools.chain.from_iterable(chunks))
+    first = examples[0]
+    for example in examples:
+        if example["image"].shape != first["image"].shape:
+            raise differing_sizes(
+                source.describe(example["index"]),
+                example["image"].shape,
+                source.describe(first["index"]),
+                first["image"].shape,
+            )
+    keys = [key for key in first if key != "index"]
+    return {key: np.stack([example[key] for example in examples]) for key in keys}

@@ -176,11 +176,8 @@ def _prepare(name: str, builder: Any) -> None:
         _check_network(builder)
         builder.download_and_prepare()
     except Exception as error:
-        missing = [
-            package
-            for package in ("tensorflow", "importlib_resources")
-            if f"No module named '{package}'" in str(error)
-        ]
+        packages = "tensorflow", "importlib_resources"
+        missing = [p for p in packages if f"No module named '{p}'" in str(error)]
         if missing:
             advice = (
                 f"preparing it needs the package {missing[0]}, once (reading it does "
