@@ -1,8 +1,10 @@
 """The figures that other documents show: `results/figures.md`, of the recorded rows.
 
-`report.py` writes it beside all tables. Guides include a table of it by its name, so
-that each figure stands in one place, and nobody copies it by hand. ± is the standard
-error of the tested seeds, and the best of a column is bold.
+    python benchmarks/large_batch/figures.py
+
+Guides include a table of it by its name, so that each figure stands in one place, and
+nobody copies it by hand. ± is the standard error of the tested seeds, and the best of a
+column is bold.
 """
 
 import math
@@ -204,3 +206,8 @@ def figures(folder: pathlib.Path) -> str:
         )
         add(f"sampled {workload}", f"The loss of `{workload}` at the end.", rows)
     return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    results = pathlib.Path(__file__).resolve().parent / "results"
+    (results / "figures.md").write_text(figures(results))

@@ -637,9 +637,6 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=HERE / "results")
     flags = parser.parse_args()
     print(report(flags.results, flags.output))
-    import figures  # which is made of this module's tables
-
-    (flags.output / "figures.md").write_text(figures.figures(flags.results))
 
 
 if __name__ == "__main__":
