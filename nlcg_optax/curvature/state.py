@@ -86,7 +86,8 @@ class Memory(NamedTuple):
       prev_updates: the steps, with their sign turned, stacked along a leading axis of
         slots, the newest in slot ``(stored - 1) % slots``. After the hand-over the last
         step is in the first slot, and NLCG's direction in the second.
-      prev_norms: the lengths of the last steps, the newest in the same slot.
+      prev_norms: the lengths of the last steps, the newest in slot
+        ``(stored - 1) % slots`` always.
     """
 
     stored: jax.typing.ArrayLike
@@ -98,11 +99,12 @@ class Counts(NamedTuple):
     """What happened so far, int32 scalars.
 
     Attributes:
-      count: updates made.
-      bounded: steps that were shortened to the longest allowed.
+      count: steps taken, or taken back.
+      bounded: steps that were shortened.
       rejected: steps that were taken back.
-      nonfinite: steps left out for a product that was not finite.
-      loss_mismatch: steps in which loss, gradient and curvature did not fit together.
+      nonfinite: steps left out for a number that was not finite.
+      loss_mismatch: steps taken in which loss, gradient and curvature did not fit
+        together.
     """
 
     count: jax.typing.ArrayLike

@@ -260,7 +260,7 @@ def scale_by_quadratic_model(
 
 
 class _Settings(NamedTuple):
-    """The arguments of `scale_by_quadratic_model`, which explains them."""
+    """Arguments of `scale_by_quadratic_model`, which explains them."""
 
     preconditioners: tuple[optax.GradientTransformationExtraArgs, ...]
     history: int
@@ -567,11 +567,13 @@ def _after_step(
         products = jnp.where(step.curved == 0, 0, model.products)
         conjugacy = subspace.cosine(step.coefficients, products, settings.kinds)
     flat = (model.slopes[0] > 0) & (model.products[0, 0] == 0)
+    # After the hand-over there is no model to fit anything.
+    by_model = ~state.noise.handed_over
     mismatch = trust.mismatch(
         given.loss,
         model.own_loss,
         given.curvature.fraction,
-        flat & ~state.noise.handed_over,
+        flat,
         verdict.trust,
         state.counts.count,
     )
@@ -589,7 +591,8 @@ def _after_step(
         counts=counts._replace(
             count=optax.safe_increment(counts.count),
             bounded=counts.bounded + step.bounded.astype(jnp.int32),
-            loss_mismatch=counts.loss_mismatch + mismatch.astype(jnp.int32),
+            loss_mismatch=counts.loss_mismatch
+            + (mismatch & by_model).astype(jnp.int32),
         ),
     )
 

@@ -31,9 +31,10 @@ _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
 # and to such a factor where it is of a part.
 _SAME_LOSS, _LIKE_LOSS = 0.02, 10.0
 # Predictions that are wrong by one factor: by how much, how steadily (as a part of its
-# logarithm), and in how many steps that was seen.
+# logarithm), and from which step on that is said.
 _WRONG_FACTOR, _STEADY, _SEEN = 1.7, 0.3, 6
-# Part of a new logarithm in their average, and the largest that is taken.
+# Part of a new logarithm in their average, the largest that is taken, and how many times
+# what rounding may do a prediction has to be.
 _RATIO_WEIGHT, _LARGEST_LOG, _BEYOND_ROUNDING = 0.2, 7.0, 100.0
 
 
@@ -41,12 +42,10 @@ class Verdict(NamedTuple):
     """What is thought of the last step.
 
     Attributes:
-      pending: whether there was a step to judge.
       rejected: whether it is to be taken back.
       trust: what becomes of the trust, but for λ.
     """
 
-    pending: jax.Array
     rejected: jax.Array
     trust: Trust
 
@@ -63,7 +62,7 @@ def judge(
 
     Args:
       loss: what it is now.
-      finite: whether the gradient is.
+      finite: whether the slopes along all directions are.
       last: the step; of length zero where there was none.
       trust: how far its model was believed.
       damping: what λ always is.
@@ -93,7 +92,6 @@ def judge(
     seen = pending & (predicted > _BEYOND_ROUNDING * rounding)
     log_ratio, spread = _ratio(actual, predicted, trust, count)
     return Verdict(
-        pending,
         rejected,
         trust._replace(
             extra_damping=jnp.where(rejected, raised, faded),
