@@ -33,8 +33,8 @@ _SAME_LOSS, _LIKE_LOSS = 0.02, 10.0
 # Predictions that are wrong by one factor: by how much, how steadily (as a part of its
 # logarithm), and from which step on that is said.
 _WRONG_FACTOR, _STEADY, _SEEN = 1.7, 0.3, 6
-# Part of a new logarithm in their average, the largest that is taken, and how many times
-# what rounding may do a prediction has to be.
+# Part of a new logarithm in their average, the largest that is taken, and how many
+# times what rounding may do a prediction has to be.
 _RATIO_WEIGHT, _LARGEST_LOG, _BEYOND_ROUNDING = 0.2, 7.0, 100.0
 
 
