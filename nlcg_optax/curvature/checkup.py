@@ -11,9 +11,7 @@ from nlcg_optax import _tree
 from nlcg_optax.curvature.products import Curvature, stack
 from nlcg_optax.curvature.state import QuadraticModelState
 from nlcg_optax.curvature.subspace import slopes_along
-
-# What two numbers may differ by that should be one, and what two of one size.
-_SAME, _ALIKE = 0.02, 10.0
+from nlcg_optax.curvature.trust import LIKE_LOSS, SAME_LOSS
 
 
 def check(
@@ -112,9 +110,9 @@ def _of_values(given: jax.Array, own_loss: jax.Array, exact: bool) -> list[str]:
     if not (math.isfinite(value) and math.isfinite(own)):
         return [f"`value` is {value}, and the curvature's own loss {own}."]
     ratio = own / value if value else float("inf")
-    if exact and abs(own - value) > _SAME * max(abs(own), abs(value)):
+    if exact and abs(own - value) > SAME_LOSS * max(abs(own), abs(value)):
         size = "the same, for both are of the whole batch"
-    elif not exact and own * value > 0 and not 1 / _ALIKE < ratio < _ALIKE:
+    elif not exact and own * value > 0 and not 1 / LIKE_LOSS < ratio < LIKE_LOSS:
         size = "of one size"
     else:
         return []
@@ -151,8 +149,8 @@ def _of_gradients(grads: Any, own: Any, exact: bool) -> list[str]:
             "optimizer the others alone (`optax.partition`), or put "
             "`jax.lax.stop_gradient` into `outputs_fn` too."
         )
-    wrong = abs(ratio - 1) > _SAME or cosine < 1 - _SAME
-    if exact and wrong or not exact and not 1 / _ALIKE < ratio < _ALIKE:
+    wrong = abs(ratio - 1) > SAME_LOSS or cosine < 1 - SAME_LOSS
+    if exact and wrong or not exact and not 1 / LIKE_LOSS < ratio < LIKE_LOSS:
         found.append(
             f"The gradient of the curvature's own loss is {ratio:.4g} times as long as "
             f"the gradient given, and the cosine between them is {cosine:.3f}. Was the "
@@ -185,7 +183,7 @@ def _of_step(update: Any, model: QuadraticModelState) -> list[str]:
     made = float(model.memory.prev_norms[0])
     dtype = _tree.scalar_dtype(update)
     norm = float(jnp.sqrt(slopes_along(update, [update], dtype, None)[0]))
-    if made > 0 and abs(norm / made - 1) > _SAME:
+    if made > 0 and abs(norm / made - 1) > SAME_LOSS:
         found.append(
             f"The update is {norm / made:.4g} times as long as the step that the "
             "curvature chose. Leave out what follows it in the chain: it goes by the "

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from nlcg_optax import _check, _parallel, _tree
-from nlcg_optax.curvature.products import Curvature, check_loss, gauss_newton
+from nlcg_optax.curvature.products import (
+    Curvature,
+    check_fraction,
+    check_loss,
+    gauss_newton,
+)
 
 
 def value_grad_and_curvature(
@@ -85,12 +90,7 @@ def value_grad_and_curvature(
     [[1.5 1. ]
      [1.  2.5]]
     """
-    _check.number("fraction", fraction, minimum=0, exclusive=True)
-    if fraction > 1:
-        raise ValueError(
-            f"fraction={fraction} is not valid: expected a part of the batch, at most "
-            "1."
-        )
+    check_fraction(fraction)
     _check.static_counts(
         min_examples=(min_examples, 1),
         microbatches=(microbatches, 1),

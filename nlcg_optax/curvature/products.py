@@ -599,6 +599,16 @@ _GAUSS_NEWTON = (
 _HESSIAN = "`nlcg_optax.hessian(lambda params: loss(model(params, x), y).mean())`"
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises unless it is a part of a batch."""
+    _check.number("fraction", fraction, minimum=0, exclusive=True)
+    if fraction > 1:
+        raise ValueError(
+            f"fraction={fraction} is not valid: expected the part of the batch that "
+            "the curvature is taken on, at most 1."
+        )
+
+
 def _common(
     batch: Any, microbatches: Any, params: Any, axis_name: Any, fraction: Any
 ) -> dict[str, Any]:
@@ -609,12 +619,7 @@ def _common(
             "arrays with a leading axis of microbatches."
         )
     if fraction is not None:
-        _check.number("fraction", fraction, minimum=0, exclusive=True)
-        if fraction > 1:
-            raise ValueError(
-                f"fraction={fraction} is not valid: expected the part of the batch "
-                "that the curvature is taken on, at most 1."
-            )
+        check_fraction(fraction)
     return {
         "batch": batch,
         "microbatches": microbatches,

@@ -354,15 +354,8 @@ def _with_decay(given: _Given, settings: _Settings) -> _Given:
         return given
     curvature = given.curvature.with_penalty(penalty)
 
-    def square(w: jax.Array) -> list[jax.Array]:
-        return [_tree.abs_sq(w)]
-
-    (total,) = _tree.reduce_products(
-        square,
-        curvature.penalized(penalty, given.params, given.params),
-        dtype=given.loss.dtype,
-        axis_name=settings.axis_name,
-    )
+    decayed = curvature.penalized(penalty, given.params, given.params)
+    total = _sum_of_squares(decayed, given.loss.dtype, settings.axis_name)
     factor = _tree.real_scalar(penalty.factor, given.loss.dtype)
     decay = dataclasses.replace(curvature, penalties=(penalty,))
     return given._replace(
@@ -492,7 +485,7 @@ def _make_step(
         products = jnp.where(stage.active, 0, products)
     return _Step(
         tree,
-        _norm(tree, dtype, settings.axis_name),
+        jnp.sqrt(_sum_of_squares(tree, dtype, settings.axis_name)),
         coefficients,
         slope=jnp.sum(model.slopes * coefficients),
         curved=subspace.inner(coefficients, products, coefficients),
@@ -500,12 +493,14 @@ def _make_step(
     )
 
 
-def _norm(tree: Any, dtype: jnp.dtype, axis_name: _tree.AxisName | None) -> jax.Array:
+def _sum_of_squares(
+    tree: Any, dtype: jnp.dtype, axis_name: _tree.AxisName | None
+) -> jax.Array:
     def square(x: jax.Array) -> list[jax.Array]:
         return [_tree.abs_sq(x)]
 
     (total,) = _tree.reduce_products(square, tree, dtype=dtype, axis_name=axis_name)
-    return jnp.sqrt(total)
+    return total
 
 
 def _shorten(

@@ -29,7 +29,7 @@ _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
 
 # The curvature's own loss is the gradient's to so much, where both are of one batch,
 # and to such a factor where it is of a part.
-_SAME_LOSS, _LIKE_LOSS = 0.02, 10.0
+SAME_LOSS, LIKE_LOSS = 0.02, 10.0
 # Predictions that are wrong by one factor: by how much, how steadily (as a part of its
 # logarithm), and from which step on that is said.
 _WRONG_FACTOR, _STEADY, _SEEN = 1.7, 0.3, 6
@@ -141,10 +141,10 @@ def mismatch(
     """
     if fraction == 1:
         largest = jnp.maximum(jnp.abs(loss), jnp.abs(own_loss))
-        differs = jnp.abs(loss - own_loss) > _SAME_LOSS * largest
+        differs = jnp.abs(loss - own_loss) > SAME_LOSS * largest
     else:
         small, large = jnp.minimum(loss, own_loss), jnp.maximum(loss, own_loss)
-        differs = (small > 0) & (large > _LIKE_LOSS * small)
+        differs = (small > 0) & (large > LIKE_LOSS * small)
     size = jnp.abs(trust.log_ratio)
     wrong = (size > jnp.log(_WRONG_FACTOR)) & (trust.log_ratio_spread < _STEADY * size)
     return differs | flat | (wrong & (jnp.asarray(count) >= _SEEN))
