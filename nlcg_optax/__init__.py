@@ -31,6 +31,7 @@ from nlcg_optax.preconditioners.orthogonalization import (
     OrthogonalizationState,
     scale_by_orthogonalization,
 )
+from nlcg_optax.preconditioners.soap import SoapState, scale_by_soap
 from nlcg_optax.step_sizes.hager_zhang import (
     HagerZhangLinesearchInfo,
     HagerZhangLinesearchState,
@@ -57,6 +58,7 @@ __all__ = [
     "MinimizeResult",
     "OrthogonalizationState",
     "QuadraticModelState",
+    "SoapState",
     "beta",
     "check",
     "describe",
@@ -77,5 +79,6 @@ __all__ = [
     "scale_by_loss_feedback",
     "scale_by_orthogonalization",
     "scale_by_quadratic_model",
+    "scale_by_soap",
     "value_grad_and_curvature",
 ]

@@ -12,6 +12,7 @@ from nlcg_optax.directions.beta import BetaFunction
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
+from nlcg_optax.preconditioners.soap import scale_by_soap
 from nlcg_optax.step_sizes.loss_feedback import scale_by_loss_feedback
 
 # What is said of it where none is given names `nlcg_auto`.
@@ -59,7 +60,8 @@ def nlcg(
     Args:
       learning_rate: α, a number or a schedule, which has to be given.
       beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
-      preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
+      preconditioner: ``"orthogonalization"``, ``"soap"``
+        (:func:`~nlcg_optax.scale_by_soap`), ``"diagonal_bfgs"``, any gradient
         transformation, or None.
       step_rule: ``"step"`` or ``"online"``, see
         :func:`~nlcg_optax.scale_by_loss_feedback`; None for none. A gradient
@@ -166,8 +168,9 @@ def nlcg_auto(
         each loss is that of the same data, or where the end of the run is not known:
         the curvature then chooses each step, and where there is noise steps are damped
         in proportion to it, and stay so.
-      preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
-        transformation, None, or a sequence of them, of which each makes a direction.
+      preconditioner: ``"orthogonalization"``, ``"soap"``, ``"diagonal_bfgs"``, any
+        gradient transformation, None, or a sequence of them, of which each makes a
+        direction.
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -295,11 +298,13 @@ def _preconditioner(
     _check.one_of(
         "preconditioner",
         preconditioner,
-        ("diagonal_bfgs", "orthogonalization"),
+        ("diagonal_bfgs", "orthogonalization", "soap"),
         ", a gradient transformation, or None",
     )
     if preconditioner == "orthogonalization":
         return scale_by_orthogonalization(epsilon=epsilon, axis_name=axis_name)
+    if preconditioner == "soap":
+        return scale_by_soap(eps=epsilon, axis_name=axis_name)
     return scale_by_diagonal_bfgs(epsilon, state_dtype=state_dtype, axis_name=axis_name)
 
 
