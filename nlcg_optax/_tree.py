@@ -197,6 +197,17 @@ def max_abs(
     return total if axis_name is None else jax.lax.pmax(total, bound_axes(axis_name))
 
 
+def is_nonzero(tree: Any, axis_name: AxisName | None = None) -> Any:
+    """For each leaf whether any element is not zero, on any device along the axes."""
+    leaves, structure = jax.tree.flatten(tree)
+    found = [jnp.any(leaf != 0) for leaf in leaves]
+    if axis_name is not None and found:
+        axes = bound_axes(axis_name)
+        stacked = jnp.stack([x.astype(jnp.int32) for x in found])
+        found = list(jax.lax.pmax(stacked, axes) > 0)
+    return jax.tree.unflatten(structure, found)
+
+
 def slope(
     grad: Any, updates: Any, dtype: jnp.dtype, axis_name: AxisName | None = None
 ) -> jax.Array:
