@@ -391,7 +391,7 @@ class _GaussNewton(Curvature):
             return jax.vmap(along)(images.tangents)
 
     def _recognize_identity(self, outputs: Any, *inputs: Any) -> None:
-        """Warns if the only output is the loss itself, of which there is no curvature."""
+        """Warns if the only output is the loss itself, which has no curvature."""
         leaves = jax.tree.leaves(outputs)
         if len(leaves) > 1 or jnp.ndim(leaves[0]):
             return

@@ -50,6 +50,8 @@ class Trust(NamedTuple):
         for a length of 1; 0 where there was none yet.
       length_factor: how much longer than the last step one is to be for which there is
         no curvature.
+      log_loss_ratio: average logarithm of the curvature's own loss over the value.
+      way: average part of the way to the damped minimum of the model that a step goes.
     """
 
     damping: jax.Array
@@ -62,6 +64,8 @@ class Trust(NamedTuple):
     trend: jax.Array
     curvature: jax.Array
     length_factor: jax.Array
+    log_loss_ratio: jax.Array
+    way: jax.Array
 
 
 class Noise(NamedTuple):
@@ -164,6 +168,8 @@ class QuadraticModelState(NamedTuple):
             "nonfinite_products": self.counts.nonfinite,
             "loss_mismatch": self.counts.loss_mismatch,
             "decrease_ratio": jnp.exp(self.trust.log_ratio),
+            "loss_ratio": jnp.exp(self.trust.log_loss_ratio),
+            "way": self.trust.way,
         }
 
 
@@ -189,10 +195,6 @@ def initial(
       state_dtype: dtype of the past steps.
     """
     dtype = _tree.scalar_dtype(params)
-
-    def memory(x: jax.Array) -> jax.Array:
-        # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
-        return jnp.zeros_like(x, shape=(slots, *jnp.shape(x)))
 
     def number(value: float = 0.0) -> jax.Array:
         return jnp.asarray(value, dtype)
@@ -220,6 +222,8 @@ def initial(
             trend=number(),
             curvature=number(),
             length_factor=number(1.0),
+            log_loss_ratio=number(),
+            way=number(1.0),
         ),
         noise=Noise(
             signal=number(1.0),
@@ -230,7 +234,9 @@ def initial(
         ),
         memory=Memory(
             stored=counter(),
-            prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
+            prev_updates=jax.tree.map(
+                lambda x: _tree.slots(x, slots), _tree.zeros_like(params, state_dtype)
+            ),
             prev_norms=jnp.zeros([slots], dtype),
         ),
         counts=Counts(*(counter() for _ in Counts._fields)),

@@ -99,7 +99,8 @@ def scale_by_quadratic_model(
       horizon: the steps of the whole run, for losses of sampled batches, where noise
         may come to rule. None where each loss is that of the same data: the early steps
         of a hard problem without noise can look like noise.
-      multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
+      multiplier: of the step, a number of at most 1, or a schedule of the count: 1, or
+        a final decay.
       weight_decay: λ of a term :math:`\tfrac{\lambda}{2} \lVert x \rVert^2` of the
         model, whose gradient and curvature are known without a pass through it. The
         loss by which steps are judged has it too. None or 0 for none. (An optimizer
@@ -159,6 +160,11 @@ def scale_by_quadratic_model(
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
+        if isinstance(multiplier, int | float) and multiplier > 1:
+            raise ValueError(
+                f"multiplier={multiplier} is not valid: expected at most 1, for "
+                "1 is the minimum of the model, and from 2 on it predicts no fall."
+            )
     _check.floating_dtype("state_dtype", state_dtype)
     settings = _Settings(
         _preconditioners(preconditioner),
@@ -672,6 +678,14 @@ def _after_step(
         state.counts.count,
     )
     counts = state.counts
+    trusted = trust.told(
+        verdict.trust._replace(curvature=level.usual),
+        given.loss,
+        model.own_loss,
+        settings.factor(counts.count, given.loss.dtype),
+        by_model & ~level.flat & ~step.bounded,
+        counts.count,
+    )
     return state._replace(
         preconditioner_states=found.preconditioner_states,
         last=LastStep(
@@ -681,7 +695,7 @@ def _after_step(
             coefficients=step.coefficients,
             conjugacy=conjugacy,
         ),
-        trust=verdict.trust._replace(curvature=level.usual),
+        trust=trusted,
         counts=counts._replace(
             count=optax.safe_increment(counts.count),
             new_level=counts.new_level + verdict.new_level.astype(jnp.int32),
@@ -776,4 +790,16 @@ def _check_curvature(curvature: Any) -> Curvature:
             "nlcg_optax.Curvature as `gauss_newton` and `hessian` make it. Call "
             f"{_CALL}."
         )
+    if curvature.axis_name is None:
+        alone = _tree.untracked_axes()
+        if alone:
+            axes = ", ".join(sorted(map(repr, alone)))
+            raise ValueError(
+                f"The curvature has no axis_name, inside of a `pmap` or a `shard_map` "
+                f"with check_vma=False over {axes}: if each device has its own part of "
+                "the batch, steps differ and copies of the parameters drift apart. "
+                "Name the axis, `nlcg_optax.gauss_newton(..., axis_name="
+                f"{sorted(map(str, alone))[0]!r})`, or `axis_name=()` if the curvature "
+                "is the same on all devices."
+            )
     return curvature

@@ -99,7 +99,7 @@ def judge(
     rounding = 8 * jnp.finfo(loss.dtype).eps * jnp.abs(last.prev_value)
     # A straight line promises more the farther it goes.
     straight = jnp.abs(last.prev_curvature) < _STRAIGHT * last.prev_slope
-    straight &= ~handed_over
+    straight &= jnp.logical_not(handed_over)
     part = jnp.where(straight, _TOLERATED_PART, _TOLERATED_DECREASES)
     tolerated = jnp.maximum(part * predicted, _TOLERATED_ERRORS * model_error)
     climbs = trust.trend < _CLIMBS
@@ -170,6 +170,37 @@ def _ratio(
     spread = trust.log_ratio_spread
     distance = jnp.where(fell, jnp.abs(log - average), _LARGEST_LOG)
     return average, spread + weight * (distance - spread)
+
+
+def told(
+    trust: Trust,
+    loss: jax.Array,
+    own_loss: jax.Array,
+    way: jax.Array,
+    by_model: jax.Array,
+    count: jax.typing.ArrayLike,
+) -> Trust:
+    """The trust, with what a step tells of the loss and of the multiplier.
+
+    Args:
+      trust: before.
+      loss: what `update` was given.
+      own_loss: what the curvature makes of its own batch.
+      way: the part of the way to the minimum of the model that the step goes.
+      by_model: whether the model made the step.
+      count: steps so far.
+    """
+    weight = 1 / (1 + jnp.asarray(count).astype(loss.dtype))
+    weight = jnp.maximum(weight, _RATIO_WEIGHT)
+    comparable = (loss > 0) & (own_loss > 0)
+    ratio = jnp.where(comparable, own_loss, 1) / jnp.where(comparable, loss, 1)
+    log = jnp.clip(jnp.log(ratio), -_LARGEST_LOG, _LARGEST_LOG) - trust.log_loss_ratio
+    log = jnp.where(comparable & by_model, log, 0)
+    way = jnp.where(by_model, way - trust.way, 0)
+    return trust._replace(
+        log_loss_ratio=trust.log_loss_ratio + weight * log,
+        way=trust.way + weight * way,
+    )
 
 
 def mismatch(
