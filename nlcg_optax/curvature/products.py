@@ -667,8 +667,9 @@ def _forward_mode(name: str) -> Iterator[None]:
     """Says what to do about functions that have no derivative in forward mode."""
     try:
         yield
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
+    except (TypeError, NotImplementedError) as error:
+        # The second is JAX's where forward mode is differentiated once more.
+        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
             raise
         raise TypeError(
             f"{name} has a function of `jax.custom_vjp` in it, which has no derivative "

@@ -27,9 +27,9 @@ _TOLERATED_DECREASES, _TOLERATED_ERRORS = 1.0, 4.0
 # Part of a new error in their average, which it exceeds three times at most.
 _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
 # Part of the last sign in their average, and from where on a loss climbs: no rise is
-# tolerated then. It takes six in a row; of losses that noise alone moves, every other
-# one falls.
-_TREND_WEIGHT, _CLIMBS = 0.2, -0.7
+# tolerated then. It takes four in a row, or six after falls; of losses that noise alone
+# moves, every other one falls.
+_TREND_WEIGHT, _CLIMBS = 0.3, -0.7
 # There is as good as no curvature along the gradient if there is a hundred times less
 # than usually, if the loss would fall by ten times the most that is believed, or if a
 # model that was nearly a straight line did not hold.
@@ -37,8 +37,8 @@ _FLAT, _DOUBTED = 100.0, 10.0
 _CURVATURE_WEIGHT = 0.2
 # Then steps are judged by the loss: it has to fall by half of what the slope promises
 # for the next to be longer, and by a quarter for it not to be shorter. A model of this
-# part of curvature is a straight line, by whose promise a loss may rise by this part.
-_LONGER, _SHORTER, _STRAIGHT, _TOLERATED_PART = 0.5, 0.25, 0.3, 0.25
+# part of curvature is a straight line, by whose promise no loss may rise.
+_LONGER, _SHORTER, _STRAIGHT = 0.5, 0.25, 0.3
 # The first has this part of the length of the parameters, and this root mean square.
 _FIRST_PART, _FIRST_RMS = 0.01, 1e-4
 
@@ -100,8 +100,8 @@ def judge(
     # A straight line promises more the farther it goes.
     straight = jnp.abs(last.prev_curvature) < _STRAIGHT * last.prev_slope
     straight &= jnp.logical_not(handed_over)
-    part = jnp.where(straight, _TOLERATED_PART, _TOLERATED_DECREASES)
-    tolerated = jnp.maximum(part * predicted, _TOLERATED_ERRORS * model_error)
+    promise = jnp.where(straight, 0, _TOLERATED_DECREASES * predicted)
+    tolerated = jnp.maximum(promise, _TOLERATED_ERRORS * model_error)
     climbs = trust.trend < _CLIMBS
     tolerated = jnp.where(climbs, 0, tolerated)
     # Not "fell by less": a loss that is no number is no success either.
@@ -119,6 +119,8 @@ def judge(
     )
 
     error = jnp.abs(predicted - actual)
+    # What a line promised too much is no noise of the loss.
+    error = jnp.where(straight, jnp.minimum(error, jnp.abs(actual)), error)
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
     average = model_error + _ERROR_WEIGHT * (bounded - model_error)
     new_error = jnp.where(model_error == 0, error, average)
