@@ -4,6 +4,7 @@ from nlcg_optax import beta, matrices
 from nlcg_optax._alias import nlcg, nlcg_auto, nlcg_paper
 from nlcg_optax._diagnostics import diagnostics
 from nlcg_optax._parallel import pmean_value_and_grad
+from nlcg_optax.curvature.advice import explain
 from nlcg_optax.curvature.checkup import check
 from nlcg_optax.curvature.objective import value_grad_and_curvature
 from nlcg_optax.curvature.products import Curvature, gauss_newton, hessian
@@ -63,6 +64,7 @@ __all__ = [
     "check",
     "describe",
     "diagnostics",
+    "explain",
     "gauss_newton",
     "hessian",
     "matrices",

@@ -45,13 +45,20 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``rate``: the rate with which NLCG's own direction goes on once noise rules; 0
         before.
       - ``bounded_steps``: steps so far that were shortened to the longest allowed.
-      - ``rejected_steps``: steps so far that were taken back.
+      - ``rejected_steps``: how often so far the last step was taken back: three
+        quarters of it, and where that did not help the rest.
+      - ``new_levels``: how often so far the loss stayed up then: it was not the step.
+      - ``flat_steps``: steps so far along which there was as good as no curvature, and
+        whose length the loss alone judged.
       - ``nonfinite_products``: steps so far that were left out because an inner product
         (or the first loss) was not finite.
       - ``loss_mismatch``: steps so far in which loss, gradient and curvature did not
-        fit together; :func:`check` says why.
+        fit together; :func:`check` and :func:`explain` say why.
       - ``decrease_ratio``: average of the actual decrease over the predicted one, of
         steps in which the loss fell.
+      - ``loss_ratio``: average of the curvature's own loss over the one given.
+      - ``way``: average part of the way to the minimum of the model that steps went: 1,
+        or what the multiplier has been.
 
       If a name occurs several times (say under ``optax.partition``), the path of the
       state that it comes from precedes it: ``"['decoder'].inner_state[0]/beta"``.

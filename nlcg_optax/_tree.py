@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from nlcg_optax import _xla
 
@@ -100,6 +101,15 @@ def tracked_axes(axes: Sequence[AxisName]) -> frozenset[AxisName]:
     return frozenset(
         axis for axis in axes if axis in varying_axes(jax.lax.axis_index(axis))
     )
+
+
+def untracked_axes() -> frozenset[AxisName]:
+    """The axes around the call whose types do not say what varies along them.
+
+    Those of a `pmap`, and of a `shard_map` with ``check_vma=False``; not of a `vmap`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return frozenset(mesh.manual_axes) - tracked_axes(mesh.manual_axes)
 
 
 def varying_axes(x: jax.typing.ArrayLike) -> frozenset[AxisName]:
@@ -197,6 +207,17 @@ def max_abs(
     return total if axis_name is None else jax.lax.pmax(total, bound_axes(axis_name))
 
 
+def is_nonzero(tree: Any, axis_name: AxisName | None = None) -> Any:
+    """For each leaf whether any element is not zero, on any device along the axes."""
+    leaves, structure = jax.tree.flatten(tree)
+    found = [jnp.any(leaf != 0) for leaf in leaves]
+    if axis_name is not None and found:
+        axes = bound_axes(axis_name)
+        stacked = jnp.stack([x.astype(jnp.int32) for x in found])
+        found = list(jax.lax.pmax(stacked, axes) > 0)
+    return jax.tree.unflatten(structure, found)
+
+
 def slope(
     grad: Any, updates: Any, dtype: jnp.dtype, axis_name: AxisName | None = None
 ) -> jax.Array:
@@ -221,6 +242,22 @@ def zeros_like(tree: Any, dtype: Any | None = None) -> Any:
         return jnp.zeros_like(x, dtype=kind)
 
     return jax.tree.map(zeros, tree)
+
+
+def slots(x: jax.typing.ArrayLike, count: int) -> jax.Array:
+    """Zeros like some copies of a leaf, stacked along a leading axis.
+
+    Like it, and not merely of its shape: where it varies over the devices of a
+    `shard_map`, or its axes are split along explicit axes of a mesh, so are they.
+    """
+    shape = (count, *jnp.shape(x))
+    # The dtype is named because that of a Python number is weak.
+    zeros = functools.partial(jnp.zeros_like, x, jnp.result_type(x), shape)
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return zeros()
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    return zeros(device=jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def cast_like(tree: Any, like: Any) -> Any:

@@ -63,7 +63,7 @@ LAYERS = (
     ("curvature/products", "curvature/state"),
     ("curvature/subspace", "curvature/noise", "curvature/compilations"),
     ("curvature/trust",),
-    ("curvature/memory",),
+    ("curvature/memory", "curvature/advice"),
     ("curvature/transform", "curvature/objective", "curvature/checkup"),
     ("beta", "_alias"),
     ("minimization/result",),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _tree
+from nlcg_optax.curvature.advice import find_model
 from nlcg_optax.curvature.products import Curvature, stack
 from nlcg_optax.curvature.state import QuadraticModelState
 from nlcg_optax.curvature.subspace import slopes_along
@@ -76,7 +77,7 @@ def check(
     update, after = tx.update(
         grads, state, params, value=value, curvature=curvature, **extra_args
     )
-    model = _model(after)
+    model = find_model(after)
     if curvature.axis_name is not None:
         raise ValueError(
             f"The curvature is a mean over the axis {curvature.axis_name!r}: call "
@@ -89,20 +90,6 @@ def check(
         *_of_products(grads, params, curvature),
         *_of_step(update, model),
     ]
-
-
-def _model(state: Any) -> QuadraticModelState:
-    def is_model(node: Any) -> bool:
-        return isinstance(node, QuadraticModelState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_model) if is_model(x)]
-    if not found:
-        raise ValueError(
-            f"The state of tx ({type(state).__name__}) has no quadratic model, so "
-            "there is no curvature to check. Pass `nlcg_optax.nlcg_auto()`, or a chain "
-            "with `nlcg_optax.scale_by_quadratic_model`."
-        )
-    return found[0]
 
 
 def _of_values(given: jax.Array, own_loss: jax.Array, exact: bool) -> list[str]:
@@ -145,9 +132,9 @@ def _of_gradients(grads: Any, own: Any, exact: bool) -> list[str]:
     if frozen:
         found.append(
             f"The gradient is zero for {', '.join(frozen)}, where that of the "
-            "curvature's own loss is not, so these would move all the same. Show the "
-            "optimizer the others alone (`optax.partition`), or put "
-            "`jax.lax.stop_gradient` into `outputs_fn` too."
+            "curvature's own loss is not. These stay where they are, but the products "
+            "count what they would do. Show the optimizer the others alone "
+            "(`optax.partition`), or put `jax.lax.stop_gradient` into `outputs_fn` too."
         )
     wrong = abs(ratio - 1) > SAME_LOSS or cosine < 1 - SAME_LOSS
     if exact and wrong or not exact and not 1 / LIKE_LOSS < ratio < LIKE_LOSS:

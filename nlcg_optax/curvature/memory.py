@@ -21,6 +21,11 @@ def read(memory: Memory, handed_over: jax.Array) -> list[Any]:
     ]
 
 
+def newest_norm(memory: Memory) -> jax.Array:
+    """The length of the last step; 0 where there was none."""
+    return jnp.asarray(memory.prev_norms)[_by_age(memory)[0]]
+
+
 def write(
     memory: Memory,
     step: Any,
@@ -28,6 +33,7 @@ def write(
     *,
     taken: jax.Array,
     rejected: jax.Array,
+    kept: jax.Array,
     handed_over: jax.Array,
     direction: Any | None,
 ) -> Memory:
@@ -39,6 +45,8 @@ def write(
       norm: its length.
       taken: whether it is taken; if not, nothing changes.
       rejected: whether the last step is taken back instead, which shortens it.
+      kept: the part of it that stays. (A length is remembered of what is taken back
+        wholly, too: it says how long the next step may be.)
       handed_over: whether NLCG's direction makes the steps.
       direction: that direction, which has a slot of its own; None where there is none.
     """
@@ -47,15 +55,16 @@ def write(
     newest, slots = _by_age(memory)[0], len(memory.prev_norms)
     slot = jnp.where(taken, jnp.asarray(memory.stored) % slots, newest)
 
-    def replace(array: Any, slot: jax.Array, new: jax.Array) -> jax.Array:
+    def replace(array: Any, slot: jax.Array, new: jax.Array, part: Any) -> jax.Array:
         array = jnp.asarray(array)  # a restored state may be NumPy's
-        kept = array[slot]
-        shortened = (BACKTRACK * _tree.lift(kept)).astype(kept.dtype)
-        kept = jnp.where(rejected, shortened, kept)
-        return array.at[slot].set(jnp.where(stored, new.astype(kept.dtype), kept))
+        old = array[slot]
+        lifted = _tree.lift(old)
+        shortened = (_tree.scalar_like(part, lifted) * lifted).astype(old.dtype)
+        old = jnp.where(rejected, shortened, old)
+        return array.at[slot].set(jnp.where(stored, new.astype(old.dtype), old))
 
     def remember(array: Any, u: jax.Array) -> jax.Array:
-        return replace(array, jnp.where(handed_over, 0, slot), u)
+        return replace(array, jnp.where(handed_over, 0, slot), u, kept)
 
     def hold(array: jax.Array, d: jax.Array) -> jax.Array:
         new = jnp.where(handed_over & taken, d.astype(array.dtype), array[1])
@@ -67,7 +76,7 @@ def write(
     return Memory(
         stored=jnp.asarray(memory.stored) + stored.astype(jnp.int32),
         prev_updates=arrays,
-        prev_norms=replace(memory.prev_norms, slot, norm),
+        prev_norms=replace(memory.prev_norms, slot, norm, BACKTRACK),
     )
 
 

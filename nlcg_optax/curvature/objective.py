@@ -28,6 +28,7 @@ def value_grad_and_curvature(
     microbatches: int = 1,
     shards: int = 1,
     axis_name: _tree.AxisName | None = None,
+    reverse_mode: bool = False,
 ) -> Callable[..., tuple[Any, Any, Curvature]]:
     r"""`jax.value_and_grad` for optimizers that take the curvature too.
 
@@ -60,6 +61,8 @@ def value_grad_and_curvature(
       axis_name: the mapped axis (or axes) of a `shard_map` or `pmap` over which the
         batch is split. Value, gradient and curvature are then the means over its
         devices, as :func:`pmean_value_and_grad` takes them.
+      reverse_mode: whether the curvature needs no derivative in forward mode, for
+        functions of `jax.custom_vjp`, as for :func:`gauss_newton`.
 
     Returns:
       A function of parameters, a batch (a tree of arrays whose leading axes are of
@@ -117,6 +120,7 @@ def value_grad_and_curvature(
         "has_aux": has_aux,
         "axis_name": axis_name,
         "in_turn": shards > 1,
+        "reverse_mode": reverse_mode,
     }
     value_and_grad = jax.value_and_grad(part_of_value, has_aux=True)
     if axis_name is not None:

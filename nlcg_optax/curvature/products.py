@@ -1,9 +1,11 @@
-"""Curvature along a few directions, from forward-mode products alone."""
+"""Curvature along a few directions, from forward-mode products."""
 
+import contextlib
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,6 +94,7 @@ class Curvature:
       fraction: the part of the batch of the gradient that it is taken on; None where
         nobody said.
       made_outside: whether it was made outside of what JAX traces.
+      reverse_mode: whether nothing is differentiated in forward mode.
     """
 
     functions: Constant
@@ -102,6 +105,7 @@ class Curvature:
     axis_name: _tree.AxisName | None = None
     fraction: float | None = None
     made_outside: bool = False
+    reverse_mode: bool = False
 
     #: Whether the loss is taken for one that is never below zero, as an error or a
     #: cross-entropy of outputs is: no step will then be believed to take much more off
@@ -338,17 +342,30 @@ class _GaussNewton(Curvature):
             _check_outputs(outputs)
             return outputs, tangent
 
-        # The outputs do not depend on the direction: they are computed once.
-        if in_turn:
-            outputs, push_one = jax.linearize(run, params, has_aux=has_aux)[:2]
-            _check_outputs(outputs)
-            pushed = [
-                push_one(jax.tree.map(operator.itemgetter(i), stacked))
-                for i in range(len(jax.tree.leaves(stacked)[0]))
-            ]
-            tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
-        else:
-            outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+        def linear() -> tuple[Any, Callable[[Any], Any]]:
+            if not self.reverse_mode:
+                return jax.linearize(run, params, has_aux=has_aux)[:2]
+            # The product with Jᵀ is linear, and its own transpose is that with J.
+            outputs, pull = jax.vjp(run, params, has_aux=has_aux)[:2]
+            _, push = jax.vjp(pull, outputs)
+            return outputs, lambda direction: push((direction,))[0]
+
+        with _forward_mode("outputs_fn"):
+            # The outputs do not depend on the direction: they are computed once.
+            if in_turn or self.reverse_mode:
+                outputs, push_one = linear()
+                _check_outputs(outputs)
+            if in_turn:
+                pushed = [
+                    push_one(jax.tree.map(operator.itemgetter(i), stacked))
+                    for i in range(len(jax.tree.leaves(stacked)[0]))
+                ]
+                tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
+            elif self.reverse_mode:
+                tangents = jax.vmap(push_one)(stacked)
+            else:
+                outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+        self._recognize_identity(outputs, *inputs)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = vary((outputs, tangents), self.axis_name)
@@ -366,9 +383,28 @@ class _GaussNewton(Curvature):
             return self._value(params, outputs, *inputs)
 
         def along(tangent: Any) -> Any:
+            if self.reverse_mode:  # H is symmetric
+                return jax.vjp(jax.grad(loss), images.outputs)[1](tangent)[0]
             return jax.jvp(jax.grad(loss), (images.outputs,), (tangent,))[1]
 
-        return jax.vmap(along)(images.tangents)
+        with _forward_mode("loss_fn"):
+            return jax.vmap(along)(images.tangents)
+
+    def _recognize_identity(self, outputs: Any, *inputs: Any) -> None:
+        """Warns if the only output is the loss itself, which has no curvature."""
+        leaves = jax.tree.leaves(outputs)
+        if len(leaves) > 1 or jnp.ndim(leaves[0]):
+            return
+        made = jax.make_jaxpr(lambda y: self.functions.value.loss_fn(y, *inputs))
+        jaxpr = made(outputs).jaxpr
+        if jaxpr.outvars == jaxpr.invars:
+            warnings.warn(
+                "outputs_fn returns one number, and loss_fn returns that number: the "
+                "loss itself. It is linear in this output, so there is no curvature. "
+                f"Return what the loss is computed from, {_GAUSS_NEWTON}, or take "
+                f"{_HESSIAN}.",
+                stacklevel=3,
+            )
 
     def _inner(self, params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
         dtype = _tree.scalar_dtype(params)
@@ -416,25 +452,40 @@ class _Hessian(Curvature):
     def _inner(self, params: Any, a: Images, b: Images, *inputs: Any) -> jax.Array:
         value = self._of(inputs)
 
+        dtype = _tree.scalar_dtype(params)
+
         def second(d: Any, e: Any) -> jax.Array:
             def slope(params: Any) -> jax.Array:
                 return jax.jvp(value, (params,), (d,))[1]
 
             return jax.jvp(slope, (params,), (e,))[1]
 
+        if self.reverse_mode:
+            _, times = jax.vjp(jax.grad(value), params)  # H is symmetric
+            products = jax.vmap(lambda e: times(e)[0])(b.directions)
+            pairs = zip(
+                jax.tree.leaves(a.directions), jax.tree.leaves(products), strict=True
+            )
+            return sum((_inner(d, h, dtype) for d, h in pairs), jnp.zeros([], dtype))
         rows = jax.vmap(second, (None, 0))
-        matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
-        return matrix.astype(_tree.scalar_dtype(params))
+        with _forward_mode("value_fn"):
+            matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
+        return matrix.astype(dtype)
 
     def _weighed(self, params: Any, image: Images, *inputs: Any) -> jax.Array:
         """The derivative along the direction: its gradient is H d."""
         direction = jax.tree.map(lambda x: x[0], image.directions)
-        return jax.jvp(self._of(inputs), (params,), (direction,))[1]
+        value = self._of(inputs)
+        if self.reverse_mode:
+            # jax.grad's is the conjugate, as `slope` has it.
+            dtype = _tree.scalar_dtype(params)
+            return _tree.slope(jax.grad(value)(params), direction, dtype)
+        return jax.jvp(value, (params,), (direction,))[1]
 
 
 # The batches, the penalties and the whole parameters are leaves; the rest is fixed.
 _LEAVES = ["batch", "microbatches", "penalties", "whole_params"]
-_FIXED = ["functions", "axis_name", "fraction", "made_outside"]
+_FIXED = ["functions", "axis_name", "fraction", "made_outside", "reverse_mode"]
 for _kind in (_GaussNewton, _Hessian):
     jax.tree_util.register_dataclass(_kind, data_fields=_LEAVES, meta_fields=_FIXED)
 
@@ -452,6 +503,7 @@ def gauss_newton(
     axis_name: _tree.AxisName | None = None,
     in_turn: bool = False,
     fraction: float | None = None,
+    reverse_mode: bool = False,
 ) -> Curvature:
     r"""The generalized Gauss–Newton matrix of a loss of a model's outputs.
 
@@ -503,6 +555,13 @@ def gauss_newton(
         examples, for which XLA would gather the batch onto every device.
       fraction: the part of the gradient's batch that this one is, if you know it: with
         1 the two losses have to be equal, and `diagnostics` counts where they are not.
+      reverse_mode: whether nothing is differentiated in forward mode, for functions
+        that have no derivative there: those of `jax.custom_vjp`, as fused attention
+        and most kernels are. A product :math:`J d` is then the transpose of
+        :math:`w \mapsto J^\top w`, for which that function is differentiated itself:
+        what `custom_vjp` runs backward needs a derivative. For each direction it takes
+        about two forward passes, where forward mode takes one; and it keeps what a
+        backward pass keeps.
 
     Returns:
       A :class:`Curvature`; its matrix is float32, or wider if the parameters are.
@@ -510,7 +569,8 @@ def gauss_newton(
     Raises:
       ValueError: for a batch beside microbatches, or a fraction that is none; when
         called, if the loss is no scalar or a direction does not match the parameters.
-      TypeError: when called, for outputs that are no floating-point numbers.
+      TypeError: when called, for outputs that are no floating-point numbers, or without
+        ``reverse_mode`` for functions that have no derivative in forward mode.
       NameError: when called where nothing maps the axis.
 
     Poisson regression, whose second derivative is diagonal:
@@ -535,7 +595,7 @@ def gauss_newton(
     return _GaussNewton(
         Constant(_Functions(outputs_fn, loss_fn, has_aux, in_turn)),
         penalties=() if none else (Penalty(l2, Constant(l2_mask)),),
-        **_common(batch, microbatches, params, axis_name, fraction),
+        **_common(batch, microbatches, params, axis_name, fraction, reverse_mode),
     )
 
 
@@ -547,6 +607,7 @@ def hessian(
     params: Any | None = None,
     axis_name: _tree.AxisName | None = None,
     fraction: float | None = None,
+    reverse_mode: bool = False,
 ) -> Curvature:
     r"""The second derivative of a function along a few directions.
 
@@ -569,6 +630,8 @@ def hessian(
         (``optax.masked``, ``optax.partition``). The rest counts as fixed.
       axis_name: as for :func:`gauss_newton`.
       fraction: as for :func:`gauss_newton`.
+      reverse_mode: as there: reverse over reverse mode, at k forward and backward
+        passes through the gradient.
 
     Returns:
       A :class:`Curvature`; its matrix is float32, or wider if the parameters are.
@@ -588,7 +651,7 @@ def hessian(
     """
     return _Hessian(
         Constant(value_fn),
-        **_common(batch, microbatches, params, axis_name, fraction),
+        **_common(batch, microbatches, params, axis_name, fraction, reverse_mode),
     )
 
 
@@ -597,6 +660,23 @@ _GAUSS_NEWTON = (
     "loss(outputs, y).mean())`"
 )
 _HESSIAN = "`nlcg_optax.hessian(lambda params: loss(model(params, x), y).mean())`"
+
+
+@contextlib.contextmanager
+def _forward_mode(name: str) -> Iterator[None]:
+    """Says what to do about functions that have no derivative in forward mode."""
+    try:
+        yield
+    except (TypeError, NotImplementedError) as error:
+        # The second is JAX's where forward mode is differentiated once more.
+        if "custom_vjp" not in str(error) and "custom_lin" not in str(error):
+            raise
+        raise TypeError(
+            f"{name} has a function of `jax.custom_vjp` in it, which has no derivative "
+            "in forward mode. Make the curvature with `reverse_mode=True`, as in "
+            "`nlcg_optax.gauss_newton(outputs_fn, loss_fn, reverse_mode=True)`: it "
+            "takes about twice as long. Or define the function by `jax.custom_jvp`."
+        ) from error
 
 
 def check_fraction(fraction: float) -> None:
@@ -610,7 +690,12 @@ def check_fraction(fraction: float) -> None:
 
 
 def _common(
-    batch: Any, microbatches: Any, params: Any, axis_name: Any, fraction: Any
+    batch: Any,
+    microbatches: Any,
+    params: Any,
+    axis_name: Any,
+    fraction: Any,
+    reverse_mode: bool,
 ) -> dict[str, Any]:
     """The fields that both kinds have."""
     if batch is not None and microbatches is not None:
@@ -627,6 +712,7 @@ def _common(
         "axis_name": axis_name,
         "fraction": fraction,
         "made_outside": not isinstance(jnp.zeros([]), Tracer),
+        "reverse_mode": reverse_mode,
     }
 
 

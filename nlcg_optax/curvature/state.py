@@ -44,6 +44,14 @@ class Trust(NamedTuple):
       model_error: average distance of the loss from the model's prediction.
       log_ratio: average logarithm of the actual decrease over the predicted one.
       log_ratio_spread: average distance of that logarithm from its average.
+      rejections: how often the last step was taken back, int32.
+      trend: average of 1 for a loss that fell and of -1 for one that rose.
+      curvature: geometric average of the curvature along the preconditioned gradient,
+        for a length of 1; 0 where there was none yet.
+      length_factor: how much longer than the last step one is to be for which there is
+        no curvature.
+      log_loss_ratio: average logarithm of the curvature's own loss over the value.
+      way: average part of the way to the damped minimum of the model that a step goes.
     """
 
     damping: jax.Array
@@ -52,6 +60,12 @@ class Trust(NamedTuple):
     model_error: jax.Array
     log_ratio: jax.Array
     log_ratio_spread: jax.Array
+    rejections: jax.typing.ArrayLike
+    trend: jax.Array
+    curvature: jax.Array
+    length_factor: jax.Array
+    log_loss_ratio: jax.Array
+    way: jax.Array
 
 
 class Noise(NamedTuple):
@@ -101,7 +115,9 @@ class Counts(NamedTuple):
     Attributes:
       count: steps taken, or taken back.
       bounded: steps that were shortened.
-      rejected: steps that were taken back.
+      rejected: steps that were taken back, in part or wholly.
+      new_level: losses that stayed up when a step was wholly taken back.
+      flat: steps for whose length there was no curvature.
       nonfinite: steps left out for a number that was not finite.
       loss_mismatch: steps taken in which loss, gradient and curvature did not fit
         together.
@@ -110,6 +126,8 @@ class Counts(NamedTuple):
     count: jax.typing.ArrayLike
     bounded: jax.typing.ArrayLike
     rejected: jax.typing.ArrayLike
+    new_level: jax.typing.ArrayLike
+    flat: jax.typing.ArrayLike
     nonfinite: jax.typing.ArrayLike
     loss_mismatch: jax.typing.ArrayLike
 
@@ -145,9 +163,13 @@ class QuadraticModelState(NamedTuple):
             "rate": self.noise.rate,
             "bounded_steps": self.counts.bounded,
             "rejected_steps": self.counts.rejected,
+            "new_levels": self.counts.new_level,
+            "flat_steps": self.counts.flat,
             "nonfinite_products": self.counts.nonfinite,
             "loss_mismatch": self.counts.loss_mismatch,
             "decrease_ratio": jnp.exp(self.trust.log_ratio),
+            "loss_ratio": jnp.exp(self.trust.log_loss_ratio),
+            "way": self.trust.way,
         }
 
 
@@ -174,10 +196,6 @@ def initial(
     """
     dtype = _tree.scalar_dtype(params)
 
-    def memory(x: jax.Array) -> jax.Array:
-        # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
-        return jnp.zeros_like(x, shape=(slots, *jnp.shape(x)))
-
     def number(value: float = 0.0) -> jax.Array:
         return jnp.asarray(value, dtype)
 
@@ -200,6 +218,12 @@ def initial(
             model_error=number(),
             log_ratio=number(),
             log_ratio_spread=number(),
+            rejections=counter(),
+            trend=number(),
+            curvature=number(),
+            length_factor=number(1.0),
+            log_loss_ratio=number(),
+            way=number(1.0),
         ),
         noise=Noise(
             signal=number(1.0),
@@ -210,7 +234,9 @@ def initial(
         ),
         memory=Memory(
             stored=counter(),
-            prev_updates=jax.tree.map(memory, _tree.zeros_like(params, state_dtype)),
+            prev_updates=jax.tree.map(
+                lambda x: _tree.slots(x, slots), _tree.zeros_like(params, state_dtype)
+            ),
             prev_norms=jnp.zeros([slots], dtype),
         ),
         counts=Counts(*(counter() for _ in Counts._fields)),

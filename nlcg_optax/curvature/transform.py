@@ -99,7 +99,8 @@ def scale_by_quadratic_model(
       horizon: the steps of the whole run, for losses of sampled batches, where noise
         may come to rule. None where each loss is that of the same data: the early steps
         of a hard problem without noise can look like noise.
-      multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
+      multiplier: of the step, a number of at most 1, or a schedule of the count: 1, or
+        a final decay.
       weight_decay: λ of a term :math:`\tfrac{\lambda}{2} \lVert x \rVert^2` of the
         model, whose gradient and curvature are known without a pass through it. The
         loss by which steps are judged has it too. None or 0 for none. (An optimizer
@@ -159,6 +160,11 @@ def scale_by_quadratic_model(
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
+        if isinstance(multiplier, int | float) and multiplier > 1:
+            raise ValueError(
+                f"multiplier={multiplier} is not valid: expected at most 1, for "
+                "1 is the minimum of the model, and from 2 on it predicts no fall."
+            )
     _check.floating_dtype("state_dtype", state_dtype)
     settings = _Settings(
         _preconditioners(preconditioner),
@@ -196,7 +202,8 @@ def scale_by_quadratic_model(
     ) -> tuple[optax.Updates, QuadraticModelState]:
         _tree.check_params(updates, params, "the quadratic model")
         loss = _check.loss(value, _MISSING).astype(state.trust.damping.dtype)
-        given = _Given(updates, params, loss, _check_curvature(curvature), extra_args)
+        curvature = _check_curvature(curvature)
+        given = _Given(updates, updates, params, loss, curvature, extra_args)
         compilations.watch(given.curvature, updates)
         given = _with_decay(given, settings)
 
@@ -208,6 +215,7 @@ def scale_by_quadratic_model(
             state.trust,
             _tree.real_scalar(damping, loss.dtype),
             state.counts.count,
+            state.noise.handed_over,
         )
         signal = noise.measure(
             state.noise,
@@ -217,8 +225,9 @@ def scale_by_quadratic_model(
         )
         total_damping = _total_damping(settings, verdict.trust.extra_damping, signal)
         model = _minimize(given, settings, state, found, total_damping)
+        level = _level(given, settings, state, found, model, verdict)
         log_length = noise.best_length(
-            state.noise, model.slopes[0], model.products[0, 0], state.memory.stored
+            state.noise, model.slopes[0], level.curved, state.memory.stored
         )
         stage = noise.hand_over(
             state.noise,
@@ -228,12 +237,12 @@ def scale_by_quadratic_model(
             state.counts.count,
             horizon,
         )
-        step = _make_step(given, settings, state, found, model, stage)
+        step = _make_step(given, settings, state, found, model, level, stage)
         step = _shorten(given, settings, state, step, stage)
         taken = step.finite & ~verdict.rejected
-        output = _choose(given, step, found.past[0], taken, verdict.rejected)
+        output = _choose(given, step, found.last, taken, verdict)
 
-        after = _after_step(given, settings, state, found, model, step, verdict)
+        after = _after_step(given, settings, state, found, model, level, step, verdict)
         after = after._replace(
             trust=after.trust._replace(damping=total_damping),
             noise=state.noise._replace(
@@ -251,6 +260,7 @@ def scale_by_quadratic_model(
             step.norm,
             taken=taken,
             rejected=verdict.rejected,
+            kept=verdict.kept,
             handed_over=stage.active,
             direction=step.direction,
         )
@@ -273,6 +283,12 @@ class _Settings(NamedTuple):
     decay: Penalty | None
     axis_name: _tree.AxisName | None
 
+    def factor(self, count: jax.typing.ArrayLike, dtype: jnp.dtype) -> jax.Array:
+        """What steps are multiplied by."""
+        found = self.multiplier
+        found = found(jnp.asarray(count)) if callable(found) else found
+        return _tree.real_scalar(found, dtype)
+
     @property
     def kinds(self) -> int:
         """How many preconditioned gradients there are."""
@@ -292,6 +308,7 @@ class _Given(NamedTuple):
 
     Attributes:
       grad: the gradient.
+      raw_grad: that of the loss without weight decay.
       params: the parameters.
       loss: the value, in the dtype of scalars.
       curvature: of the loss.
@@ -299,6 +316,7 @@ class _Given(NamedTuple):
     """
 
     grad: Any
+    raw_grad: Any
     params: Any
     loss: jax.Array
     curvature: Curvature
@@ -313,14 +331,34 @@ class _Directions(NamedTuple):
       preconditioner_states: what becomes of the preconditioners' states.
       precondition: the first preconditioner, for other gradients.
       past: the last steps.
+      last: the last of them, whole.
       slopes: of the gradient along all of them.
+      square: of the length of the first one.
     """
 
     preconditioned: list[Any]
     preconditioner_states: tuple[Any, ...]
     precondition: Callable[[Any], Any]
     past: list[Any]
+    last: Any
     slopes: jax.Array
+    square: jax.Array
+
+
+class _Level(NamedTuple):
+    """What is done where there is no curvature.
+
+    Attributes:
+      flat: whether there is none.
+      coefficient: of the preconditioned gradient, which makes the step then.
+      curved: the curvature along it, by which that is the best step if there is none.
+      usual: how much there usually is.
+    """
+
+    flat: jax.Array
+    coefficient: jax.Array
+    curved: jax.Array
+    usual: jax.Array
 
 
 class _Step(NamedTuple):
@@ -376,19 +414,79 @@ def _precondition(
             settings.preconditioners, state.preconditioner_states, strict=True
         )
     ]
-    preconditioned = [z for z, _ in results]
     states = tuple(one_state for _, one_state in results)
+    moves = _tree.is_nonzero(given.grad, settings.axis_name)
+    learns = _tree.is_nonzero(given.raw_grad, settings.axis_name)
 
     def precondition(grad: Any) -> Any:
         first = settings.preconditioners[0]
-        return first.update(grad, states[0], given.params, **extra)[0]
+        found = first.update(grad, states[0], given.params, **extra)[0]
+        return _only(learns, found)
 
-    past = memory.read(state.memory, state.noise.handed_over)
-    trees = [*preconditioned, *past]
+    preconditioned = [_only(moves, z) for z, _ in results]
+    whole = memory.read(state.memory, state.noise.handed_over)
+    past = [_only(moves, u) for u in whole]
+    dtype, axis_name = given.loss.dtype, settings.axis_name
     slopes = subspace.slopes_along(
-        given.grad, trees, given.loss.dtype, settings.axis_name
+        given.grad, [*preconditioned, *past], dtype, axis_name
     )
-    return _Directions(preconditioned, states, precondition, past, slopes)
+    square = _sum_of_squares(preconditioned[0], dtype, axis_name)
+    return _Directions(
+        preconditioned, states, precondition, past, whole[0], slopes, square
+    )
+
+
+def _only(moves: Any, tree: Any) -> Any:
+    """A direction without the leaves that the gradient does not reach.
+
+    There the model would have them make up for what the others do.
+    """
+    return jax.tree.map(lambda keep, x: jnp.where(keep, x, 0), moves, tree)
+
+
+def _level(
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    found: _Directions,
+    model: subspace.Model,
+    verdict: trust.Verdict,
+) -> _Level:
+    """How far to go along the gradient where the curvature does not tell.
+
+    As far as in the last step, or twice or half as far, as the loss has it.
+    """
+    slope, curved = model.slopes[0], model.products[0, 0]
+    nonnegative = given.curvature.nonnegative
+    flat, usual = trust.lacks_curvature(
+        slope,
+        curved,
+        found.square,
+        state.trust.curvature,
+        trust.MAX_DECREASE * given.loss if nonnegative else None,
+        verdict.trust.length_factor,
+    )
+    flat &= ~state.noise.handed_over
+    dtype, count = slope.dtype, jnp.asarray(state.counts.count)
+    factor = settings.factor(count, dtype)
+    before = settings.factor(jnp.maximum(count - 1, 0), dtype)
+    last = memory.newest_norm(state.memory)
+    unknown = (last == 0) | (before == 0)
+
+    def first() -> jax.Array:
+        square = _sum_of_squares(given.params, dtype, settings.axis_name)
+        size = sum(jnp.size(x) for x in jax.tree.leaves(given.params))
+        return factor * trust.first_length(square, size)
+
+    def next_one() -> jax.Array:
+        ratio = factor / jnp.where(unknown, 1, before)
+        return ratio * verdict.trust.length_factor * last
+
+    length = jax.lax.cond(flat & unknown, first, next_one)
+    norm = jnp.sqrt(jnp.where(flat, found.square, 1))
+    coefficient = jnp.where(flat, length / norm, 0)
+    best = slope / jnp.where(coefficient > 0, coefficient, 1)
+    return _Level(flat, coefficient, jnp.where(flat, best, curved), usual)
 
 
 def _total_damping(
@@ -443,14 +541,15 @@ def _make_step(
     state: QuadraticModelState,
     found: _Directions,
     model: subspace.Model,
+    level: _Level,
     stage: noise.Stage,
 ) -> _Step:
     """The step to the minimum of the model; once noise rules, NLCG's own."""
     dtype, kinds = given.loss.dtype, settings.kinds
-    multiplier = settings.multiplier
-    factor = multiplier(state.counts.count) if callable(multiplier) else multiplier
-    factor = _tree.real_scalar(factor, dtype)
+    factor = settings.factor(state.counts.count, dtype)
     coefficients, products = factor * model.coefficients, model.products
+    along = jnp.zeros_like(coefficients).at[0].set(level.coefficient)
+    coefficients = jnp.where(level.flat, along, coefficients)
 
     def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
         lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
@@ -512,9 +611,15 @@ def _shorten(
 ) -> _Step:
     """The step, not much longer than the last ones, nor than the loss allows."""
     growth = _tree.real_scalar(settings.max_growth, given.loss.dtype)
+    longest = jnp.where(
+        # What was taken back wholly was far too long.
+        jnp.asarray(state.trust.rejections) >= trust.MOST_REJECTIONS,
+        memory.newest_norm(state.memory),
+        jnp.max(state.memory.prev_norms),
+    )
     ratio = trust.shorten(
         step.norm,
-        jnp.max(state.memory.prev_norms) * growth,
+        longest * growth,
         step.slope,
         step.curved,
         given.loss,
@@ -534,13 +639,14 @@ def _shorten(
 
 
 def _choose(
-    given: _Given, step: _Step, last: Any, taken: jax.Array, rejected: jax.Array
+    given: _Given, step: _Step, last: Any, taken: jax.Array, verdict: trust.Verdict
 ) -> Any:
-    """The step, or most of the last one back, or nothing."""
+    """The step, or the last one back (or most of it), or nothing."""
 
     def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
-        back = (trust.BACKTRACK - 1) * _tree.lift(back).astype(step.dtype)
-        chosen = jnp.where(taken, step, jnp.where(rejected, back, 0))
+        back = _tree.lift(back).astype(step.dtype)
+        back = _tree.scalar_like(verdict.kept - 1, back) * back
+        chosen = jnp.where(taken, step, jnp.where(verdict.rejected, back, 0))
         return chosen.astype(g.dtype)
 
     return jax.tree.map(choose, step.tree, last, given.grad)
@@ -552,6 +658,7 @@ def _after_step(
     state: QuadraticModelState,
     found: _Directions,
     model: subspace.Model,
+    level: _Level,
     step: _Step,
     verdict: trust.Verdict,
 ) -> QuadraticModelState:
@@ -561,18 +668,24 @@ def _after_step(
         # NLCG's own steps have none.
         products = jnp.where(step.curved == 0, 0, model.products)
         conjugacy = subspace.cosine(step.coefficients, products, settings.kinds)
-    flat = (model.slopes[0] > 0) & (model.products[0, 0] == 0)
     # After the hand-over there is no model to fit anything.
     by_model = ~state.noise.handed_over
     mismatch = trust.mismatch(
         given.loss,
         model.own_loss,
         given.curvature.fraction,
-        flat,
         verdict.trust,
         state.counts.count,
     )
     counts = state.counts
+    trusted = trust.told(
+        verdict.trust._replace(curvature=level.usual),
+        given.loss,
+        model.own_loss,
+        settings.factor(counts.count, given.loss.dtype),
+        by_model & ~level.flat & ~step.bounded,
+        counts.count,
+    )
     return state._replace(
         preconditioner_states=found.preconditioner_states,
         last=LastStep(
@@ -582,9 +695,11 @@ def _after_step(
             coefficients=step.coefficients,
             conjugacy=conjugacy,
         ),
-        trust=verdict.trust,
+        trust=trusted,
         counts=counts._replace(
             count=optax.safe_increment(counts.count),
+            new_level=counts.new_level + verdict.new_level.astype(jnp.int32),
+            flat=counts.flat + level.flat.astype(jnp.int32),
             bounded=counts.bounded + step.bounded.astype(jnp.int32),
             loss_mismatch=counts.loss_mismatch
             + (mismatch & by_model).astype(jnp.int32),
@@ -605,8 +720,8 @@ def _select(
     counts, last = state.counts, state.last
     back = state._replace(
         last=last._replace(
-            prev_slope=trust.BACKTRACK * last.prev_slope,
-            prev_curvature=trust.BACKTRACK**2 * last.prev_curvature,
+            prev_slope=verdict.kept * last.prev_slope,
+            prev_curvature=verdict.kept**2 * last.prev_curvature,
         ),
         trust=verdict.trust,
         counts=counts._replace(
@@ -675,4 +790,16 @@ def _check_curvature(curvature: Any) -> Curvature:
             "nlcg_optax.Curvature as `gauss_newton` and `hessian` make it. Call "
             f"{_CALL}."
         )
+    if curvature.axis_name is None:
+        alone = _tree.untracked_axes()
+        if alone:
+            axes = ", ".join(sorted(map(repr, alone)))
+            raise ValueError(
+                f"The curvature has no axis_name, inside of a `pmap` or a `shard_map` "
+                f"with check_vma=False over {axes}: if each device has its own part of "
+                "the batch, steps differ and copies of the parameters drift apart. "
+                "Name the axis, `nlcg_optax.gauss_newton(..., axis_name="
+                f"{sorted(map(str, alone))[0]!r})`, or `axis_name=()` if the curvature "
+                "is the same on all devices."
+            )
     return curvature

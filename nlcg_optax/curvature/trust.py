@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from nlcg_optax.curvature import subspace
 from nlcg_optax.curvature.state import LastStep, Trust
 
-# A step that is taken back keeps this part of its length.
-BACKTRACK = 0.25
+# A step that is taken back keeps this part of its length, and nothing the second time.
+# What the loss is then is no fault of the step.
+BACKTRACK, MOST_REJECTIONS = 0.25, 2
 # No step is to take more off a positive loss than this many times what there is.
 MAX_DECREASE = 2.0
 # A step that is taken back adds four times λ to it, which then fades.
@@ -25,6 +26,21 @@ _MIN_DAMPING, _MAX_DAMPING = 0.1, 1e3
 _TOLERATED_DECREASES, _TOLERATED_ERRORS = 1.0, 4.0
 # Part of a new error in their average, which it exceeds three times at most.
 _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
+# Part of the last sign in their average, and from where on a loss climbs: no rise is
+# tolerated then. It takes four in a row, or six after falls; of losses that noise alone
+# moves, every other one falls.
+_TREND_WEIGHT, _CLIMBS = 0.3, -0.7
+# There is as good as no curvature along the gradient if there is a hundred times less
+# than usually, if the loss would fall by ten times the most that is believed, or if a
+# model that was nearly a straight line did not hold.
+_FLAT, _DOUBTED = 100.0, 10.0
+_CURVATURE_WEIGHT = 0.2
+# Then steps are judged by the loss: it has to fall by half of what the slope promises
+# for the next to be longer, and by a quarter for it not to be shorter. A model of this
+# part of curvature is a straight line, by whose promise no loss may rise.
+_LONGER, _SHORTER, _STRAIGHT = 0.5, 0.25, 0.3
+# The first has this part of the length of the parameters, and this root mean square.
+_FIRST_PART, _FIRST_RMS = 0.01, 1e-4
 
 
 # The curvature's own loss is the gradient's to so much, where both are of one batch,
@@ -43,10 +59,14 @@ class Verdict(NamedTuple):
 
     Attributes:
       rejected: whether it is to be taken back.
+      kept: the part of it that stays then.
+      new_level: whether the loss stayed up though the step was wholly taken back.
       trust: what becomes of the trust, but for λ.
     """
 
     rejected: jax.Array
+    kept: jax.Array
+    new_level: jax.Array
     trust: Trust
 
 
@@ -57,8 +77,9 @@ def judge(
     trust: Trust,
     damping: jax.Array,
     count: jax.typing.ArrayLike,
+    handed_over: jax.typing.ArrayLike = False,
 ) -> Verdict:
-    """Judges the last step by the loss after it.
+    """Judges the last step by the loss after it, whatever its model promised.
 
     Args:
       loss: what it is now.
@@ -67,40 +88,72 @@ def judge(
       trust: how far its model was believed.
       damping: what λ always is.
       count: steps so far.
+      handed_over: whether the step had no model.
     """
     predicted, model_error = last.predicted_decrease, trust.model_error
-    pending = predicted > 0
+    pending = (last.prev_slope != 0) | (last.prev_curvature != 0)
+    rejections = jnp.asarray(trust.rejections)
+    taken_back = rejections >= MOST_REJECTIONS
     actual = last.prev_value - loss
     # Of two nearly equal losses little but rounding is seen.
     rounding = 8 * jnp.finfo(loss.dtype).eps * jnp.abs(last.prev_value)
-    tolerated = jnp.maximum(
-        _TOLERATED_DECREASES * predicted, _TOLERATED_ERRORS * model_error
-    )
+    # A straight line promises more the farther it goes.
+    straight = jnp.abs(last.prev_curvature) < _STRAIGHT * last.prev_slope
+    straight &= jnp.logical_not(handed_over)
+    promise = jnp.where(straight, 0, _TOLERATED_DECREASES * predicted)
+    tolerated = jnp.maximum(promise, _TOLERATED_ERRORS * model_error)
+    climbs = trust.trend < _CLIMBS
+    tolerated = jnp.where(climbs, 0, tolerated)
     # Not "fell by less": a loss that is no number is no success either.
     held = finite & (-actual <= jnp.maximum(tolerated, rounding))
     rejected, judged = pending & ~held, pending & held
+    new_level = taken_back & ~held & finite & jnp.isfinite(loss)
 
     raised = jnp.maximum(jnp.maximum(trust.extra_damping, damping), _MIN_DAMPING)
     raised = jnp.minimum(_GROW * raised, _MAX_DAMPING)
-    faded = jnp.where(judged, _FADE * trust.extra_damping, trust.extra_damping)
+    extra_damping = jnp.where(rejected, raised, trust.extra_damping)
+    extra_damping = jnp.where(judged, _FADE * extra_damping, extra_damping)
+    # It was not the step.
+    extra_damping = jnp.where(
+        new_level, extra_damping / _GROW**MOST_REJECTIONS, extra_damping
+    )
 
     error = jnp.abs(predicted - actual)
+    # What a line promised too much is no noise of the loss.
+    error = jnp.where(straight, jnp.minimum(error, jnp.abs(actual)), error)
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
     average = model_error + _ERROR_WEIGHT * (bounded - model_error)
     new_error = jnp.where(model_error == 0, error, average)
+    # Of losses that jump up and down by turns some are rejected, until that is known.
+    learned = judged | (rejected & jnp.isfinite(error) & (model_error > 0))
+    fell = jnp.where(jnp.abs(actual) <= rounding, 0, jnp.sign(actual))
+    trend = trust.trend + _TREND_WEIGHT * (fell - trust.trend)
     # What is beyond rounding tells whether predictions are wrong by one factor.
     seen = pending & (predicted > _BEYOND_ROUNDING * rounding)
     log_ratio, spread = _ratio(actual, predicted, trust, count)
     return Verdict(
         rejected,
+        jnp.where(rejections + 1 < MOST_REJECTIONS, BACKTRACK, 0).astype(loss.dtype),
+        new_level,
         trust._replace(
-            extra_damping=jnp.where(rejected, raised, faded),
+            extra_damping=extra_damping,
             actual_decrease=jnp.where(pending, actual, trust.actual_decrease),
-            model_error=jnp.where(judged, new_error, model_error),
+            model_error=jnp.where(learned, new_error, model_error),
             log_ratio=jnp.where(seen, log_ratio, trust.log_ratio),
             log_ratio_spread=jnp.where(seen, spread, trust.log_ratio_spread),
+            rejections=jnp.where(rejected, rejections + 1, 0),
+            trend=jnp.where(new_level, 0, jnp.where(judged, trend, trust.trend)),
+            length_factor=jnp.where(
+                judged & straight, _length_factor(actual, last.prev_slope), 1
+            ),
         ),
     )
+
+
+def _length_factor(actual: jax.Array, promised: jax.Array) -> jax.Array:
+    """How much longer the next step is to be, after one along a straight line."""
+    longer = jnp.where(actual > _LONGER * promised, 2, 1)
+    return jnp.where(actual < _SHORTER * promised, 0.5, longer).astype(actual.dtype)
 
 
 def _ratio(
@@ -121,11 +174,41 @@ def _ratio(
     return average, spread + weight * (distance - spread)
 
 
+def told(
+    trust: Trust,
+    loss: jax.Array,
+    own_loss: jax.Array,
+    way: jax.Array,
+    by_model: jax.Array,
+    count: jax.typing.ArrayLike,
+) -> Trust:
+    """The trust, with what a step tells of the loss and of the multiplier.
+
+    Args:
+      trust: before.
+      loss: what `update` was given.
+      own_loss: what the curvature makes of its own batch.
+      way: the part of the way to the minimum of the model that the step goes.
+      by_model: whether the model made the step.
+      count: steps so far.
+    """
+    weight = 1 / (1 + jnp.asarray(count).astype(loss.dtype))
+    weight = jnp.maximum(weight, _RATIO_WEIGHT)
+    comparable = (loss > 0) & (own_loss > 0)
+    ratio = jnp.where(comparable, own_loss, 1) / jnp.where(comparable, loss, 1)
+    log = jnp.clip(jnp.log(ratio), -_LARGEST_LOG, _LARGEST_LOG) - trust.log_loss_ratio
+    log = jnp.where(comparable & by_model, log, 0)
+    way = jnp.where(by_model, way - trust.way, 0)
+    return trust._replace(
+        log_loss_ratio=trust.log_loss_ratio + weight * log,
+        way=trust.way + weight * way,
+    )
+
+
 def mismatch(
     loss: jax.Array,
     own_loss: jax.Array,
     fraction: float | None,
-    flat: jax.Array,
     trust: Trust,
     count: jax.typing.ArrayLike,
 ) -> jax.Array:
@@ -135,7 +218,6 @@ def mismatch(
       loss: what `update` was given.
       own_loss: what the curvature makes of its own batch.
       fraction: the part of the loss's batch that this is; None for unknown.
-      flat: whether there is no curvature along the gradient, though there is a slope.
       trust: what became of earlier predictions.
       count: steps so far.
     """
@@ -147,7 +229,46 @@ def mismatch(
         differs = (small > 0) & (large > LIKE_LOSS * small)
     size = jnp.abs(trust.log_ratio)
     wrong = (size > jnp.log(_WRONG_FACTOR)) & (trust.log_ratio_spread < _STEADY * size)
-    return differs | flat | (wrong & (jnp.asarray(count) >= _SEEN))
+    return differs | (wrong & (jnp.asarray(count) >= _SEEN))
+
+
+def lacks_curvature(
+    slope: jax.Array,
+    curved: jax.Array,
+    square: jax.Array,
+    usual: jax.Array,
+    most: jax.Array | None,
+    length_factor: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Whether there is as good as no curvature along z, and how much there usually is.
+
+    Args:
+      slope: along z.
+      curved: the curvature along it.
+      square: the square of its length.
+      usual: the curvature for a length of 1, the geometric average; 0 for unknown.
+      most: what a loss that is never below zero may fall by; None for any other.
+      length_factor: below 1 where the last model was a straight line and did not hold.
+    """
+    curved = jnp.abs(curved)
+    here = curved / jnp.where(square > 0, square, 1)
+    flat = (curved == 0) | (_FLAT * here < usual) | (length_factor < 1)
+    if most is not None:
+        flat |= (most > 0) & (0.5 * slope**2 > _DOUBTED * most * curved)
+    known = jnp.where(usual > 0, usual, here)
+    logs = [jnp.log(jnp.where(here > 0, x, 1)) for x in (known, here)]
+    average = jnp.exp(logs[0] + _CURVATURE_WEIGHT * (logs[1] - logs[0]))
+    return flat & (slope > 0), jnp.where(here > 0, average, usual)
+
+
+def first_length(square: jax.Array, size: int) -> jax.Array:
+    """Of a step without curvature, where there was none before.
+
+    Args:
+      square: of the length of the parameters.
+      size: how many they are.
+    """
+    return _FIRST_PART * jnp.sqrt(square) + _FIRST_RMS * size**0.5
 
 
 def shorten(

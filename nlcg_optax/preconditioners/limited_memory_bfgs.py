@@ -94,11 +94,7 @@ def scale_by_limited_memory_bfgs(
     _check.static_counts(memory_size=(memory_size, 1))
 
     def init_fn(params: optax.Params) -> LimitedMemoryBfgsState:
-        def memory(x: jax.Array) -> jax.Array:
-            # Like x, and not merely of its shape: sharded in a `shard_map` if x is.
-            # The dtype is named because that of a Python number is weak.
-            shape = (memory_size, *jnp.shape(x))
-            return jnp.zeros_like(x, dtype=jnp.result_type(x), shape=shape)
+        memory = functools.partial(_tree.slots, count=memory_size)
 
         dtype = _tree.scalar_dtype(params)
         return LimitedMemoryBfgsState(

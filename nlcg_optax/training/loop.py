@@ -18,6 +18,7 @@ import optax
 from jax.sharding import Mesh
 
 import nlcg_optax
+from nlcg_optax.curvature import advice as curvature_advice
 from nlcg_optax.training import (
     checkpoint,
     comparison,
@@ -264,6 +265,7 @@ class _Run:
             self.told.step(step, row)
         if "loss_mismatch" in row:
             self.told.loss_mismatch(step, row["loss_mismatch"] - self.mismatches)
+            self.told.advise(curvature_advice.advice(row, step))
         if not finite and not row.get("taken_back"):
             advice = "Lower optimizer.learning_rate or lengthen schedule.warmup_epochs"
             if self.config.optimizer.name == "nlcg_auto":

@@ -222,6 +222,7 @@ class Report:
         self._images, self._seconds = 0, 0.0
         self._compiling = self._training = 0.0
         self._warned = False
+        self._advised: set[str] = set()
 
     def paint(self, text: str, style: str) -> str:
         """The text in colour where lines go to a terminal."""
@@ -308,6 +309,14 @@ class Report:
                 "nlcg_optax.check says what is wrong with them.",
                 "quiet",
             )
+
+    def advise(self, found: Sequence[str]) -> None:
+        """Warns of what the optimizer's counts say, once of each."""
+        for sentence in found:
+            name = sentence.split(":")[0]
+            if name not in self._advised:
+                self._advised.add(name)
+                self.line(f"{self.paint('warning:', 'yellow')} {sentence}", "quiet")
 
     def update(
         self, metrics: Mapping[str, float] | None, seconds: float, waited: float = 0.0
