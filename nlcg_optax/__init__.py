@@ -41,6 +41,11 @@ from nlcg_optax.step_sizes.loss_feedback import (
     LossFeedbackState,
     scale_by_loss_feedback,
 )
+from nlcg_optax.step_sizes.noise_balance import (
+    NoiseBalanceState,
+    eval_params,
+    scale_by_noise_balance,
+)
 
 __version__ = "0.1.0"
 
@@ -55,12 +60,14 @@ __all__ = [
     "LossFeedbackState",
     "Matrix",
     "MinimizeResult",
+    "NoiseBalanceState",
     "OrthogonalizationState",
     "QuadraticModelState",
     "beta",
     "check",
     "describe",
     "diagnostics",
+    "eval_params",
     "gauss_newton",
     "hessian",
     "matrices",
@@ -75,6 +82,7 @@ __all__ = [
     "scale_by_lars",
     "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
+    "scale_by_noise_balance",
     "scale_by_orthogonalization",
     "scale_by_quadratic_model",
     "value_grad_and_curvature",
