@@ -1,5 +1,6 @@
 """The ready optimizers: chains of a preconditioner, a direction and a step size."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -141,9 +142,10 @@ def nlcg(
 
 
 def nlcg_auto(
-    num_steps: int | None = None,
+    num_steps: float | None = None,
     *,
     preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
+    noise_direction: optax.GradientTransformation | None = None,
     residuals: int = 2,
     multiplier: optax.ScalarOrSchedule = 1.0,
     weight_decay: float | None = None,
@@ -161,13 +163,17 @@ def nlcg_auto(
 
     Args:
       num_steps: the steps of the whole run, where each step sees another batch. Once
-        most of the gradient is noise, NLCG's own direction then goes on with the
-        average of the best lengths, which falls to zero at the last step. None where
-        each loss is that of the same data, or where the end of the run is not known:
-        the curvature then chooses each step, and where there is noise steps are damped
-        in proportion to it, and stay so.
+        most of the gradient is noise, an averaged gradient goes on without products,
+        with a rate that balances what noise costs with what is still gained
+        (:func:`~nlcg_optax.scale_by_noise_balance`), and falls to zero at the last
+        step. ``math.inf`` where the end is not known: then the rate does not fall, and
+        :func:`~nlcg_optax.eval_params` gives the parameters to evaluate. None where
+        each loss is that of the same data: the curvature then chooses each step.
       preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
         transformation, None, or a sequence of them, of which each makes a direction.
+      noise_direction: what makes the direction once noise rules, as for
+        :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
+        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices.
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -215,12 +221,13 @@ def nlcg_auto(
     True
     """
     several = _transformations.several(preconditioner)
-    if num_steps is not None:
+    if num_steps is not None and num_steps != math.inf:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,
         horizon=num_steps,
+        noise_direction=noise_direction,
         multiplier=multiplier,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,

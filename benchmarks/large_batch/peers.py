@@ -160,6 +160,11 @@ def soap(learning_rate: optax.ScalarOrSchedule, **options) -> Any:
     )
 
 
+def averaged_basis() -> Any:
+    """What `nlcg_auto` goes on with where noise rules."""
+    return optax.chain(scale_by_soap(b1=0.9), optax.scale(0.2))
+
+
 PEERS: dict[str, Callable[..., Any]] = {
     "soap": soap,
     "schedule_free_adamw": optax.contrib.schedule_free_adamw,
@@ -210,6 +215,12 @@ def create_optimizer(
         options = {key: ast.literal_eval(value) for key, value in peer.items()}
         return optax.with_extra_args_support(make(schedule, **options))
     name = config.optimizer.name
+    if name == "nlcg_auto" and labels is None:
+        return nlcg_optax.nlcg_auto(
+            total_steps,
+            noise_direction=averaged_basis(),
+            residuals=config.optimizer.nlcg_auto.residuals,
+        )
     if labels is None or name not in ("nlcg", "nlcg_auto", "muon"):
         return optax.with_extra_args_support(
             optimizers.create_optimizer(
@@ -241,6 +252,7 @@ def create_optimizer(
         return nlcg_optax.nlcg_auto(
             total_steps,
             preconditioner=preconditioner,
+            noise_direction=averaged_basis(),
             residuals=config.optimizer.nlcg_auto.residuals,
         )
     return nlcg_optax.nlcg(

@@ -258,6 +258,7 @@ class FunctionTask(NamedTuple):
                 given["curvature"] = nlcg_optax.gauss_newton(
                     lambda params: self.outputs(params, few),
                     lambda outputs: self.loss(outputs, few),
+                    fraction=len(jax.tree.leaves(few)[0]) / batch_size,
                 )
             updates, opt_state = create_optimizer(rate).update(
                 grads, state.opt_state, state.params, value=loss, **given

@@ -17,8 +17,10 @@ _RULED_BY_NOISE = 0.4
 # Before noise may rule the signal was measured so often, and after it there is time for
 # so many steps: five times the memory of β = 0.9.
 _MEASUREMENTS, _STEPS_LEFT = 8, 50
-# The part of the run's examples that the curvature may be taken on.
-_PART_OF_EXAMPLES = 0.2
+# What the curvature may cost: in parts of the run's examples, and in parts of its
+# gradients, of which the products of a step with four directions and two residual ones
+# cost about six on as many examples.
+_PART, _GRADIENTS = 0.2, 6.0
 # The last measurement's part in an average, once there are ten.
 _WEIGHT = 0.1
 # A smaller share of signal counts as this much.
@@ -131,8 +133,9 @@ def rules(
     """Whether noise rules from the next step on.
 
     It does where little is signal, which takes eight measurements, or a step that the
-    next batch contradicts; or where the curvature was taken on a fifth of the run's
-    examples.
+    next batch contradicts; or where products have cost a fifth of what the gradients of
+    the run cost; but for a remainder that is too short, unless the curvature was taken
+    on a fifth of the run's examples.
 
     Args:
       signal: the average share of signal, by the next batch.
@@ -145,6 +148,8 @@ def rules(
     dtype = signal.dtype
     horizon = jnp.asarray(horizon).astype(dtype)
     known = contradicted | (jnp.asarray(measurements) >= _MEASUREMENTS)
-    spent = examples + 1e-4 >= _PART_OF_EXAMPLES * horizon
+    most = _PART * horizon * (1 - 1e-4)  # whatever rounding does
+    spent = _GRADIENTS * examples >= most
     time_left = jnp.asarray(count).astype(dtype) + _STEPS_LEFT <= horizon
-    return ((known & (signal < _RULED_BY_NOISE)) & time_left) | spent
+    ruled = (known & (signal < _RULED_BY_NOISE)) | spent
+    return (ruled & time_left) | (examples >= most)

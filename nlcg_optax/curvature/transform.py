@@ -19,6 +19,8 @@ from nlcg_optax.step_sizes import noise_balance
 
 # Of NLCG's own direction where noise rules.
 _BETA = 0.9
+# How its rate is steered, see `scale_by_noise_balance`.
+_TARGET, _DELAY = 1.0, 5.0
 # What is left of the first rate where the next batch contradicts the lengths.
 _DOUBTED = 0.1
 
@@ -432,7 +434,9 @@ def _by_noise(
     if settings.horizon != math.inf:
         left = jnp.asarray(settings.horizon) - known.since
     # The average begins here.
-    balance, size = noise_balance.follow(balance, average, loss, excess, left)
+    balance, size = noise_balance.follow(
+        balance, average, loss, excess, left, _TARGET, _DELAY
+    )
     size = size * settings.factor(counts.count, dtype)
     finite = balance.nonfinite == known.balance.nonfinite
 

@@ -19,9 +19,8 @@ _NOW, _PAST = 8.0, 1.0
 _LAG = 3.3
 # There the gain before was less than this many times that of now.
 _FLATTER = 1.5
-# How far log(rate) goes in a window, at most, and by how many steps what is seen lags
-# behind what is done: about half of the memory of a direction of β = 0.9.
-_SPEED, _DELAY = 1.4, 5.0
+# How far log(rate) goes in a window, at most.
+_SPEED = 1.4
 # The part of a run in which the rate is steered; then it falls to zero along a line.
 _STEERED = 0.55
 # What is left of the rate after a loss that is not finite.
@@ -127,6 +126,7 @@ def scale_by_noise_balance(
     *,
     first_rate: float = 1e-3,
     target: float = 1.0,
+    delay: float = 20.0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales directions by a rate that balances the cost of noise with what is gained.
 
@@ -143,13 +143,13 @@ def scale_by_noise_balance(
     rate makes both equal. The rate is steered to where E = τR, by
 
     .. math::
-        \log \alpha \leftarrow \log \alpha + \frac{1.4}{w + 5} \cdot
+        \log \alpha \leftarrow \log \alpha + \frac{1.4}{w + \delta} \cdot
         \frac{\tau R - E}{\tau R + |E| + \sigma}
 
-    with the window :math:`w = (n + 8)/9` after n steps. R is that of the last half,
-    times 1.5 R over the R before it where that is less than 1: in the steep descent of
-    the first steps it says little of what is still to come. It counts as its standard
-    error σ at least, so that a rate which died comes back. To E is added what
+    with the window :math:`w = (n + 8)/9` after n steps and a delay δ. R is that of the
+    last half, times 1.5 R over the R before it where that is less than 1: in the steep
+    descent of the first steps it says little of what is still to come. It counts as its
+    standard error σ at least, so that a rate which died comes back. To E is added what
     :math:`\bar x` lags behind, :math:`3.3 R\, a / n` with the mean age a of the
     parameters in it. A change of units of the loss, or a constant in it, changes
     nothing.
@@ -171,9 +171,11 @@ def scale_by_noise_balance(
 
     Args:
       num_steps: the steps of the whole run; None where that is not known.
-      first_rate: the rate of the first steps, which should hardly matter: it may grow
-        by a factor of e in some five steps at first, and in 7% of the steps later.
+      first_rate: the rate of the first steps.
       target: τ, what noise may cost in parts of the gain.
+      delay: δ. What a rate does is seen some steps later, and in the steep descent of
+        the first steps hardly at all. With 20 the rate grows there by a factor of e in
+        15 steps at most; after a good start, as :func:`nlcg_auto` makes it, 5 will do.
 
     Returns:
       A transformation whose `update` needs `params` and the keyword arguments
@@ -217,6 +219,7 @@ def scale_by_noise_balance(
         _check.number("num_steps", num_steps, minimum=1, integer=True)
     _check.number("first_rate", first_rate, minimum=0, exclusive=True)
     _check.number("target", target, minimum=0, exclusive=True)
+    _check.number("delay", delay, minimum=0)
 
     def init_fn(params: optax.Params) -> NoiseBalanceState:
         return begin(params, first_rate)
@@ -243,7 +246,7 @@ def scale_by_noise_balance(
             excess = excess_of(curvature, loss, params, average)
         else:
             raise ValueError(_VALUE_FN)
-        new, size = follow(state, average, loss, excess, num_steps, target)
+        new, size = follow(state, average, loss, excess, num_steps, target, delay)
         finite = new.nonfinite == state.nonfinite
 
         def scale(u: jax.Array, w: jax.Array, mean: jax.Array) -> jax.Array:
@@ -336,7 +339,9 @@ def watch(balance: Balance, loss: jax.Array, excess: jax.Array) -> Balance:
     )
 
 
-def change(balance: Balance, target: jax.typing.ArrayLike) -> jax.Array:
+def change(
+    balance: Balance, target: jax.typing.ArrayLike, delay: jax.typing.ArrayLike
+) -> jax.Array:
     """By how much the logarithm of the rate is to grow in this step."""
     dtype = balance.rate.dtype
     doubt, cost = balance.doubt, balance.cost
@@ -344,7 +349,7 @@ def change(balance: Balance, target: jax.typing.ArrayLike) -> jax.Array:
     size = wanted + jnp.abs(cost) + doubt
     too_low = jnp.where(size > 0, (wanted - cost) / jnp.where(size > 0, size, 1), 0)
     window = (jnp.asarray(balance.seen).astype(dtype) + _NOW) / (_NOW + 1)
-    return _SPEED * too_low / (window + _DELAY)
+    return _SPEED * too_low / (window + _tree.real_scalar(delay, dtype))
 
 
 def follow(
@@ -353,7 +358,8 @@ def follow(
     loss: jax.Array,
     excess: jax.Array,
     num_steps: jax.typing.ArrayLike | None,
-    target: jax.typing.ArrayLike = 1.0,
+    target: jax.typing.ArrayLike,
+    delay: jax.typing.ArrayLike,
 ) -> tuple[NoiseBalanceState, jax.Array]:
     """The state after a step, and the rate of this one, with its decay.
 
@@ -364,6 +370,7 @@ def follow(
       excess: over the loss at the average.
       num_steps: from the first step that was counted on; None if unknown.
       target: what noise may cost in parts of the gain.
+      delay: by how many steps what is seen lags behind.
     """
     balance = watch(state.balance, loss, excess)
     dtype, done = balance.rate.dtype, jnp.asarray(state.count)
@@ -374,7 +381,7 @@ def follow(
         steered = part < _STEERED
         decay = jnp.clip((1 - part) / (1 - _STEERED), 0, 1)
     grown = jnp.where(
-        steered & (jnp.asarray(balance.seen) > 1), change(balance, target), 0
+        steered & (jnp.asarray(balance.seen) > 1), change(balance, target, delay), 0
     )
     balance = balance._replace(rate=balance.rate * jnp.exp(grown))
     finite = jnp.isfinite(loss) & jnp.isfinite(excess)
@@ -394,8 +401,8 @@ def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:
     """The parameters to evaluate: their average, where the loss is lower there.
 
     While noise holds the loss up that is so; once the rate has fallen by half, on its
-    way to zero, the last parameters are given. Without :func:`scale_by_noise_balance`, or before
-    the first step that noise rules, they are the parameters themselves.
+    way to zero, the last parameters are given. So they are without
+    :func:`scale_by_noise_balance`, and in a quadratic model before noise rules.
 
     Args:
       opt_state: the state of an optimizer, chained, masked or partitioned as it may be.

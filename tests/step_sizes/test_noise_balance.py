@@ -1,48 +1,17 @@
 """The rate that balances the cost of noise with the gain, against NumPy in float64."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 import pytest
 
 import nlcg_optax
 from nlcg_optax import scale_by_noise_balance
 from nlcg_optax.step_sizes import noise_balance
-
-
-def oracle(losses, heres, num_steps, rate, target=1.0):
-    """Rates of the steps with their decay, from L(x) and L(x̄), by the docstring."""
-    excess = now = past = older = variance = age = 0.0
-    sizes = []
-    for t, (loss, there) in enumerate(zip(losses, heres, strict=True)):
-        n = t + 1
-        a = max(1 / n, 1 / max(10, n / 10))
-        age = (1 - a) * (age + 1)
-        short, long = 9 / (n + 8), 2 / (n + 1)
-        excess += short * (loss - there - excess)
-        before = now
-        now += short * (there - now)
-        past += long * (there - past)
-        older += long * (past - older)
-        spread = 0 if n == 1 else (there - before) * (there - now)
-        variance += short * (spread - variance)
-        gain = max(past - now, 0)
-        cost = excess + 3.3 * age / n * gain
-        if older - past > 1.5 * gain:
-            gain *= 1.5 * gain / (older - past)
-        doubt = math.sqrt(variance * 9 / (n + 8))
-        wanted = target * max(gain, doubt)
-        part = t / num_steps
-        size = wanted + abs(cost) + doubt
-        if n > 1 and part < 0.55 and size > 0:
-            window = (n + 8) / 9
-            rate *= math.exp(1.4 * (wanted - cost) / size / (window + 5))
-        sizes.append(rate * min(max((1 - part) / 0.45, 0), 1))
-    return sizes
 
 
 def noisy_losses(count, seed=0):
@@ -67,7 +36,11 @@ def test_rates_are_those_of_the_formulas(target):
     for loss, there in zip(losses, theres, strict=True):
         u, state = update(state, loss, there)
         sizes.append(float(u[0]))
-    expected = oracle(losses, theres, 150, 0.01, target)
+    balance = oracle.NoiseBalance(0.01, 150, target, delay=20)
+    expected = []
+    for pair in zip(losses, theres, strict=True):
+        balance.average(0.0)
+        expected.append(balance.step(*pair))
     np.testing.assert_allclose(sizes, expected, rtol=1e-12)
     assert sizes[-1] < sizes[80] / 20
 
@@ -150,7 +123,10 @@ def test_the_first_rate_hardly_matters():
 
 def test_a_rate_that_died_comes_back():
     tx = balanced(1e-7, num_steps=None)
-    _, state, _, losses = run(tx, *start(tx), 0, 400)
+    _, state, *_ = run(tx, *start(tx), 0, 400)
+    # By a factor of e in 28 steps, and the loss shows nothing of it until it is large.
+    assert nlcg_optax.diagnostics(state)["noise_rate"] > 1e-5
+    _, state, _, losses = run(tx, state, jnp.ones(10), 400, 1000)
     assert nlcg_optax.diagnostics(state)["noise_rate"] > 1e-3
     assert losses[-1] < 0.3 * losses[0]
 
@@ -262,7 +238,7 @@ def test_numbers_of_a_first_step():
     """From the first loss alone nothing is known, and nothing is steered."""
     state = noise_balance.begin(jnp.ones(2), 0.5)
     new, size = noise_balance.follow(
-        state, state.average, jnp.float32(2.0), jnp.float32(0.0), None
+        state, state.average, jnp.float32(2.0), jnp.float32(0.0), None, 1.0, 5.0
     )
     assert (size, new.balance.now, new.balance.past, new.balance.older) == (
         0.5,
