@@ -221,7 +221,7 @@ def nlcg_auto(
     True
     """
     several = _transformations.several(preconditioner)
-    if num_steps is not None and num_steps != math.inf:
+    if num_steps is not None and num_steps is not math.inf:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],

@@ -21,8 +21,8 @@ from nlcg_optax.step_sizes import noise_balance
 _BETA = 0.9
 # How its rate is steered, see `scale_by_noise_balance`.
 _TARGET, _DELAY = 1.0, 5.0
-# What is left of the first rate where the next batch contradicts the lengths.
-_DOUBTED = 0.1
+# The first rate, in best lengths; and where the next batch contradicts those.
+_FIRST, _DOUBTED = 0.3, 0.03
 
 Preconditioners = (
     optax.GradientTransformation | Sequence[optax.GradientTransformation | None] | None
@@ -85,7 +85,8 @@ def scale_by_quadratic_model(
     measured first, unless the next batch says that the loss rose along a step by more
     than it was to fall. Nor is the curvature taken on more than a fifth of the examples
     of the whole run. From then on there are no products. The rate starts with the
-    (geometric) mean of the best lengths along z and is steered by
+    0.3 of the (geometric) mean of the best lengths along z (with 0.03 where the next
+    batch contradicts them) and is steered by
     :func:`scale_by_noise_balance`, with the loss of the curvature's part of the batch.
 
     As everywhere in Optax the updates keep the gradient's sign until the final negative
@@ -175,7 +176,7 @@ def scale_by_quadratic_model(
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
     _check.number("noise_damping", noise_damping, minimum=0)
-    if horizon is not None and horizon != math.inf:
+    if horizon is not None and not _endless(horizon):
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
@@ -402,7 +403,7 @@ def _hand_over(
     )
     starts &= jnp.asarray(stored) > 0
     balance: Any = known.balance
-    length = jnp.exp(log_length) * jnp.where(contradicted, _DOUBTED, 1)
+    length = jnp.exp(log_length) * jnp.where(contradicted, _DOUBTED, _FIRST)
     rate = jnp.where(starts, length, balance.balance.rate)
     return after.noise._replace(
         fresh_signal=signal,
@@ -430,10 +431,8 @@ def _by_noise(
     loss = jnp.where(jnp.isfinite(slope) & jnp.isfinite(size_sq), given.loss, jnp.nan)
     average = noise_balance.averaged(balance, given.params)
     excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
-    left = None
-    if settings.horizon != math.inf:
-        left = jnp.asarray(settings.horizon) - known.since
-    # The average begins here.
+    left = _tree.real_scalar(settings.horizon, dtype)
+    left = left - jnp.asarray(known.since).astype(dtype)
     balance, size = noise_balance.follow(
         balance, average, loss, excess, left, _TARGET, _DELAY
     )
@@ -719,6 +718,11 @@ def _decay(weight_decay: Any, mask: Any) -> Penalty | None:
     return Penalty(weight_decay, Constant(mask))
 
 
+def _endless(horizon: Any) -> bool:
+    """Whether the steps of a run are not known, math.inf."""
+    return isinstance(horizon, float) and math.isinf(horizon)
+
+
 def _own_direction(
     preconditioner: optax.GradientTransformation,
     state_dtype: Any | None,
@@ -732,7 +736,6 @@ def _own_direction(
         beta_bounds=(_BETA, _BETA),
         nesterov=True,
         epsilon=0.0,
-        track_cosine=False,
         state_dtype=state_dtype,
         axis_name=axis_name,
     )

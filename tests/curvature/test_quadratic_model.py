@@ -267,7 +267,7 @@ def oracle(x, noise, steps, horizon):
             row |= {"x": x, "share": share, "damping": damping}
         left = 0 if horizon is None else horizon - (t + 1)
         if known and fresh < 0.4 and left >= 50:
-            rate = math.exp(log_length) * (0.1 if contradicted else 1)
+            rate = math.exp(log_length) * (0.03 if contradicted else 0.3)
             balance = NoiseBalance(rate, left)
     return rows
 
