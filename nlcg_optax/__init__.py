@@ -43,6 +43,11 @@ from nlcg_optax.step_sizes.loss_feedback import (
     LossFeedbackState,
     scale_by_loss_feedback,
 )
+from nlcg_optax.step_sizes.noise_balance import (
+    NoiseBalanceState,
+    eval_params,
+    scale_by_noise_balance,
+)
 
 __version__ = "0.1.0"
 
@@ -57,6 +62,7 @@ __all__ = [
     "LossFeedbackState",
     "Matrix",
     "MinimizeResult",
+    "NoiseBalanceState",
     "OrthogonalizationState",
     "QuadraticModelState",
     "SoapState",
@@ -64,6 +70,7 @@ __all__ = [
     "check",
     "describe",
     "diagnostics",
+    "eval_params",
     "explain",
     "gauss_newton",
     "hessian",
@@ -79,6 +86,7 @@ __all__ = [
     "scale_by_lars",
     "scale_by_limited_memory_bfgs",
     "scale_by_loss_feedback",
+    "scale_by_noise_balance",
     "scale_by_orthogonalization",
     "scale_by_quadratic_model",
     "scale_by_soap",

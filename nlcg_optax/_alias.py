@@ -1,9 +1,11 @@
 """The ready optimizers: chains of a preconditioner, a direction and a step size."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _transformations, _tree
@@ -143,9 +145,10 @@ def nlcg(
 
 
 def nlcg_auto(
-    num_steps: int | None = None,
+    num_steps: float | None = None,
     *,
     preconditioner: Preconditioner | Sequence[Preconditioner] = "orthogonalization",
+    noise_direction: optax.GradientTransformation | None = None,
     residuals: int = 2,
     multiplier: optax.ScalarOrSchedule = 1.0,
     weight_decay: float | None = None,
@@ -163,14 +166,19 @@ def nlcg_auto(
 
     Args:
       num_steps: the steps of the whole run, where each step sees another batch. Once
-        most of the gradient is noise, NLCG's own direction then goes on with the
-        average of the best lengths, which falls to zero at the last step. None where
-        each loss is that of the same data, or where the end of the run is not known:
-        the curvature then chooses each step, and where there is noise steps are damped
-        in proportion to it, and stay so.
+        most of the gradient is noise, an averaged gradient goes on without products,
+        with a rate that balances what noise costs with what is still gained
+        (:func:`~nlcg_optax.scale_by_noise_balance`), and falls to zero at the last
+        step. ``math.inf`` where the end is not known: then the rate does not fall, and
+        :func:`~nlcg_optax.eval_params` gives the parameters to evaluate. None where
+        each loss is that of the same data: the curvature then chooses each step.
       preconditioner: ``"orthogonalization"``, ``"soap"``, ``"diagonal_bfgs"``, any
         gradient transformation, None, or a sequence of them, of which each makes a
         direction.
+      noise_direction: what makes the direction once noise rules, as for
+        :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
+        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices
+        (:func:`~nlcg_optax.scale_by_soap`).
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -218,12 +226,15 @@ def nlcg_auto(
     True
     """
     several = _transformations.several(preconditioner)
-    if num_steps is not None:
+    if num_steps is not None and num_steps is not math.inf:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
+    if noise_direction is None and num_steps is not None:
+        noise_direction = _averaged_gradient(epsilon, axis_name)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,
         horizon=num_steps,
+        noise_direction=noise_direction,
         multiplier=multiplier,
         weight_decay=weight_decay,
         weight_decay_mask=weight_decay_mask,
@@ -306,6 +317,21 @@ def _preconditioner(
     if preconditioner == "soap":
         return scale_by_soap(eps=epsilon, axis_name=axis_name)
     return scale_by_diagonal_bfgs(epsilon, state_dtype=state_dtype, axis_name=axis_name)
+
+
+def _averaged_gradient(
+    epsilon: float, axis_name: _tree.AxisName | None
+) -> optax.GradientTransformation:
+    """An average of about ten gradients in the basis of their Gram matrices."""
+
+    def vectors_too(updates: Any, params: Any = None) -> Any:
+        del params  # all leaves are 0.2 times what Adam would make of them
+        return jax.tree.map(
+            lambda u: u if u.ndim > 1 else u * jnp.asarray(0.2, u.dtype), updates
+        )
+
+    soap = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
+    return optax.chain(soap, optax.stateless(vectors_too))
 
 
 def _decay(

@@ -32,6 +32,15 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``nonfinite_losses``: losses so far that were not finite.
       - ``skipped_curvature``: curvature updates of the preconditioner skipped so far.
 
+      of :func:`scale_by_noise_balance`, also within the quadratic model:
+
+      - ``noise_excess``: E, the excess of the loss over that at the average parameters.
+      - ``noise_cost``: the same, with what the average lags behind.
+      - ``gain``: R, what the run still gains.
+      - ``noise_ratio``: of the cost to the gain; infinite where there is no gain.
+      - ``noise_rate``: the rate of the last step, with its decay.
+      - ``noise_nonfinite``: losses so far that were not finite.
+
       and where :func:`scale_by_quadratic_model` takes the step:
 
       - ``coefficients``: an array, of each preconditioned gradient, then of each past
@@ -42,8 +51,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``conjugacy``: cosine between the last two steps in the metric of the curvature.
       - ``signal``: average share of the slope along a step that is no noise, which the
         next gradient tells: 1 on the whole data, 0 where all is noise.
-      - ``rate``: the rate with which NLCG's own direction goes on once noise rules; 0
-        before.
+      - ``rate``: the rate of the steps once noise rules, before it decays; 0 before.
       - ``bounded_steps``: steps so far that were shortened to the longest allowed.
       - ``rejected_steps``: how often so far the last step was taken back: three
         quarters of it, and where that did not help the rest.

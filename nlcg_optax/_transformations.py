@@ -30,13 +30,15 @@ def several(given: Any) -> tuple[Any, ...]:
     return tuple(given) if isinstance(given, Sequence) and not one else (given,)
 
 
-def preconditioner(given: Any) -> optax.GradientTransformationExtraArgs:
+def preconditioner(
+    given: Any, name: str = "preconditioner"
+) -> optax.GradientTransformationExtraArgs:
     """A preconditioner that takes extra arguments; None is the plain gradient."""
     if given is None:
         return optax.with_extra_args_support(optax.identity())
     if not isinstance(given, optax.GradientTransformation):
         raise ValueError(
-            f"preconditioner={given!r} is not valid: expected an "
+            f"{name}={given!r} is not valid: expected an "
             "optax.GradientTransformation or None."
         )
     return optax.with_extra_args_support(given)

@@ -278,3 +278,53 @@ def soap(gradients, b1=0.0, b2=0.95, eps=1e-8, every=1, max_side=1024, linear=Fa
         root = np.sqrt(used) + eps + roundings * np.sqrt(np.mean(used))
         out.append(0.2 * left @ (inside / root) @ right.conj().T)
     return out
+
+
+@dataclasses.dataclass
+class NoiseBalance:
+    """The rate that balances the cost of noise with the gain, number by number."""
+
+    rate: float
+    num_steps: float
+    target: float = 1.0
+    delay: float = 5.0
+    n: int = 0
+    age: float = 0.0
+    excess: float = 0.0
+    now: float = 0.0
+    past: float = 0.0
+    older: float = 0.0
+    variance: float = 0.0
+    mean: object = 0.0
+
+    def average(self, x):
+        """The average of the parameters, with these."""
+        a = max(1 / (self.n + 1), 1 / max(10, (self.n + 1) / 10))
+        self.mean = self.mean + a * (x - self.mean)
+        self.age = (1 - a) * (self.age + 1)
+        return self.mean
+
+    def step(self, loss, there):
+        """The rate of a step, from the losses at the parameters and their average."""
+        self.n += 1
+        n = self.n
+        short, long = 9 / (n + 8), 2 / (n + 1)
+        self.excess += short * (loss - there - self.excess)
+        before = self.now
+        self.now += short * (there - self.now)
+        self.past += long * (there - self.past)
+        self.older += long * (self.past - self.older)
+        spread = 0 if n == 1 else (there - before) * (there - self.now)
+        self.variance += short * (spread - self.variance)
+        gain = max(self.past - self.now, 0)
+        cost = self.excess + 3.3 * self.age / n * gain
+        if self.older - self.past > 1.5 * gain:
+            gain *= 1.5 * gain / (self.older - self.past)
+        doubt = math.sqrt(self.variance * 9 / (n + 8))
+        wanted = self.target * max(gain, doubt)
+        part = (n - 1) / self.num_steps
+        size = wanted + abs(cost) + doubt
+        if n > 1 and part < 0.55 and size > 0:
+            window = (n + 8) / 9
+            self.rate *= math.exp(1.4 * (wanted - cost) / size / (window + self.delay))
+        return self.rate * min(max((1 - part) / 0.45, 0), 1)

@@ -27,6 +27,7 @@ from nlcg_optax import (
     scale_by_lars,
     scale_by_limited_memory_bfgs,
     scale_by_loss_feedback,
+    scale_by_noise_balance,
     scale_by_orthogonalization,
     scale_by_quadratic_model,
     scale_by_soap,
@@ -49,7 +50,10 @@ FACTORIES = {
     "loss_feedback-step": (scale_by_loss_feedback, {"period": 2}),
     "loss_feedback-online": (scale_by_loss_feedback, {"rule": "online"}),
     "lars": (scale_by_lars, {"coefficient": 0.1}),
+    "noise_balance": (scale_by_noise_balance, {"num_steps": 9, "first_rate": 0.1}),
     "quadratic_model": (scale_by_quadratic_model, {}),
+    # Noise rules after the first step, a fifth of the run.
+    "quadratic_model-noise": (scale_by_quadratic_model, {"horizon": 5}),
     "quadratic_model-two": (
         scale_by_quadratic_model,
         {
@@ -96,7 +100,9 @@ PUBLIC = (
     "conjugate_direction-hager_zhang",
     "loss_feedback-online",
     "lars",
+    "noise_balance",
     "quadratic_model",
+    "quadratic_model-noise",
     "nlcg",
     "nlcg_paper",
 )
@@ -636,7 +642,7 @@ MIXED = {
 
 
 # The residual of a gradient in half precision is mostly rounding.
-NOT_MIXED = ("nlcg-rms", "quadratic_model")
+NOT_MIXED = ("nlcg-rms", "quadratic_model", "quadratic_model-noise")
 
 
 @with_variants(n for n in FACTORIES if n not in NOT_MIXED)

@@ -59,6 +59,7 @@ LAYERS = (
         "step_sizes/hager_zhang",
         "step_sizes/lars",
         "step_sizes/loss_feedback",
+        "step_sizes/noise_balance",
     ),
     ("curvature/products", "curvature/state"),
     ("curvature/subspace", "curvature/noise", "curvature/compilations"),

@@ -23,9 +23,7 @@ MATRICES, REST = "matrices", "rest"
 Labels = Callable[[Any], Any]
 
 
-def soap(
-    learning_rate: optax.ScalarOrSchedule, b1: float = 0.95, **options
-) -> optax.GradientTransformation:
+def scale_by_published_soap(b1: float = 0.95, **options) -> Any:
     """SOAP as its authors have it (arXiv:2409.11321), for any kernel and embedding.
 
     That is :func:`nlcg_optax.scale_by_soap` with a basis for each side, all leaves of
@@ -62,9 +60,13 @@ def soap(
         )
         return updates, state._replace(factors=factors)
 
+    return optax.GradientTransformation(scaled.init, update)
+
+
+def soap(learning_rate: optax.ScalarOrSchedule, **options) -> Any:
+    """:func:`scale_by_published_soap`, and the learning rate."""
     return optax.chain(
-        optax.GradientTransformation(scaled.init, update),
-        optax.scale_by_learning_rate(learning_rate),
+        scale_by_published_soap(**options), optax.scale_by_learning_rate(learning_rate)
     )
 
 

@@ -258,6 +258,7 @@ class FunctionTask(NamedTuple):
                 given["curvature"] = nlcg_optax.gauss_newton(
                     lambda params: self.outputs(params, few),
                     lambda outputs: self.loss(outputs, few),
+                    fraction=len(jax.tree.leaves(few)[0]) / batch_size,
                 )
             updates, opt_state = create_optimizer(rate).update(
                 grads, state.opt_state, state.params, value=loss, **given
@@ -329,7 +330,7 @@ def digits_autoencoder(config: ConfigDict) -> FunctionTask:
 
 def cifar_autoencoder(config: ConfigDict) -> FunctionTask:
     """Grey images of 12×12, 144-256-64-32-64-256-144."""
-    dataset = loop.load_dataset(config)
+    dataset = loop.load_dataset(typed(config).dataset)
     train, test = (
         split.images.mean(-1).reshape(len(split), -1) / 255
         for split in (dataset.train, dataset.test)

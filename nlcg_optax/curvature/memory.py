@@ -10,14 +10,11 @@ from nlcg_optax.curvature.state import Memory
 from nlcg_optax.curvature.trust import BACKTRACK
 
 
-def read(memory: Memory, handed_over: jax.Array) -> list[Any]:
-    """The last steps, the newest first; after the hand-over, as the slots have them."""
-    count = len(memory.prev_norms)
-    order = jnp.arange(count, dtype=jnp.int32)
-    slots = jnp.where(handed_over, order, _by_age(memory))
+def read(memory: Memory) -> list[Any]:
+    """The last steps, the newest first."""
     return [
         jax.tree.map(lambda x, i=i: jnp.asarray(x)[i], memory.prev_updates)
-        for i in slots
+        for i in _by_age(memory)
     ]
 
 
@@ -34,8 +31,6 @@ def write(
     taken: jax.Array,
     rejected: jax.Array,
     kept: jax.Array,
-    handed_over: jax.Array,
-    direction: Any | None,
 ) -> Memory:
     """The memory after a step.
 
@@ -47,15 +42,13 @@ def write(
       rejected: whether the last step is taken back instead, which shortens it.
       kept: the part of it that stays. (A length is remembered of what is taken back
         wholly, too: it says how long the next step may be.)
-      handed_over: whether NLCG's direction makes the steps.
-      direction: that direction, which has a slot of its own; None where there is none.
     """
     # A step of length zero, as at the start of a warm-up, is none to remember.
-    stored = taken & (handed_over | (norm > 0))
+    stored = taken & (norm > 0)
     newest, slots = _by_age(memory)[0], len(memory.prev_norms)
     slot = jnp.where(taken, jnp.asarray(memory.stored) % slots, newest)
 
-    def replace(array: Any, slot: jax.Array, new: jax.Array, part: Any) -> jax.Array:
+    def replace(array: Any, new: jax.Array, part: Any) -> jax.Array:
         array = jnp.asarray(array)  # a restored state may be NumPy's
         old = array[slot]
         lifted = _tree.lift(old)
@@ -64,19 +57,12 @@ def write(
         return array.at[slot].set(jnp.where(stored, new.astype(old.dtype), old))
 
     def remember(array: Any, u: jax.Array) -> jax.Array:
-        return replace(array, jnp.where(handed_over, 0, slot), u, kept)
+        return replace(array, u, kept)
 
-    def hold(array: jax.Array, d: jax.Array) -> jax.Array:
-        new = jnp.where(handed_over & taken, d.astype(array.dtype), array[1])
-        return array.at[1].set(new)
-
-    arrays = jax.tree.map(remember, memory.prev_updates, step)
-    if direction is not None:
-        arrays = jax.tree.map(hold, arrays, direction)
     return Memory(
         stored=jnp.asarray(memory.stored) + stored.astype(jnp.int32),
-        prev_updates=arrays,
-        prev_norms=replace(memory.prev_norms, slot, norm, BACKTRACK),
+        prev_updates=jax.tree.map(remember, memory.prev_updates, step),
+        prev_norms=replace(memory.prev_norms, norm, BACKTRACK),
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _tree
+from nlcg_optax.step_sizes.noise_balance import NoiseBalanceState
 
 
 class LastStep(NamedTuple):
@@ -72,24 +73,37 @@ class Noise(NamedTuple):
     """How much of the gradient is noise, and what is done once it rules.
 
     Attributes:
-      signal: average share of the slope along a step that is no noise.
+      signal: average share of the slope along a step that is no noise, by the curvature
+        of the batch that made the step.
+      fresh_signal: the same by the curvature of the batch after it; what decides
+        whether noise rules.
       log_length: mean logarithm of the best length along the preconditioned gradient
         alone.
-      rate: the rate of NLCG's own direction since the hand-over; 0 before.
-      rate_since: the count at the hand-over.
-      prev_g_z: gᵀz of the last step.
+      examples: on how many the curvature was taken so far, in batches.
+      since: the count at the hand-over; -1 before.
+      direction_state: of what makes the directions after it; None without a horizon.
+      balance: what gives their rate, and the average of the parameters; None too.
     """
 
     signal: jax.Array
+    fresh_signal: jax.Array
     log_length: jax.Array
-    rate: jax.Array
-    rate_since: jax.typing.ArrayLike
-    prev_g_z: jax.Array
+    examples: jax.Array
+    since: jax.typing.ArrayLike
+    direction_state: Any
+    balance: NoiseBalanceState | None
 
     @property
     def handed_over(self) -> jax.Array:
-        """Whether NLCG's own direction has taken over."""
-        return self.rate > 0
+        """Whether noise rules."""
+        return jnp.asarray(self.since) >= 0
+
+    @property
+    def rate(self) -> jax.Array:
+        """That of the steps since the hand-over, before it decays; 0 before."""
+        if self.balance is None:
+            return jnp.zeros_like(self.signal)
+        return jnp.where(self.handed_over, self.balance.balance.rate, 0)
 
 
 class Memory(NamedTuple):
@@ -98,10 +112,9 @@ class Memory(NamedTuple):
     Attributes:
       stored: steps taken, neither left out nor of length zero, int32 scalar.
       prev_updates: the steps, with their sign turned, stacked along a leading axis of
-        slots, the newest in slot ``(stored - 1) % slots``. After the hand-over the last
-        step is in the first slot, and NLCG's direction in the second.
+        slots, the newest in slot ``(stored - 1) % slots``.
       prev_norms: the lengths of the last steps, the newest in slot
-        ``(stored - 1) % slots`` always.
+        ``(stored - 1) % slots``.
     """
 
     stored: jax.typing.ArrayLike
@@ -176,6 +189,8 @@ class QuadraticModelState(NamedTuple):
 def initial(
     params: optax.Params,
     preconditioner_states: tuple[optax.OptState, ...],
+    direction_state: Any,
+    balance: NoiseBalanceState | None,
     *,
     slots: int,
     directions: int,
@@ -188,6 +203,8 @@ def initial(
     Args:
       params: the parameters.
       preconditioner_states: the first states of the preconditioners.
+      direction_state: that of what makes the directions once noise rules.
+      balance: that of what gives their rate.
       slots: steps that are remembered.
       directions: of all kinds.
       damping: λ without noise.
@@ -227,10 +244,12 @@ def initial(
         ),
         noise=Noise(
             signal=number(1.0),
+            fresh_signal=number(1.0),
             log_length=number(),
-            rate=number(),
-            rate_since=counter(),
-            prev_g_z=number(),
+            examples=number(),
+            since=jnp.full([], -1, jnp.int32),
+            direction_state=direction_state,
+            balance=balance,
         ),
         memory=Memory(
             stored=counter(),

@@ -1,6 +1,7 @@
 """The step that the curvature chooses: its length, and the share of the last steps."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,16 @@ from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.curvature import memory, noise, subspace, trust
 from nlcg_optax.curvature.compilations import Compilations
 from nlcg_optax.curvature.products import Constant, Curvature, Penalty
-from nlcg_optax.curvature.state import LastStep, QuadraticModelState, initial
+from nlcg_optax.curvature.state import LastStep, Noise, QuadraticModelState, initial
+from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
+from nlcg_optax.step_sizes import noise_balance
+
+# Of NLCG's own direction where noise rules.
+_BETA = 0.9
+# How its rate is steered, see `scale_by_noise_balance`.
+_TARGET, _DELAY = 1.0, 5.0
+# The first rate, in best lengths; and where the next batch contradicts those.
+_FIRST, _DOUBTED = 0.3, 0.03
 
 Preconditioners = (
     optax.GradientTransformation | Sequence[optax.GradientTransformation | None] | None
@@ -28,7 +38,8 @@ def scale_by_quadratic_model(
     noise_damping: float = 0.1,
     first_damping: float = 3.0,
     max_growth: float = 3.0,
-    horizon: int | None = None,
+    horizon: float | None = None,
+    noise_direction: optax.GradientTransformation | None = None,
     multiplier: optax.ScalarOrSchedule = 1.0,
     weight_decay: float | None = None,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
@@ -67,12 +78,16 @@ def scale_by_quadratic_model(
     back, which is counted, and λ is raised.
 
     The slope along a step, as the next gradient has it, tells how much of it was
-    signal. λ grows with the ratio of noise to signal. With a ``horizon``, once less
-    than 0.4 of the slope is signal, NLCG's own direction takes over for good: β
-    by Fletcher & Reeves, 0.9 at most, a look ahead, and as the rate the (geometric)
-    average of the best lengths along z, which falls to zero at the horizon by a cosine.
-    From then on there are no products. For a step that is best for one batch is too
-    short for the average over many (Wu et al., 2018, arXiv:1803.02021).
+    signal. λ grows with the ratio of noise to signal. With a ``horizon`` another
+    direction takes over for good once less than 0.4 of the slope is signal, by the
+    curvature of the batch after the step: for a step that is best for one batch is too
+    short for the average over many (Wu et al., 2018, arXiv:1803.02021). Eight steps are
+    measured first, unless the next batch says that the loss rose along a step by more
+    than it was to fall. Nor is the curvature taken on more than a fifth of the examples
+    of the whole run. From then on there are no products. The rate starts with the
+    0.3 of the (geometric) mean of the best lengths along z (with 0.03 where the next
+    batch contradicts them) and is steered by
+    :func:`scale_by_noise_balance`, with the loss of the curvature's part of the batch.
 
     As everywhere in Optax the updates keep the gradient's sign until the final negative
     scaling: follow it by ``optax.scale(-1.0)``, as
@@ -97,8 +112,14 @@ def scale_by_quadratic_model(
         examples that are predicted with confidence is next to nothing, and says nothing
         of the others. Shortened steps are counted.
       horizon: the steps of the whole run, for losses of sampled batches, where noise
-        may come to rule. None where each loss is that of the same data: the early steps
-        of a hard problem without noise can look like noise.
+        may come to rule; ``math.inf`` where their number is not known (then evaluate
+        :func:`eval_params`). None where each loss is that of the same data: the early
+        steps of a hard problem without noise can look like noise.
+      noise_direction: what makes the direction once noise rules: a transformation that
+        averages gradients or steps, as long as its input is when all of it is signal.
+        None for NLCG's own over the first preconditioner, with β = 0.9 and a look
+        ahead, times 0.1. A preconditioner that is linear in the gradient suits it,
+        where orthogonalization keeps all of the noise.
       multiplier: of the step, a number of at most 1, or a schedule of the count: 1, or
         a final decay.
       weight_decay: λ of a term :math:`\tfrac{\lambda}{2} \lVert x \rVert^2` of the
@@ -156,7 +177,7 @@ def scale_by_quadratic_model(
     _check.number("first_damping", first_damping, minimum=0)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
     _check.number("noise_damping", noise_damping, minimum=0)
-    if horizon is not None:
+    if horizon is not None and not _endless(horizon):
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not callable(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
@@ -166,14 +187,18 @@ def scale_by_quadratic_model(
                 "1 is the minimum of the model, and from 2 on it predicts no fall."
             )
     _check.floating_dtype("state_dtype", state_dtype)
+    preconditioners = _preconditioners(preconditioner)
+    if noise_direction is None:
+        noise_direction = _own_direction(preconditioners[0], state_dtype, axis_name)
     settings = _Settings(
-        _preconditioners(preconditioner),
+        preconditioners,
         history,
         residuals,
         damping,
         noise_damping,
         max_growth,
         horizon,
+        _transformations.preconditioner(noise_direction, "noise_direction"),
         multiplier,
         _decay(weight_decay, weight_decay_mask),
         axis_name,
@@ -181,9 +206,12 @@ def scale_by_quadratic_model(
     compilations = Compilations()
 
     def init_fn(params: optax.Params) -> QuadraticModelState:
+        rules = horizon is not None
         return initial(
             params,
             tuple(one.init(params) for one in settings.preconditioners),
+            settings.noise_direction.init(params) if rules else None,
+            noise_balance.begin(params, 0.0) if rules else None,
             slots=settings.slots,
             directions=settings.kinds + settings.slots + residuals,
             damping=damping,
@@ -206,65 +234,13 @@ def scale_by_quadratic_model(
         given = _Given(updates, updates, params, loss, curvature, extra_args)
         compilations.watch(given.curvature, updates)
         given = _with_decay(given, settings)
-
-        found = _precondition(given, settings, state)
-        verdict = trust.judge(
-            given.loss,
-            jnp.all(jnp.isfinite(found.slopes)),
-            state.last,
-            state.trust,
-            _tree.real_scalar(damping, loss.dtype),
-            state.counts.count,
+        if settings.horizon is None or not jax.tree.leaves(params):
+            return _by_curvature(given, settings, state)
+        return jax.lax.cond(
             state.noise.handed_over,
+            lambda: _by_noise(given, settings, state),
+            lambda: _by_curvature(given, settings, state),
         )
-        signal = noise.measure(
-            state.noise,
-            state.last,
-            found.slopes[settings.kinds],
-            state.memory.stored,
-        )
-        total_damping = _total_damping(settings, verdict.trust.extra_damping, signal)
-        model = _minimize(given, settings, state, found, total_damping)
-        level = _level(given, settings, state, found, model, verdict)
-        log_length = noise.best_length(
-            state.noise, model.slopes[0], level.curved, state.memory.stored
-        )
-        stage = noise.hand_over(
-            state.noise,
-            jnp.where(verdict.rejected, 1, signal),
-            log_length,
-            state.memory.stored,
-            state.counts.count,
-            horizon,
-        )
-        step = _make_step(given, settings, state, found, model, level, stage)
-        step = _shorten(given, settings, state, step, stage)
-        taken = step.finite & ~verdict.rejected
-        output = _choose(given, step, found.last, taken, verdict)
-
-        after = _after_step(given, settings, state, found, model, level, step, verdict)
-        after = after._replace(
-            trust=after.trust._replace(damping=total_damping),
-            noise=state.noise._replace(
-                signal=signal,
-                log_length=log_length,
-                rate=stage.rate,
-                rate_since=stage.since,
-                prev_g_z=found.slopes[0],
-            ),
-        )
-        new_state = _select(state, after, verdict, taken)
-        new_memory = memory.write(
-            state.memory,
-            output,
-            step.norm,
-            taken=taken,
-            rejected=verdict.rejected,
-            kept=verdict.kept,
-            handed_over=stage.active,
-            direction=step.direction,
-        )
-        return output, new_state._replace(memory=new_memory)
 
     return _transformations.make(init_fn, update_fn)
 
@@ -279,15 +255,10 @@ class _Settings(NamedTuple):
     noise_damping: jax.typing.ArrayLike
     max_growth: jax.typing.ArrayLike
     horizon: Any
+    noise_direction: optax.GradientTransformationExtraArgs
     multiplier: optax.ScalarOrSchedule
     decay: Penalty | None
     axis_name: _tree.AxisName | None
-
-    def factor(self, count: jax.typing.ArrayLike, dtype: jnp.dtype) -> jax.Array:
-        """What steps are multiplied by."""
-        found = self.multiplier
-        found = found(jnp.asarray(count)) if callable(found) else found
-        return _tree.real_scalar(found, dtype)
 
     @property
     def kinds(self) -> int:
@@ -296,11 +267,15 @@ class _Settings(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """How many steps are remembered.
+        """How many steps are remembered: at least the last one, to take it back."""
+        return max(self.history, 1)
 
-        At least the last one, to take it back, and NLCG's direction if need be.
-        """
-        return max(self.history, 1 if self.horizon is None else 2)
+    def factor(self, count: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
+        """What steps are multiplied by."""
+        factor = (
+            self.multiplier(count) if callable(self.multiplier) else self.multiplier
+        )
+        return _tree.real_scalar(factor, dtype)
 
 
 class _Given(NamedTuple):
@@ -370,7 +345,6 @@ class _Step(NamedTuple):
       coefficients: of the directions.
       slope: by how far the loss falls by its slope along the step.
       curved: the curvature along it.
-      direction: NLCG's, to be kept; None where it never makes the step.
       bounded: whether the step was shortened.
       finite: whether all of these are finite.
     """
@@ -380,9 +354,150 @@ class _Step(NamedTuple):
     coefficients: jax.Array
     slope: jax.Array
     curved: jax.Array
-    direction: Any
     bounded: Any = False
     finite: Any = True
+
+
+def _by_curvature(
+    given: _Given, settings: _Settings, state: QuadraticModelState
+) -> tuple[Any, QuadraticModelState]:
+    """A step to the minimum of the model."""
+    found = _precondition(given, settings, state)
+    verdict = trust.judge(
+        given.loss,
+        jnp.all(jnp.isfinite(found.slopes)),
+        state.last,
+        state.trust,
+        _tree.real_scalar(settings.damping, given.loss.dtype),
+        state.counts.count,
+    )
+    signal = noise.measure(
+        state.noise.signal,
+        state.last,
+        found.slopes[settings.kinds],
+        state.last.prev_curvature,
+        state.memory.stored,
+    )
+    total_damping = _total_damping(settings, verdict.trust.extra_damping, signal)
+    model = _minimize(given, settings, found, total_damping)
+    level = _level(given, settings, state, found, model, verdict)
+    step = _make_step(given, settings, state, found, model, level)
+    step = _shorten(given, settings, state, step)
+    taken = step.finite & ~verdict.rejected
+    output = _choose(given, step, found.last, taken, verdict)
+
+    after = _after_step(given, settings, state, found, model, level, step, verdict)
+    after = after._replace(
+        trust=after.trust._replace(damping=total_damping),
+        noise=state.noise._replace(signal=signal),
+    )
+    new_state = _select(state, after, verdict, taken)
+    new_memory = memory.write(
+        state.memory,
+        output,
+        step.norm,
+        taken=taken,
+        rejected=verdict.rejected,
+        kept=verdict.kept,
+    )
+    new_state = new_state._replace(memory=new_memory)
+    if settings.horizon is not None:
+        new_state = new_state._replace(
+            noise=_hand_over(given, settings, state, new_state, found, model, level)
+        )
+    return output, new_state
+
+
+def _hand_over(
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    after: QuadraticModelState,
+    found: _Directions,
+    model: subspace.Model,
+    level: _Level,
+) -> Noise:
+    """What is known of noise after a step, and whether it rules from now on."""
+    known, newest = state.noise, settings.kinds
+    stored, slope = state.memory.stored, found.slopes[newest]
+    curved = state.last.prev_curvature
+    if settings.history:  # by the batch that did not make the step
+        curved = model.products[newest, newest]
+    signal = noise.measure(known.fresh_signal, state.last, slope, curved, stored)
+    log_length = noise.best_length(
+        known.log_length, model.slopes[0], level.curved, stored
+    )
+    finite = jnp.isfinite(signal) & jnp.isfinite(log_length)
+    signal = jnp.where(finite, signal, known.fresh_signal)
+    log_length = jnp.where(finite, log_length, known.log_length)
+    contradicted = noise.contradicts(state.last, slope, curved) & finite
+    fraction = given.curvature.fraction
+    examples = known.examples + (1.0 if fraction is None else fraction)
+    count = jnp.asarray(after.counts.count)
+    starts = noise.rules(
+        signal, stored, contradicted, examples, count, settings.horizon
+    )
+    starts &= jnp.asarray(stored) > 0
+    balance: Any = known.balance
+    length = jnp.exp(log_length) * jnp.where(contradicted, _DOUBTED, _FIRST)
+    rate = jnp.where(starts, length, balance.balance.rate)
+    return after.noise._replace(
+        fresh_signal=signal,
+        log_length=log_length,
+        examples=examples,
+        since=jnp.where(starts, count, known.since).astype(jnp.int32),
+        balance=balance._replace(balance=balance.balance._replace(rate=rate)),
+    )
+
+
+def _by_noise(
+    given: _Given, settings: _Settings, state: QuadraticModelState
+) -> tuple[Any, QuadraticModelState]:
+    """A step where noise rules, without a product."""
+    dtype, known, counts = given.loss.dtype, state.noise, state.counts
+    extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
+    direction, direction_state = settings.noise_direction.update(
+        given.grad, known.direction_state, given.params, **extra
+    )
+    slope, size_sq = subspace.slopes_along(
+        given.grad, [direction, given.grad], dtype, settings.axis_name
+    )
+    balance: Any = known.balance
+    # What is no number in the gradient would stay in the direction.
+    loss = jnp.where(jnp.isfinite(slope) & jnp.isfinite(size_sq), given.loss, jnp.nan)
+    average = noise_balance.averaged(balance, given.params)
+    excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
+    left = _tree.real_scalar(settings.horizon, dtype)
+    left = left - jnp.asarray(known.since).astype(dtype)
+    balance, size = noise_balance.follow(
+        balance, average, loss, excess, left, _TARGET, _DELAY
+    )
+    size = size * settings.factor(counts.count, dtype)
+    finite = balance.nonfinite == known.balance.nonfinite
+
+    def step(d: jax.Array, w: jax.Array, mean: jax.Array, g: jax.Array) -> jax.Array:
+        x = _tree.lift(d)
+        back = (_tree.lift(w) - jnp.asarray(mean)).astype(x.dtype)
+        chosen = jnp.where(finite, _tree.scalar_like(size, x) * x, back)
+        return chosen.astype(g.dtype)
+
+    output = jax.tree.map(step, direction, given.params, balance.average, given.grad)
+    after = state._replace(
+        last=state.last._replace(
+            prev_value=jnp.where(finite, given.loss, state.last.prev_value),
+            prev_slope=jnp.where(finite, size * slope, 0),
+            prev_curvature=jnp.zeros([], dtype),
+        ),
+        noise=known._replace(
+            direction_state=_tree.where(finite, direction_state, known.direction_state),
+            balance=balance,
+        ),
+        counts=counts._replace(
+            count=optax.safe_increment(counts.count),
+            nonfinite=jnp.asarray(counts.nonfinite) + (~finite).astype(jnp.int32),
+        ),
+    )
+    return output, after
 
 
 def _with_decay(given: _Given, settings: _Settings) -> _Given:
@@ -424,7 +539,7 @@ def _precondition(
         return _only(learns, found)
 
     preconditioned = [_only(moves, z) for z, _ in results]
-    whole = memory.read(state.memory, state.noise.handed_over)
+    whole = memory.read(state.memory)
     past = [_only(moves, u) for u in whole]
     dtype, axis_name = given.loss.dtype, settings.axis_name
     slopes = subspace.slopes_along(
@@ -466,7 +581,6 @@ def _level(
         trust.MAX_DECREASE * given.loss if nonnegative else None,
         verdict.trust.length_factor,
     )
-    flat &= ~state.noise.handed_over
     dtype, count = slope.dtype, jnp.asarray(state.counts.count)
     factor = settings.factor(count, dtype)
     before = settings.factor(jnp.maximum(count - 1, 0), dtype)
@@ -503,36 +617,26 @@ def _total_damping(
 def _minimize(
     given: _Given,
     settings: _Settings,
-    state: QuadraticModelState,
     found: _Directions,
     damping: jax.Array,
 ) -> subspace.Model:
-    """The model over the directions, but for none once noise rules."""
-
-    def with_products() -> subspace.Model:
-        return subspace.build(
-            given.curvature,
-            given.params,
-            given.grad,
-            given.loss,
-            [*found.preconditioned, *found.past[: settings.history]],
-            found.slopes,
-            damping,
-            settings.residuals,
-            found.precondition,
-            settings.axis_name,
-        )
-
-    def without() -> subspace.Model:
+    """The model over the directions."""
+    if not jax.tree.leaves(given.params):  # an empty group of `optax.partition`
         return subspace.without_products(
             found.preconditioned[0], given.loss, found.slopes, settings.residuals
         )
-
-    if not jax.tree.leaves(given.params):  # an empty group of `optax.partition`
-        return without()
-    if settings.horizon is None:
-        return with_products()
-    return jax.lax.cond(state.noise.handed_over, without, with_products)
+    return subspace.build(
+        given.curvature,
+        given.params,
+        given.grad,
+        given.loss,
+        [*found.preconditioned, *found.past[: settings.history]],
+        found.slopes,
+        damping,
+        settings.residuals,
+        found.precondition,
+        settings.axis_name,
+    )
 
 
 def _make_step(
@@ -542,12 +646,11 @@ def _make_step(
     found: _Directions,
     model: subspace.Model,
     level: _Level,
-    stage: noise.Stage,
 ) -> _Step:
-    """The step to the minimum of the model; once noise rules, NLCG's own."""
-    dtype, kinds = given.loss.dtype, settings.kinds
+    """The step to the minimum of the model."""
+    dtype = given.loss.dtype
     factor = settings.factor(state.counts.count, dtype)
-    coefficients, products = factor * model.coefficients, model.products
+    coefficients = factor * model.coefficients
     along = jnp.zeros_like(coefficients).at[0].set(level.coefficient)
     coefficients = jnp.where(level.flat, along, coefficients)
 
@@ -559,36 +662,13 @@ def _make_step(
         return sum(parts[1:], start=parts[0])
 
     directions = [*found.preconditioned, *found.past, *model.residual_directions]
-    tree, direction = jax.tree.map(total, given.grad, *directions), None
-    if settings.horizon is not None:
-        nlcg = noise.direction(
-            state.noise,
-            stage.starts,
-            given.grad,
-            found.preconditioned[0],
-            found.past[1],
-            settings.axis_name,
-        )
-        direction, size = nlcg.direction, factor * stage.size
-        tree = jax.tree.map(
-            lambda u, x: jnp.where(
-                stage.active, _tree.scalar_like(size, x) * u.astype(x.dtype), x
-            ),
-            nlcg.look_ahead,
-            tree,
-        )
-        # z + β d, by z and the direction before.
-        own = jnp.zeros_like(coefficients).at[0].set(size * (1 + nlcg.beta))
-        own = own.at[kinds + 1].set(size * nlcg.beta**2)
-        coefficients = jnp.where(stage.active, own, coefficients)
-        products = jnp.where(stage.active, 0, products)
+    tree = jax.tree.map(total, given.grad, *directions)
     return _Step(
         tree,
         jnp.sqrt(_sum_of_squares(tree, dtype, settings.axis_name)),
         coefficients,
         slope=jnp.sum(model.slopes * coefficients),
-        curved=subspace.inner(coefficients, products, coefficients),
-        direction=direction,
+        curved=subspace.inner(coefficients, model.products, coefficients),
     )
 
 
@@ -607,7 +687,6 @@ def _shorten(
     settings: _Settings,
     state: QuadraticModelState,
     step: _Step,
-    stage: noise.Stage,
 ) -> _Step:
     """The step, not much longer than the last ones, nor than the loss allows."""
     growth = _tree.real_scalar(settings.max_growth, given.loss.dtype)
@@ -623,7 +702,7 @@ def _shorten(
         step.slope,
         step.curved,
         given.loss,
-        ~stage.active if given.curvature.nonnegative else None,
+        jnp.asarray(True) if given.curvature.nonnegative else None,
     )
     slope, curved = ratio * step.slope, ratio**2 * step.curved
     sizes = jnp.stack([given.loss, slope, curved, step.norm])
@@ -665,11 +744,7 @@ def _after_step(
     """The state if the step is taken, but for memory, noise, and λ."""
     conjugacy = jnp.zeros([], given.loss.dtype)
     if settings.history:
-        # NLCG's own steps have none.
-        products = jnp.where(step.curved == 0, 0, model.products)
-        conjugacy = subspace.cosine(step.coefficients, products, settings.kinds)
-    # After the hand-over there is no model to fit anything.
-    by_model = ~state.noise.handed_over
+        conjugacy = subspace.cosine(step.coefficients, model.products, settings.kinds)
     mismatch = trust.mismatch(
         given.loss,
         model.own_loss,
@@ -683,7 +758,7 @@ def _after_step(
         given.loss,
         model.own_loss,
         settings.factor(counts.count, given.loss.dtype),
-        by_model & ~level.flat & ~step.bounded,
+        ~level.flat & ~step.bounded,
         counts.count,
     )
     return state._replace(
@@ -701,8 +776,7 @@ def _after_step(
             new_level=counts.new_level + verdict.new_level.astype(jnp.int32),
             flat=counts.flat + level.flat.astype(jnp.int32),
             bounded=counts.bounded + step.bounded.astype(jnp.int32),
-            loss_mismatch=counts.loss_mismatch
-            + (mismatch & by_model).astype(jnp.int32),
+            loss_mismatch=counts.loss_mismatch + mismatch.astype(jnp.int32),
         ),
     )
 
@@ -756,6 +830,30 @@ def _decay(weight_decay: Any, mask: Any) -> Penalty | None:
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return None
     return Penalty(weight_decay, Constant(mask))
+
+
+def _endless(horizon: Any) -> bool:
+    """Whether the steps of a run are not known, math.inf."""
+    return isinstance(horizon, float) and math.isinf(horizon)
+
+
+def _own_direction(
+    preconditioner: optax.GradientTransformation,
+    state_dtype: Any | None,
+    axis_name: _tree.AxisName | None,
+) -> optax.GradientTransformation:
+    """NLCG's, as long as an average of the preconditioned gradients."""
+    nlcg = scale_by_conjugate_direction(
+        "fletcher_reeves",
+        preconditioner,
+        # Of noise as large in each step the rule's own β would be 1, but for chance.
+        beta_bounds=(_BETA, _BETA),
+        nesterov=True,
+        epsilon=0.0,
+        state_dtype=state_dtype,
+        axis_name=axis_name,
+    )
+    return optax.chain(nlcg, optax.scale(1 - _BETA))
 
 
 def _preconditioners(

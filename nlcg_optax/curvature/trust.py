@@ -77,7 +77,6 @@ def judge(
     trust: Trust,
     damping: jax.Array,
     count: jax.typing.ArrayLike,
-    handed_over: jax.typing.ArrayLike = False,
 ) -> Verdict:
     """Judges the last step by the loss after it, whatever its model promised.
 
@@ -88,7 +87,6 @@ def judge(
       trust: how far its model was believed.
       damping: what λ always is.
       count: steps so far.
-      handed_over: whether the step had no model.
     """
     predicted, model_error = last.predicted_decrease, trust.model_error
     pending = (last.prev_slope != 0) | (last.prev_curvature != 0)
@@ -99,7 +97,6 @@ def judge(
     rounding = 8 * jnp.finfo(loss.dtype).eps * jnp.abs(last.prev_value)
     # A straight line promises more the farther it goes.
     straight = jnp.abs(last.prev_curvature) < _STRAIGHT * last.prev_slope
-    straight &= jnp.logical_not(handed_over)
     promise = jnp.where(straight, 0, _TOLERATED_DECREASES * predicted)
     tolerated = jnp.maximum(promise, _TOLERATED_ERRORS * model_error)
     climbs = trust.trend < _CLIMBS

@@ -318,9 +318,13 @@ class _TrainStep:
             )
             return jnp.sum(jnp.where(present, losses, 0)) / jnp.sum(present)
 
+        # All images in several microbatches are another loss than in one batch, where
+        # each has BatchNorm statistics of its own.
+        same = stride > 1 or self.config.at_once
         return nlcg_optax.gauss_newton(
             outputs_fn,
             mean_loss,
+            fraction=1 / stride if same else None,
             l2=self.config.l2_penalty,
             l2_mask=models.l2_mask,
             has_aux=True,
@@ -444,7 +448,8 @@ def make_eval_step(
 ) -> Callable[[TrainState, Batch], Metrics]:
     """Sums of loss, hits and examples over one batch [1, R, ...], padding masked out.
 
-    Uses the averaged parameters where the run keeps them. Sums over batches divided by
+    Uses the averaged parameters where the run keeps them, and otherwise those that the
+    optimizer has for it (:func:`nlcg_optax.eval_params`). Sums over batches divided by
     ``count`` are exact at any batch size.
     """
     normalize = normalizer(config)
@@ -514,6 +519,8 @@ def pool_statistics(statistics: Sequence[Any]) -> Any:
 
 
 def _variables_to_evaluate(state: TrainState, mesh: Mesh) -> Any:
-    params = state.params if state.average is None else state.average
+    params = state.average
+    if params is None:  # that of the optimizer, if it has one
+        params = nlcg_optax.eval_params(state.opt_state, state.params)
     params = jax.lax.with_sharding_constraint(params, replicated(mesh))
     return {"params": params, "batch_stats": state.batch_stats}

@@ -50,18 +50,17 @@ def literal_soap(grads, b1, b2, eps, every):
     return updates
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_soap_is_its_literal_statement(every):
+def test_soap_is_its_literal_statement():
     rng = np.random.default_rng(0)
     # Singular values apart: eigenvectors are then the same but for their signs,
     # which cancel.
     scale = np.linspace(1, 3, 4)[:, None] * np.linspace(1, 2, 3)
     grads = [np.float32(scale * rng.normal(size=(4, 3))) for _ in range(8)]
-    tx = peers.scale_by_soap(0.9, 0.8, 1e-6, every)
+    tx = peers.scale_by_published_soap(0.9, b2=0.8, eps=1e-6)
     params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3)}
     state = tx.init(params)
     update = jax.jit(tx.update)
-    expected = literal_soap([np.float64(g) for g in grads], 0.9, 0.8, 1e-6, every)
+    expected = literal_soap([np.float64(g) for g in grads], 0.9, 0.8, 1e-6, every=1)
     for step, g in enumerate(grads):
         updates, state = update({"w": g, "b": g[0]}, state)
         np.testing.assert_allclose(updates["w"], expected[step], atol=2e-3)

@@ -1,5 +1,6 @@
 """The step that curvature chooses, against conjugate gradient in NumPy."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from oracle import NoiseBalance
 
 import nlcg_optax
 from nlcg_optax import scale_by_quadratic_model
@@ -200,17 +202,36 @@ def solve(products, slopes, damping):
 def oracle(x, noise, steps, horizon):
     """The step in NumPy, in the order of its description."""
     past, lengths, rows = [], [], []
-    last = switched = d = None
-    error = log_length = rate = rho = 0.0
-    share, extra, measured, solved = 1.0, 3.0, 0, 0
+    last = balance = None
+    error = log_length = 0.0
+    share, fresh, extra, measured = 1.0, 1.0, 3.0, 0
     rejections, trend, usual, factor = 0, 0.0, 0.0, 1.0
+    d = 0 * x
     for t in range(steps):
         f, g = noisy(x, t, noise)
-        row = {"rejected": False, "switched": switched is not None}
+        row = {"rejected": False, "switched": balance is not None}
         rows.append(row)
+        if balance is not None:
+            z, beta = INVERSE * g, 0.9 if balance.n else 0.0
+            d = z + beta * d
+            mean = balance.average(x)
+            # What the curvature's own function says of both, without the noise.
+            there = f - (quadratic(x) - quadratic(mean))
+            size = balance.step(f, there)
+            x = x - size * 0.1 * (z + beta * d)
+            row |= {"x": x, "share": share, "damping": rows[t - 1]["damping"]}
+            continue
+        known = contradicted = False
         if last is not None:
             predicted, actual = last["slope"] - last["curve"] / 2, last["f"] - f
-            straight = switched is None and abs(last["curve"]) < 0.3 * last["slope"]
+            measured = t - sum(row["rejected"] for row in rows[:t])
+            if last["slope"] > 0:
+                curve = past[0] @ MATRIX @ past[0]
+                contradicted = g @ past[0] - curve / 2 > predicted
+                new = min(max((curve - g @ past[0]) / last["slope"], 0), 1) - fresh
+                fresh += max(0.1, 1 / (measured + 1)) * new
+            known = measured >= 8 or contradicted
+            straight = abs(last["curve"]) < 0.3 * last["slope"]
             part = 0 if straight else 1
             tolerated = 0 if trend < -0.7 else max(part * predicted, 4 * error)
             new = abs(predicted - actual)
@@ -224,17 +245,9 @@ def oracle(x, noise, steps, horizon):
             elif -actual > tolerated:
                 rejections += 1
                 kept = 0.25 if rejections == 1 else 0.0
-                x = x - (1 - kept) * past[0]
-                past[0] = kept * past[0]
-                lengths[0] *= 0.25
-                last["slope"], last["curve"] = (
-                    kept * last["slope"],
-                    kept**2 * last["curve"],
-                )
+                row |= {"rejected": True, "x": x - (1 - kept) * past[0]}
                 extra = 4 * max(extra, 0.1)
                 error = new if error else 0.0
-                row |= {"rejected": True, "x": x, "share": share}
-                continue
             else:
                 rejections, error = 0, new
                 trend += 0.3 * (np.sign(actual) - trend)
@@ -243,53 +256,49 @@ def oracle(x, noise, steps, horizon):
                     promised = last["slope"]
                     factor = 2.0 if actual > 0.5 * promised else 1.0
                     factor = 0.5 if actual < 0.25 * promised else factor
-            if switched is None and last["slope"] > 0:
+            if not row["rejected"] and last["slope"] > 0:
                 new = (last["curve"] - g @ past[0]) / last["slope"]
-                measured += 1
                 new = min(max(new, 0), 1) - share
                 share += max(0.1, 1 / (measured + 1)) * new
         damping = 0.01 + 0.1 * (1 - share) / max(share, 0.05) + extra
         z = INVERSE * g
-        if switched is None:
-            directions = np.stack([z, *past])
-            products = directions @ MATRIX @ directions.T
+        directions = np.stack([z, *past])
+        products = directions @ MATRIX @ directions.T
+        length, here = z @ g / products[0, 0], products[0, 0] / (z @ z)
+        flat = 100 * here < usual or factor < 1  # as good as no curvature
+        if flat:
+            length = factor * lengths[0] / np.linalg.norm(z)
+        log_length += (math.log(length) - log_length) / (measured + 1)
+        if row["rejected"]:
+            x, past[0] = row["x"], kept * past[0]
+            lengths[0] *= 0.25
+            last["slope"], last["curve"] = kept * last["slope"], kept**2 * last["curve"]
+            row |= {"share": share, "damping": damping}
+        else:
             c = solve(products, directions @ g, damping)
-            length = z @ g / products[0, 0]
             for _ in range(2):
                 residual = g - MATRIX @ (c @ directions)
                 directions = np.stack([*directions, INVERSE * residual])
                 products = directions @ MATRIX @ directions.T
                 slopes = directions @ g
                 c = solve(products, slopes, damping)
-            here = products[0, 0] / (z @ z)
-            if 100 * here < usual or factor < 1:  # as good as no curvature
-                c = np.zeros_like(c)
-                c[0] = length = factor * lengths[0] / np.linalg.norm(z)
+            if flat:
+                c = length * np.eye(len(c))[0]
             usual = usual**0.8 * here**0.2 if usual else here
             delta, slope, curve = -c @ directions, slopes @ c, c @ products @ c
-            solved += 1
-            log_length += (math.log(length) - log_length) / solved
-            left = 0 if horizon is None else horizon - t
-            if share < 0.4 and measured >= 8 and left >= 50:
-                switched, rate = t, math.exp(log_length)
-                d, rho = 0 * z, None
-        if switched is not None:
-            beta = 0.0 if rho is None else min(max(g @ z / rho, 0), 0.9)
-            d, rho = z + beta * d, g @ z
-            done = (t - switched) / (horizon - switched)
-            size = 0.5 * rate * (1 + math.cos(math.pi * done))
-            delta, curve = -size * (z + beta * d), 0.0
-            slope = -g @ delta
-        rho = g @ z if rho is not None or switched is not None else None
-        if past:
-            longest = 3 * max(lengths)
-            ratio = min(1, longest / np.linalg.norm(delta))
-            delta, slope, curve = ratio * delta, ratio * slope, ratio**2 * curve
-        last = {"f": f, "slope": slope, "curve": curve}
-        x = x + delta
-        past = [delta, *past][:3]
-        lengths = [np.linalg.norm(delta), *lengths][:3]
-        row |= {"x": x, "share": share, "damping": damping}
+            if past:
+                longest = 3 * max(lengths)
+                ratio = min(1, longest / np.linalg.norm(delta))
+                delta, slope, curve = ratio * delta, ratio * slope, ratio**2 * curve
+            last = {"f": f, "slope": slope, "curve": curve}
+            x = x + delta
+            past = [delta, *past][:3]
+            lengths = [np.linalg.norm(delta), *lengths][:3]
+            row |= {"x": x, "share": share, "damping": damping}
+        left = 0 if horizon is None else horizon - (t + 1)
+        if known and fresh < 0.4 and left >= 50:
+            rate = math.exp(log_length) * (0.03 if contradicted else 0.3)
+            balance = NoiseBalance(rate, left)
     return rows
 
 
@@ -304,7 +313,7 @@ CASES = {  # noise, steps, horizon
 def test_it_is_what_its_description_says(case, x64):
     noise, steps, horizon = CASES[case]
     tx = scale_by_quadratic_model(fixed, horizon=horizon)
-    curvature = nlcg_optax.hessian(quadratic)
+    curvature = dataclasses.replace(nlcg_optax.hessian(quadratic), fraction=0.01)
     expected = oracle(START, noise, steps, horizon)
 
     @jax.jit
@@ -327,7 +336,7 @@ def test_it_is_what_its_description_says(case, x64):
     much = case.startswith("much noise")
     assert (state.counts.rejected > 0) == (state.counts.bounded > 0) == much
     # Without a horizon noise never rules.
-    assert (state.noise.signal < 0.4) == much
+    assert (state.noise.signal < 0.45) == much
     assert (state.noise.rate > 0) == (horizon is not None)
     assert state.counts.nonfinite == 0
 

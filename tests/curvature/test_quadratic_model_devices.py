@@ -115,14 +115,20 @@ def training(tx, kind, specs=None, axis=None, averaged=False, microbatches=None)
             "coefficients": state.last.coefficients,
             "damping": state.trust.damping,
             "conjugacy": state.last.conjugacy,
+            "rate": state.noise.rate,
         }
 
     return run, step
 
 
 def make(residuals=1, axis=None):
+    """The model; with None residual directions noise rules after the first step."""
     return nlcg_optax.scale_by_quadratic_model(
-        optax.scale_by_rms(), history=2, residuals=residuals, axis_name=axis
+        optax.scale_by_rms(),
+        history=2,
+        residuals=residuals or 0,
+        horizon=5 if residuals is None else None,
+        axis_name=axis,
     )
 
 
@@ -231,6 +237,13 @@ LONG = [
 def test_on_several_devices_the_numbers_are_those_of_one(kind, way):
     found = {**WAYS, **OTHERS}[way](kind, 1)
     assert difference(found, expected(kind, 1)) < 1e-8
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_noise_rules_too(way):
+    found = WAYS[way]("gauss_newton", None)
+    assert found[1]["rate"] > 0
+    assert difference(found, expected("gauss_newton", None)) < 1e-8
 
 
 def test_a_lost_mean_is_noticed():
