@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from nlcg_optax.curvature.state import QuadraticModelState
 from nlcg_optax.curvature.trust import SAME_LOSS
@@ -60,10 +61,10 @@ def explain(opt_state: Any) -> list[str]:
     flat_steps: in 10 of 10 steps there was as good as no curvature
     """
     model = find_model(opt_state)
-    report = {name: value for name, value in model.report().items()}
+    report = model.report()
     del report["coefficients"]
-    told = {name: float(value) for name, value in jax.device_get(report).items()}
-    return advice(told, float(model.counts.count))
+    told = {name: jnp.asarray(value).item() for name, value in report.items()}
+    return advice(told, jnp.asarray(model.counts.count).item())
 
 
 def advice(report: Mapping[str, float], steps: float) -> list[str]:

@@ -99,7 +99,8 @@ def without_products(
 ) -> Model:
     """Of the shapes that `build` gives, for steps that need no model."""
     size = len(slopes) + residuals
-    zeros = jax.tree.map(jnp.zeros_like, grad)
+    # Split as it is along explicit axes of a mesh, which `zeros_like` forgets here.
+    zeros = jax.tree.map(lambda x: jnp.where(jnp.array(False), x, 0), grad)
     return Model(
         jnp.pad(slopes, (0, residuals)),
         jnp.zeros([size, size], slopes.dtype),

@@ -101,14 +101,16 @@ def scale_by_diagonal_bfgs(
         def ones(x: jax.Array) -> jax.Array:
             return jnp.ones_like(x, dtype=_tree.scalar_dtype(x))
 
+        def wide_zeros(x: jax.Array) -> jax.Array:
+            return jnp.zeros_like(x, dtype=_tree.compute_dtype(jnp.result_type(x)))
+
         return DiagonalBfgsState(
             count=jnp.zeros([], jnp.int32),
             diagonal=jax.tree.map(ones, params),
             prev_params=_tree.zeros_like(params),
-            prev_preconditioned=_tree.zeros_like(
-                jax.tree.map(_tree.lift, params) if state_dtype is None else params,
-                state_dtype,
-            ),
+            prev_preconditioned=jax.tree.map(wide_zeros, params)
+            if state_dtype is None
+            else _tree.zeros_like(params, state_dtype),
             skipped=jnp.zeros([], jnp.int32),
         )
 
