@@ -41,7 +41,7 @@ def describe(
         # One for each orthogonalizer, which may see a part of the parameters only.
         state = jax.eval_shape(what.init, shapes)
         nodes = filter(_has_masks, jax.tree.leaves(state, is_leaf=_has_masks))
-        found = [_masks(node.second_moment) for node in nodes]
+        found = [_masks(node.root_mean_square) for node in nodes]
     else:
         found = [recognition.all_of(shapes, what)]
     if not found:
@@ -73,7 +73,7 @@ def describe(
 
 def _has_masks(node: Any) -> bool:
     """Whether this is a state that keeps second moments of what is no matrix."""
-    return hasattr(node, "second_moment")
+    return hasattr(node, "root_mean_square")
 
 
 def _masks(moments: Any) -> dict[Any, Matrix | None]:
