@@ -192,7 +192,8 @@ def minimize(
 @jax.custom_jvp
 def _solve(matrix: jax.Array, right: jax.Array, damping: jax.Array) -> jax.Array:
     """(|A| + λ)⁻¹ b, for a symmetric A."""
-    return _divided(*jnp.linalg.eigh(matrix), right, damping)
+    values, vectors = jnp.linalg.eigh(matrix)
+    return _divided(values, vectors, right, damping)
 
 
 def _divided(

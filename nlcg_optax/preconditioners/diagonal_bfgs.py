@@ -160,7 +160,7 @@ def scale_by_diagonal_bfgs(
 
         def unit(*exponents):
             """A power of two, and ε in units of the product of these."""
-            return _tree.times_power_of_two(eps, -sum(exponents[1:], exponents[0]))
+            return _tree.times_power_of_two(eps, jnp.negative(sum(exponents)))
 
         e_y_s, e_b_s = unit(of_y, of_s), unit(of_b_s, of_s)
         # Positive as well as at least ε: with ε = 0, zero curvature is no curvature.

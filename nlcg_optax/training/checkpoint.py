@@ -70,7 +70,7 @@ class Checkpoints:
         self.path = workdir / "checkpoints"
         # Orbax reads its deadline off the clock on the wall: were that set by more than
         # 20 minutes during a write, the write would fail. Several processes need one.
-        deadline = {"timeout_secs": _CENTURY} if jax.process_count() == 1 else {}
+        deadline: Any = {"timeout_secs": _CENTURY} if jax.process_count() == 1 else {}
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             async_options=ocp.AsyncOptions(
