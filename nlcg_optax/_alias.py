@@ -69,7 +69,8 @@ def nlcg(
         :func:`~nlcg_optax.scale_by_loss_feedback`; None for none. A gradient
         transformation is placed last, where it is given the descent direction times the
         learning rate, as line searches expect it.
-      beta_bounds: β is clipped to this closed interval.
+      beta_bounds: β is clipped to this closed interval, which without a line search
+        lies in [-1, 1].
       nesterov: whether the step goes along :math:`-z_t + \beta_t d_t`; None: yes,
         unless a line search follows, which needs the direction itself.
       weight_decay: λ, decoupled as in :func:`optax.adamw`: the learning rate multiplies
@@ -139,6 +140,7 @@ def nlcg(
         state_dtype=state_dtype,
         axis_name=axis_name,
     )
+    _check_memory(beta_bounds, step_rule)
     return _chain(
         direction, step_rule, learning_rate, decay=decay, state_dtype=state_dtype
     )
@@ -334,6 +336,20 @@ def _averaged_gradient(
     return optax.chain(soap, optax.stateless(vectors_too))
 
 
+def _check_memory(beta_bounds: Any, step_rule: Any) -> None:
+    """Raises if directions could grow without bound at a given learning rate."""
+    if isinstance(step_rule, optax.GradientTransformation):
+        return  # a line search bounds the step
+    ends = beta_bounds if isinstance(beta_bounds, tuple | list) else ()
+    known = [x for x in ends if isinstance(x, int | float)]
+    if any(abs(x) > 1 for x in known):
+        raise ValueError(
+            f"beta_bounds={beta_bounds!r} is not valid with a learning rate: beyond "
+            "-1 or 1 directions grow from step to step. Wider bounds are for a line "
+            "search as step_rule, which bounds the step itself."
+        )
+
+
 def _decay(
     weight_decay: Any, mask: Any, step_rule: Any
 ) -> optax.GradientTransformation | None:
@@ -354,7 +370,8 @@ def _decay(
             "schedule of the learning rate multiplies it; `optax.inject_hyperparams` "
             "gives it one of its own."
         )
-    _check.number("weight_decay", weight_decay, minimum=0)
+    _check.number("weight_decay", weight_decay, minimum=0, finite=True)
+    _check.mask("weight_decay_mask", mask)
     if isinstance(step_rule, optax.GradientTransformation):
         raise ValueError(
             f"weight_decay={weight_decay} is not valid with a gradient transformation "
@@ -374,7 +391,12 @@ def _decay(
         return jax.tree.map(one, updates, params)
 
     decay = optax.stateless(add)
-    return decay if mask is None else optax.masked(decay, mask)
+    if mask is None:
+        return decay
+    # `optax.masked` would call whatever can be called.
+    return optax.masked(
+        decay, lambda params: mask(params) if _check.is_function(mask) else mask
+    )
 
 
 def _chain(
@@ -388,7 +410,8 @@ def _chain(
 ) -> optax.GradientTransformationExtraArgs:
     """Chains a direction, a step rule, weight decay and the learning rate."""
     if not callable(learning_rate):
-        _check.number("learning_rate", learning_rate)
+        # A negative one would climb: the sign is turned here.
+        _check.number("learning_rate", learning_rate, minimum=0, finite=True)
     scale = optax.scale_by_learning_rate(learning_rate)
     if isinstance(step_rule, optax.GradientTransformation):
         return optax.chain(direction, scale, step_rule)

@@ -17,6 +17,7 @@ def number(
     minimum: float = -math.inf,
     exclusive: bool = False,
     integer: bool = False,
+    finite: bool = False,
 ) -> None:
     """Raises unless `value` is a number (an integer) from `minimum` on.
 
@@ -29,11 +30,13 @@ def number(
     valid = False
     if isinstance(value, kind) and not isinstance(value, bool):
         valid = float(value) > minimum if exclusive else float(value) >= minimum
+        valid &= math.isfinite(value) or not finite
     if not valid:
         what = "an integer" if integer else "a number"
         bound = ""
         if minimum > -math.inf:
             bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
+        bound += ", and finite" if finite else ""
         raise ValueError(f"{name}={value!r} is not valid: expected {what}{bound}.")
 
 
@@ -66,6 +69,38 @@ def floating_dtype(name: str, value: Any) -> None:
         raise ValueError(
             f"{name}={value!r} is not valid: expected a floating-point dtype, such as "
             "jnp.bfloat16, or None."
+        )
+
+
+def is_function(value: Any) -> bool:
+    """Whether this is to be called for what is wanted, rather than be it.
+
+    A tree that can be called, such as a module of booleans in the place of its
+    parameters, is the tree. (`jax.tree_util.Partial` is a function all the same.)
+    """
+    if isinstance(value, jax.tree_util.Partial):
+        return True
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
+def mask(name: str, value: Any) -> None:
+    """Raises unless this can say of the leaves of a tree whether they are meant.
+
+    Args:
+      name: of the argument.
+      value: a tree of booleans, a function from parameters to one, or None for all.
+    """
+    if value is None or is_function(value):
+        return
+    leaves = jax.tree.leaves(value)
+    if isinstance(value, bool) or any(isinstance(x, jax.Array) for x in leaves):
+        what = repr(value) if isinstance(value, bool) else "an array"
+        raise ValueError(
+            f"{name} is {what}: expected a tree of booleans like the parameters, a "
+            "function from parameters to one, or None for all of them. Was it a "
+            "function? `optax.inject_hyperparams` calls it with the count of steps, as "
+            "a schedule, unless it is named: "
+            f"`optax.inject_hyperparams(..., static_args=({name!r},))`."
         )
 
 

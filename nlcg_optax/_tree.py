@@ -192,6 +192,104 @@ def _on_first(x: jax.Array, axes: Sequence[AxisName]) -> jax.Array:
     return x
 
 
+def inner_products(
+    vectors: Callable[..., Sequence[jax.Array]],
+    pairs: Sequence[tuple[int, int]],
+    *trees: Any,
+    groups: Sequence[int],
+    dtype: jnp.dtype,
+    axis_name: AxisName | None = None,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Real inner products of vectors whose squares need not fit into their dtype.
+
+    The vectors are scaled first, by the largest magnitude in them, as by BLAS's nrm2;
+    but by a power of two, and by 1 where their squares are well in range, so that
+    ordinary numbers come out as they would without.
+
+    Args:
+      vectors: maps one (lifted) leaf of each tree to the leaves of some vectors.
+      pairs: which of the vectors to multiply.
+      *trees: trees of one structure.
+      groups: of each vector the number of its group, whose vectors share a scale.
+      dtype: dtype of the sums.
+      axis_name: as for :func:`reduce_products`.
+
+    Returns:
+      For each pair (i, j) a scalar, and for each group an exponent, int32: the inner
+      product is the scalar times 2 to the exponents of the groups of i and of j.
+    """
+    # The dtype with the least range in which anything is multiplied.
+    leaves = [dtype, *map(jnp.result_type, jax.tree.leaves(trees))]
+    narrow = min(map(real_dtype, map(compute_dtype, leaves)), key=lambda k: k.itemsize)
+    peaks: list[list[jax.Array]] = [[] for _ in range(max(groups) + 1)]
+    for leaves in zip(*map(jax.tree.leaves, trees), strict=True):
+        found = vectors(*map(lift, leaves))
+        for v, group in zip(found, groups, strict=True):
+            peaks[group].append(jax.lax.stop_gradient(v))
+    exponents = [
+        exponent_of(max_abs(peak, dtype=dtype, axis_name=axis_name), narrow)
+        for peak in peaks
+    ]
+    scales = [_xla.compute_once(power_of_two(-e, dtype)) for e in exponents]
+
+    def integrands(*leaves: jax.Array) -> list[jax.Array]:
+        found = [
+            # Not the bare product: XLA would take the scales out of the sum, too late.
+            jnp.where(scales[group] > 0, scalar_like(scales[group], v) * v, 0)
+            for v, group in zip(vectors(*leaves), groups, strict=True)
+        ]
+        return [real_inner(found[i], found[j]) for i, j in pairs]
+
+    sums = reduce_products(integrands, *trees, dtype=dtype, axis_name=axis_name)
+    return sums, exponents
+
+
+def exponent_of(size: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The power of two above a size, int32, within the range of the dtype's.
+
+    It is 0 for a size whose square is in that range by far, and for zero or no number.
+    """
+    info = jnp.finfo(dtype)
+    usable = (size > 0) & jnp.isfinite(size)
+    _, exponent = jnp.frexp(jnp.where(usable, jax.lax.stop_gradient(size), 0.5))
+    exponent = jnp.where(jnp.abs(exponent) < info.maxexp // 4, 0, exponent)
+    return jnp.clip(exponent, info.minexp, -info.minexp).astype(jnp.int32)
+
+
+def power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """2 to an exponent, exactly; as far as the dtype's range goes."""
+    info = jnp.finfo(dtype)
+    exponent = jnp.clip(exponent, info.minexp, info.maxexp - 1)
+    return jnp.ldexp(jnp.ones_like(exponent, dtype=dtype), exponent)
+
+
+def times_power_of_two(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """X times 2 to an exponent, exactly wherever that is in range."""
+    half = exponent // 2  # neither factor alone leaves it
+    kind = real_dtype(x.dtype)
+    first, second = power_of_two(half, kind), power_of_two(exponent - half, kind)
+    # A zero apart: XLA may multiply the factors first, and their product be infinite.
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.where(zero, 1, x) * first * second)
+
+
+def square_root(x: jax.Array) -> jax.Array:
+    """The root of what is not negative; its derivative is 0 at 0, not infinite."""
+    positive = x > 0
+    root = jnp.sqrt(jnp.where(positive, x, 1))
+    return jnp.where(positive, root, jnp.where(jnp.isnan(x), x, 0))
+
+
+def norm(
+    tree: Any, *, dtype: jnp.dtype, axis_name: AxisName | None = None
+) -> jax.Array:
+    """The length of a tree: the root of the sum of its squares."""
+    (square,), (exponent,) = inner_products(
+        lambda x: [x], [(0, 0)], tree, groups=[0], dtype=dtype, axis_name=axis_name
+    )
+    return times_power_of_two(square_root(square), exponent)
+
+
 def max_abs(
     tree: Any, *, dtype: jnp.dtype, axis_name: AxisName | None = None
 ) -> jax.Array:
@@ -204,7 +302,11 @@ def max_abs(
         for leaf in jax.tree.leaves(tree)
     ]
     total = functools.reduce(jnp.maximum, largest, jnp.zeros([], dtype))
-    return total if axis_name is None else jax.lax.pmax(total, bound_axes(axis_name))
+    if axis_name is None:
+        return total
+    axes = bound_axes(axis_name)
+    constant = tracked_axes(axes) - varying_axes(total)
+    return jax.lax.pmax(vary(total, [a for a in axes if a in constant]), axes)
 
 
 def is_nonzero(tree: Any, axis_name: AxisName | None = None) -> Any:
@@ -222,14 +324,16 @@ def slope(
     grad: Any, updates: Any, dtype: jnp.dtype, axis_name: AxisName | None = None
 ) -> jax.Array:
     """The derivative of a value along `updates`, from what `jax.grad` returns."""
-
-    def integrand(g: jax.Array, u: jax.Array) -> list[jax.Array]:
-        return [real_inner(jnp.conj(g), u)]  # jax.grad's is the conjugate
-
-    (total,) = reduce_products(
-        integrand, grad, updates, dtype=dtype, axis_name=axis_name
+    (total,), exponents = inner_products(
+        lambda g, u: [jnp.conj(g), u],  # jax.grad's is the conjugate
+        [(0, 1)],
+        grad,
+        updates,
+        groups=[0, 1],
+        dtype=dtype,
+        axis_name=axis_name,
     )
-    return total
+    return times_power_of_two(total, sum(exponents[1:], start=exponents[0]))
 
 
 def zeros_like(tree: Any, dtype: Any | None = None) -> Any:

@@ -96,14 +96,17 @@ def test_only_the_inner_products_that_are_needed(options, sums):
     x = jax.ShapeDtypeStruct((SIZE,), jnp.float32)
     state = jax.eval_shape(tx.init, x)
     program = jax.jit(tx.update).lower(x, state, x, value=1.0).as_text()
-    assert program.count(f"(tensor<{SIZE}xf32>, tensor<f32>) -> tensor<f32>") == sums
+    reductions = f"(tensor<{SIZE}xf32>, tensor<f32>) -> tensor<f32>"
+    # The rest are maxima, one of each vector.
+    sizes = program.count("applies stablehlo.maximum across")
+    assert program.count(reductions) - sizes == sums
 
 
-# Bytes accessed in sizes of the leaf; before, the default took 52, and 40 while the
-# step rule was shown the direction's own copy of what it takes back.
+# Bytes accessed in sizes of the leaf, of which a third is for the scale of the inner
+# products; and the largest magnitude, by which they are scaled, is read before them.
 BOUNDS = [
-    ({}, 43, 1),
-    ({"track_cosine": False, "step_rule": None}, 31, 0),
+    ({}, 64, 5),
+    ({"track_cosine": False, "step_rule": None}, 50, 5),
 ]
 
 
@@ -164,7 +167,7 @@ def check(options, oracle, losses=None, steps=30):
         jit=False,
     )
     for name, values in rows.items():
-        if not (name in ("cosine", "metric_length") and np.isnan(values).all()):
+        if values[0] is not None:
             assert np.max(relative_errors(values, seen[name])) <= 1e-8, name
     return rows
 

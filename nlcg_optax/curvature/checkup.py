@@ -118,7 +118,8 @@ def _of_gradients(grads: Any, own: Any, exact: bool) -> list[str]:
     )
     if not (g_g > 0 and o_o > 0):
         return []
-    ratio, cosine = float(jnp.sqrt(o_o / g_g)), float(g_o / jnp.sqrt(g_g * o_o))
+    ratio = float(jnp.sqrt(o_o / g_g))
+    cosine = float(g_o / jnp.sqrt(g_g) / jnp.sqrt(o_o))
     found = []
     frozen = [
         jax.tree_util.keystr(path)

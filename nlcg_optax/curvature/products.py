@@ -261,7 +261,7 @@ class Curvature:
     def penalized(self, penalty: Penalty, tree: Any, part: Any) -> Any:
         """A tree like the parameters, but None where there is no penalty."""
         mask = penalty.mask.value
-        if callable(mask):
+        if _check.is_function(mask):
             mask = mask(self._whole(part))
         mask = jax.tree.map(
             lambda keep, leaves: jax.tree.map(lambda _: bool(keep), leaves),
@@ -589,7 +589,8 @@ def gauss_newton(
     [[26. 42.]
      [42. 78.]]
     """
-    _check.number("l2", l2, minimum=0)
+    _check.number("l2", l2, minimum=0, finite=True)
+    _check.mask("l2_mask", l2_mask)
     # Where there is no penalty no inner product of parameters is taken.
     none = isinstance(l2, int | float) and l2 == 0
     return _GaussNewton(

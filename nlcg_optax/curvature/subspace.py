@@ -8,6 +8,7 @@ with the slopes :math:`s_i = g^\top d_i` and the curvature
 :math:`K_{ij} = d_i^\top C d_j`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -129,9 +130,11 @@ def cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array
     """Cosine between the new step and the last one in the metric of the curvature."""
     other = jnp.zeros_like(coefficients).at[newest].set(1)
     product = inner(coefficients, matrix, other)
-    squares = inner(coefficients, matrix, coefficients) * matrix[newest, newest]
-    defined = squares > 0
-    return jnp.where(defined, product / jnp.sqrt(jnp.where(defined, squares, 1)), 0)
+    lengths = [inner(coefficients, matrix, coefficients), matrix[newest, newest]]
+    first, second = (_tree.square_root(jnp.maximum(x, 0)) for x in lengths)
+    defined = (first > 0) & (second > 0)
+    ratio = product / jnp.where(defined, first, 1) / jnp.where(defined, second, 1)
+    return jnp.where(defined, ratio, 0)
 
 
 def _difference(grad: jax.Array, product: jax.Array) -> jax.Array:
@@ -177,18 +180,51 @@ def minimize(
     Returns:
       c, of shape [k].
     """
-    scale = jnp.sqrt(jnp.abs(jnp.diagonal(curvature)))
+    scale = _tree.square_root(jnp.abs(jnp.diagonal(curvature)))
     usable = scale > 0
     inverse = jnp.where(usable, 1 / jnp.where(usable, scale, 1), 0)
     unit = curvature * inverse[:, None] * inverse[None, :]
     # What is unused must not look like a level direction of the rest.
     unit = unit + jnp.diag((~usable).astype(unit.dtype))
-    values, vectors = jnp.linalg.eigh(unit)
-    values = jnp.maximum(jnp.abs(values), smallest_eigenvalue(unit.dtype))
-    values = values + jnp.asarray(damping, values.dtype)
+    damping = jnp.asarray(damping, unit.dtype)
+    return inverse * _solve(unit, slopes * inverse, damping)
+
+
+@jax.custom_jvp
+def _solve(matrix: jax.Array, right: jax.Array, damping: jax.Array) -> jax.Array:
+    """(|A| + λ)⁻¹ b, for a symmetric A."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    return _divided(values, vectors, right, damping)
+
+
+def _divided(
+    values: jax.Array, vectors: jax.Array, right: jax.Array, damping: jax.Array
+) -> jax.Array:
+    values = jnp.maximum(jnp.abs(values), smallest_eigenvalue(values.dtype)) + damping
     # Sums rather than products of matrices, which accelerators round to half precision.
-    along = jnp.sum(vectors * (slopes * inverse)[:, None], axis=0) / values
-    return inverse * jnp.sum(vectors * along[None, :], axis=1)
+    along = jnp.sum(vectors * right[:, None], axis=0) / values
+    return jnp.sum(vectors * along[None, :], axis=1)
+
+
+@_solve.defjvp
+def _solve_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """By divided differences: `eigh` has no derivative where eigenvalues are equal."""
+    matrix, right, damping = primals
+    matrix_dot, right_dot, damping_dot = tangents
+    values, vectors = jnp.linalg.eigh(matrix)
+    sizes, least = jnp.abs(values), smallest_eigenvalue(values.dtype)
+    inverse = 1 / (jnp.maximum(sizes, least) + damping)
+    slope = jnp.where(sizes > least, -jnp.sign(values) * inverse**2, 0)
+    apart = values[:, None] - values[None, :]
+    equal = jnp.abs(apart) <= jnp.sqrt(least) * (sizes[:, None] + sizes[None, :])
+    ratios = (inverse[:, None] - inverse[None, :]) / jnp.where(equal, 1, apart)
+    ratios = jnp.where(equal, 0.5 * (slope[:, None] + slope[None, :]), ratios)
+    turn = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    inner = turn(vectors.T, turn(matrix_dot, vectors)) * ratios
+    along = turn(vectors.T, right)
+    found = turn(vectors, turn(inner, along) - damping_dot * inverse**2 * along)
+    solution = _divided(values, vectors, right, damping)
+    return solution, found + _divided(values, vectors, right_dot, damping)
 
 
 def smallest_eigenvalue(dtype: jnp.dtype) -> float:
@@ -211,7 +247,13 @@ def part_that_falls(slope: jax.Array, curved: jax.Array, most: jax.Array) -> jax
     """
     beyond = slope - 0.5 * curved > most
     # The smaller root, in the form that does not cancel.
-    root = jnp.sqrt(jnp.maximum(slope**2 - 2 * curved * most, 0))
+    # In units in which none of them is squared out of range.
+    exponent = _tree.exponent_of(
+        jnp.maximum(jnp.abs(slope), jnp.abs(most)), slope.dtype
+    )
+    unit = _tree.power_of_two(-exponent, slope.dtype)
+    slope, curved, most = slope * unit, curved * unit, most * unit
+    root = _tree.square_root(jnp.maximum(slope**2 - 2 * curved * most, 0))
     return jnp.where(beyond, 2 * most / jnp.where(beyond, slope + root, 1), 1)
 
 

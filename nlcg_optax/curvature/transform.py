@@ -665,7 +665,7 @@ def _make_step(
     tree = jax.tree.map(total, given.grad, *directions)
     return _Step(
         tree,
-        jnp.sqrt(_sum_of_squares(tree, dtype, settings.axis_name)),
+        _tree.norm(tree, dtype=dtype, axis_name=settings.axis_name),
         coefficients,
         slope=jnp.sum(model.slopes * coefficients),
         curved=subspace.inner(coefficients, model.products, coefficients),
@@ -826,7 +826,8 @@ def _decay(weight_decay: Any, mask: Any) -> Penalty | None:
             f"weight_decay={weight_decay!r} is not valid: expected a number, for it is "
             "a term of the loss."
         )
-    _check.number("weight_decay", weight_decay, minimum=0)
+    _check.number("weight_decay", weight_decay, minimum=0, finite=True)
+    _check.mask("weight_decay_mask", mask)
     if isinstance(weight_decay, int | float) and weight_decay == 0:
         return None
     return Penalty(weight_decay, Constant(mask))

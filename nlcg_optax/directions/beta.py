@@ -21,6 +21,9 @@ from nlcg_optax import _check, _tree
 class InnerProducts(NamedTuple):
     r"""What a β rule may look at: real scalars over the whole parameter vector.
 
+    They have one unit, which ε shares: a power of two where they would leave the range
+    of their dtype, and 1 otherwise. β has none.
+
     Attributes:
       g_z: :math:`\rho_t = g_t^\top z_t`.
       prev_g_z: :math:`\rho_{t-1} = g_{t-1}^\top z_{t-1}`.

@@ -25,13 +25,15 @@ class ConjugateDirectionState(NamedTuple):
         not need it.
       prev_grad: the last gradient g; None for rules that do not need it.
       prev_g_z: gᵀz of the last step.
-      prev_g_d: gᵀd of the last step, its slope; NaN where nothing needs it.
-      prev_d_d: dᵀMd of the last step, in the metric M of the preconditioner; NaN where
+      prev_g_d: gᵀd of the last step, its slope; None where nothing needs it.
+      prev_d_d: dᵀMd of the last step, in the metric M of the preconditioner; None where
         nothing needs it.
       beta: β of the last step, after clipping and restarts.
       cosine: cosine between d and −g in the last step; negative on an ascent step, and
-        NaN where it is not tracked.
+        None where it is not tracked.
       restarts: restarts so far, int32 scalar.
+      prev_exponent: of two, int32 scalar: the three products above are to be multiplied
+        by it. 0 unless they are out of the range of their dtype.
     """
 
     count: jax.Array
@@ -40,15 +42,17 @@ class ConjugateDirectionState(NamedTuple):
     prev_preconditioned: optax.Updates | None
     prev_grad: optax.Updates | None
     prev_g_z: jax.Array
-    prev_g_d: jax.Array
-    prev_d_d: jax.Array
+    prev_g_d: jax.Array | None
+    prev_d_d: jax.Array | None
     beta: jax.Array
-    cosine: jax.Array
+    cosine: jax.Array | None
     restarts: jax.Array
+    prev_exponent: jax.typing.ArrayLike = 0
 
     def report(self) -> dict[str, jax.Array]:
         """What :func:`nlcg_optax.diagnostics` tells."""
-        return {"beta": self.beta, "cosine": self.cosine, "restarts": self.restarts}
+        told = {"beta": self.beta, "cosine": self.cosine, "restarts": self.restarts}
+        return {name: value for name, value in told.items() if value is not None}
 
 
 def scale_by_conjugate_direction(
@@ -159,18 +163,19 @@ def scale_by_conjugate_direction(
             prev_preconditioned=zeros() if keeps_z else None,
             prev_grad=zeros() if keeps_grad else None,
             prev_g_z=scalar(),
-            prev_g_d=scalar(),
-            prev_d_d=scalar(),
+            prev_g_d=scalar() if needs_slope else None,
+            prev_d_d=scalar() if needs_slope else None,
             beta=scalar(),
-            cosine=scalar(),
+            cosine=scalar() if track_cosine else None,
             restarts=jnp.zeros([], jnp.int32),
+            prev_exponent=jnp.zeros([], jnp.int32),
         )
 
     def restarts(count: Any, p: beta_rules.InnerProducts, beta: jax.Array) -> Any:
         """Whether the direction starts anew, but for the first one."""
         restart = jnp.zeros([], bool)
         if restart_every is not None:
-            restart |= count % restart_every == 0
+            restart |= count % jnp.asarray(restart_every).astype(count.dtype) == 0
         if restart_on_ascent:
             restart |= (-p.g_z + beta * p.g_d >= 0) & (beta != 0)
         if restart_nonorthogonal is not None:
@@ -192,40 +197,61 @@ def scale_by_conjugate_direction(
         trees = [grad, z, state.prev_update]
         trees += [tree for tree in (prev_z, prev_grad) if tree is not None]
 
-        def integrands(g, *others):
+        def vectors(g, *others):
             z, u, *history = (a.astype(g.dtype) for a in others)
-            dots = [(g, z)]
-            if needs_slope:
-                dots.append((g, u))
-            if track_cosine:
-                dots += [(g, g), (z, z), (z, u), (u, u)]
+            found = [g, z, u]
             if keeps_z:
-                dots.append((g, z - history[0]))
+                found.append(z - history[0])
             if keeps_grad:
-                dots.append((g - history[1], z - history[0]))
-            return [_tree.real_inner(a, b) for a, b in dots]
+                found.append(g - history[1])
+            return found
 
-        sums = _tree.reduce_products(
-            integrands, *trees, dtype=dtype, axis_name=axis_name
+        # What is like the gradient has one scale, what is like a step another.
+        groups = [0, 1, 1, 1, 0][: len(trees)]
+        g, z_, u, w, y = range(5)
+        pairs = [(g, z_)]
+        if needs_slope:
+            pairs.append((g, u))
+        if track_cosine:
+            pairs += [(g, g), (z_, z_), (z_, u), (u, u)]
+        if keeps_z:
+            pairs.append((g, w))
+        if keeps_grad:
+            pairs.append((y, w))
+        sums, (of_grad, of_step) = _tree.inner_products(
+            vectors, pairs, *trees, groups=groups, dtype=dtype, axis_name=axis_name
         )
+        exponent = of_grad + of_step
+
         # Of NumPy: an operation that gives NaN raises under `jax_debug_nans`.
         nan: Any = np.asarray(np.nan, dtype)
+        largest = float(jnp.finfo(dtype).max)
+
+        def rescaled(x: jax.Array | None) -> Any:
+            """A product of the last step, in the unit of those of this one."""
+            if x is None:
+                return nan
+            change = jnp.asarray(state.prev_exponent) - exponent
+            return jnp.clip(_tree.times_power_of_two(x, change), -largest, largest)
+
         rest = iter(sums)
         g_z = next(rest)
         g_u = next(rest) if needs_slope else nan
         g_g, z_z, z_u, u_u = (next(rest) if track_cosine else nan for _ in range(4))
         products = beta_rules.InnerProducts(
             g_z=g_z,
-            prev_g_z=state.prev_g_z,
+            prev_g_z=rescaled(state.prev_g_z),
             g_d=-g_u,
-            prev_g_d=state.prev_g_d,
+            prev_g_d=rescaled(state.prev_g_d),
             g_w=next(rest, nan),
             y_w=next(rest, nan),
-            prev_d_d=state.prev_d_d,
+            prev_d_d=rescaled(state.prev_d_d),
         )
 
         first = state.count == 0
-        beta = jnp.asarray(rule(products, epsilon)).astype(dtype)
+        absolute = _tree.real_scalar(epsilon, dtype)
+        absolute = _tree.times_power_of_two(absolute, -exponent)
+        beta = jnp.asarray(rule(products, absolute)).astype(dtype)
         # Bounds of a wider dtype, such as NumPy's, would widen β and the state.
         beta = jnp.clip(beta, *(_tree.real_scalar(end, dtype) for end in bounds))
         restart = restarts(state.count, products, beta) & ~first
@@ -236,11 +262,15 @@ def scale_by_conjugate_direction(
         direction = functools.partial(_direction, beta)
         turned = jax.tree.map(direction, z, state.prev_update)
         output = jax.tree.map(direction, z, turned) if nesterov else turned
-        # ‖d‖ from what is known of z and the last d: no pass over the new direction.
-        norm_sq = jnp.maximum(z_z + 2 * beta * z_u + jnp.square(beta) * u_u, 0)
-        slope = -(g_z + beta * g_u)
-        norms = jnp.sqrt(g_g) * jnp.sqrt(norm_sq)
-        cosine = jnp.where(norms == 0, 0, -slope / jnp.where(norms == 0, 1, norms))
+        slope, cosine, d_d = -(g_z + beta * g_u), None, None
+        if track_cosine:
+            # ‖d‖ from what is known of z and the last d: no pass over the direction.
+            norm_sq = jnp.maximum(z_z + 2 * beta * z_u + jnp.square(beta) * u_u, 0)
+            norms = _tree.square_root(g_g) * _tree.square_root(norm_sq)
+            cosine = jnp.where(norms == 0, 0, -slope / jnp.where(norms == 0, 1, norms))
+        if needs_slope:
+            # dᵀMd from M z = g, without a product with M.
+            d_d = g_z + 2 * beta * g_u + jnp.square(beta) * products.prev_d_d
 
         return _tree.cast_like(output, grad), ConjugateDirectionState(
             count=_transformations.increment(state.count),
@@ -249,12 +279,12 @@ def scale_by_conjugate_direction(
             prev_preconditioned=None if prev_z is None else _tree.cast_like(z, prev_z),
             prev_grad=None if prev_grad is None else _tree.cast_like(grad, prev_grad),
             prev_g_z=g_z,
-            prev_g_d=slope,
-            # dᵀMd from M z = g, without a product with M.
-            prev_d_d=g_z + 2 * beta * g_u + jnp.square(beta) * state.prev_d_d,
+            prev_g_d=slope if needs_slope else None,
+            prev_d_d=d_d,
             beta=beta,
             cosine=cosine,
             restarts=state.restarts + restart.astype(jnp.int32),
+            prev_exponent=exponent,
         )
 
     return _transformations.make(init_fn, update_fn)

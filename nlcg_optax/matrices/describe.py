@@ -42,7 +42,7 @@ def describe(
         # One for each orthogonalizer, which may see a part of the parameters only.
         state = jax.eval_shape(what.init, shapes)
         nodes = filter(_has_masks, jax.tree.leaves(state, is_leaf=_has_masks))
-        found = [(_masks(node.second_moment), _sides(node)) for node in nodes]
+        found = [(_masks(_moments(node)), _sides(node)) for node in nodes]
     else:
         found = [(recognition.all_of(shapes, what), None)]
     if not found:
@@ -80,7 +80,12 @@ def describe(
 
 def _has_masks(node: Any) -> bool:
     """Whether this is a state that keeps second moments of what is no matrix."""
-    return hasattr(node, "second_moment")
+    return _moments(node) is not None
+
+
+def _moments(node: Any) -> Any:
+    """The tree in which masks stand for matrices."""
+    return getattr(node, "root_mean_square", getattr(node, "second_moment", None))
 
 
 def _sides(node: Any) -> set[int] | None:

@@ -246,7 +246,11 @@ class _Loop:
         new, first_value = state.reached, self.first_value
         # A search that keeps no step promises nothing: the gradient alone decides.
         step = optax.tree.get(state.line_search, "learning_rate", 0)
-        predicted = -0.5 * step * _tree.slope(state.grad, state.updates, self.dtype)
+        steps = jax.tree.map(
+            lambda u: _tree.scalar_like(step, _tree.lift(u)) * _tree.lift(u),
+            state.updates,
+        )
+        predicted = -0.5 * _tree.slope(state.grad, steps, self.dtype)
         decided = predicted <= _PREDICTED * self.gtol * jnp.maximum(
             jnp.abs(new.value), first_value - new.value
         )

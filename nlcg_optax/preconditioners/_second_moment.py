@@ -9,21 +9,13 @@ from nlcg_optax import _tree
 from nlcg_optax.matrices.matrix import Mask, is_mask
 
 
-def over_root(
-    x: jax.Array, v: jax.Array, epsilon: Any, scale: float = 1.0
-) -> jax.Array:
-    """The quotient x / (√v + ε) times a scale; zero where both are, whatever ε is."""
-    root = safe_sqrt(v) + _tree.real_scalar(epsilon, v.dtype)
+def over(x: jax.Array, root: jax.Array, epsilon: Any, scale: float = 1.0) -> jax.Array:
+    """The quotient x / (root + ε) times a scale; zero where all are, whatever ε is."""
+    root = root + _tree.real_scalar(epsilon, root.dtype)
     safe = jnp.where(root == 0, 1, root)
     if scale != 1:
         safe = safe / _tree.real_scalar(scale, safe.dtype)
     return x / safe.astype(x.dtype)
-
-
-def safe_sqrt(x: jax.Array) -> jax.Array:
-    """The root of what is not negative; that of zero has no derivative, and gets 0."""
-    positive = x > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
 def check_moments(updates: Any, moments: Any, shards: bool = True) -> None:

@@ -12,7 +12,6 @@ from nlcg_optax import _tree
 def two_loop_recursion(
     vector: Any,
     pair: Callable[[jax.Array], tuple[Any, Any, jax.Array]],
-    count: jax.Array,
     max_count: int,
     gamma: jax.Array,
     inner: Callable[[Any, Any], jax.Array],
@@ -23,8 +22,8 @@ def two_loop_recursion(
 
     Args:
       vector: the tree.
-      pair: the pair of a given age, 0 being the newest: s, y, and 1 / sᵀy.
-      count: pairs there are, int32 scalar.
+      pair: the pair of a given age, 0 being the newest: s, y, and 1 / sᵀy, which is 0
+        where there is no pair yet.
       max_count: pairs there can be.
       gamma: the scale γ of the matrix γI that the pairs correct.
       inner: the inner product of two trees.
@@ -45,13 +44,13 @@ def two_loop_recursion(
         return add(q, -coefficient, y), coefficients.at[age].set(coefficient)
 
     def forwards(k, q):
-        age = count - 1 - k
+        age = max_count - 1 - k
         s, y, weight = pair(age)
         return add(q, coefficients[age] - weight * inner(y, q), s)
 
-    zero = jnp.zeros([], jnp.int32)
+    # Over all that there can be: a number that is known can be differentiated through.
     # Like gamma: varying over the devices of a `shard_map` if it is.
     coefficients = jnp.zeros_like(gamma, shape=(max_count,))
-    q, coefficients = jax.lax.fori_loop(zero, count, backwards, (vector, coefficients))
+    q, coefficients = jax.lax.fori_loop(0, max_count, backwards, (vector, coefficients))
     q = jax.tree.map(lambda x: _tree.scalar_like(gamma, x) * x, q)
-    return jax.lax.fori_loop(zero, count, forwards, q)
+    return jax.lax.fori_loop(0, max_count, forwards, q)

@@ -139,10 +139,10 @@ def scale_by_diagonal_bfgs(
             y = g - prev_z.astype(g.dtype) * metric.astype(g.dtype)
             return x - prev_x, y
 
-        def curvature(b, prev_z, g, x, prev_x):
+        def vectors(b, prev_z, g, x, prev_x):
             s, y = differences(b, prev_z, g, x, prev_x)
             # Not b · |s|²: XLA would store |s|² for the new diagonal.
-            return _tree.real_inner(y, s), _tree.real_inner(b.astype(s.dtype) * s, s)
+            return [y, s, b.astype(s.dtype) * s]
 
         arguments = (
             state.diagonal,
@@ -151,21 +151,38 @@ def scale_by_diagonal_bfgs(
             params,
             state.prev_params,
         )
-        y_s, s_b_s = _tree.reduce_products(
-            curvature, *arguments, dtype=dtype, axis_name=axis_name
+        (y_s, s_b_s), (of_y, of_s, of_b_s) = _tree.inner_products(
+            vectors,
+            [(0, 1), (2, 1)],
+            *arguments,
+            groups=[0, 1, 2],
+            dtype=dtype,
+            axis_name=axis_name,
         )
+
+        def unit(*exponents):
+            """A power of two, and ε in units of the product of these."""
+            return _tree.times_power_of_two(eps, jnp.negative(sum(exponents)))
+
+        e_y_s, e_b_s = unit(of_y, of_s), unit(of_b_s, of_s)
         # Positive as well as at least ε: with ε = 0, zero curvature is no curvature.
-        usable = ~first & (y_s >= eps) & (s_b_s >= eps) & (y_s > 0) & (s_b_s > 0)
+        usable = ~first & (y_s >= e_y_s) & (s_b_s >= e_b_s) & (y_s > 0) & (s_b_s > 0)
         y_s, s_b_s = (jnp.where(usable, x, 1) for x in (y_s, s_b_s))
+        # What all are multiplied by that are squared, and by what their quotients.
+        scales = [_tree.power_of_two(-k, dtype) for k in (of_y, of_s, of_b_s)]
+        epsilons = [e_y_s, e_b_s, unit(of_y, of_y), unit(of_b_s, of_b_s)]
+        units = [_tree.power_of_two(k - of_s, dtype) for k in (of_y, of_b_s)]
+        numbers = [y_s, s_b_s, *scales, *epsilons, *units]
 
         def new_diagonal(b, prev_z, g, x, prev_x):
             s, y = differences(b, prev_z, g, x, prev_x)
-            e, ys, sbs = (_tree.scalar_like(v, b) for v in (eps, y_s, s_b_s))
-            b_s_sq = jnp.square(b) * _tree.abs_sq(s)
-            update = jnp.abs(
-                b - (b_s_sq + e) / (sbs + e) + (_tree.abs_sq(y) + e) / (ys + e)
-            )
-            return jnp.where(usable, update, b)
+            found = [_tree.scalar_like(v, b) for v in numbers]
+            ys, sbs, a_y, a_s, a_b_s, e_ys, e_bs, e_y, e_b, of_y_s, of_b = found
+            y, s = a_y.astype(y.dtype) * y, a_s.astype(s.dtype) * s
+            b_s_sq = jnp.square(b * (a_b_s / a_s)) * _tree.abs_sq(s)
+            old = of_b * ((b_s_sq + e_b) / (sbs + e_bs))
+            new = of_y_s * ((_tree.abs_sq(y) + e_y) / (ys + e_ys))
+            return jnp.where(usable, jnp.abs(b - old + new), b)
 
         diagonal = jax.tree.map(new_diagonal, *arguments)
 

@@ -126,6 +126,7 @@ def scale_by_limited_memory_bfgs(
         )
 
         def inner(a, b):
+            # Of a step and a gradient, which is as large as what the value changes by.
             return reduce(lambda a, b: [_tree.real_inner(a, b)], a, b)[0]
 
         def difference(new, old):
@@ -133,20 +134,22 @@ def scale_by_limited_memory_bfgs(
 
         s = difference(params, state.prev_params)
         y = difference(updates, state.prev_grad)
-        y_s, s_s, y_y, g_g = reduce(
-            lambda s, y, g: [
-                _tree.real_inner(y, s),
-                _tree.abs_sq(s),
-                _tree.abs_sq(y),
-                _tree.abs_sq(g),
-            ],
+        (y_s, s_s, y_y, g_g), (of_s, of_y, of_g) = _tree.inner_products(
+            lambda s, y, g: [s, y, g],
+            [(1, 0), (0, 0), (1, 1), (2, 2)],
             s,
             y,
             updates,
+            groups=[0, 1, 2],
+            dtype=dtype,
+            axis_name=axis_name,
         )
         first = state.count == 0
-        curved = y_s > jnp.finfo(dtype).eps * jnp.sqrt(s_s) * jnp.sqrt(y_y)
-        usable = ~first & curved & jnp.isfinite(y_y)
+        lengths = _tree.square_root(s_s) * _tree.square_root(y_y)
+        # Nor is a pair of use whose 1 / sᵀy is out of range.
+        product = _tree.times_power_of_two(y_s, of_s + of_y)
+        curved = (y_s > jnp.finfo(dtype).eps * lengths) & (1 / product < jnp.inf)
+        usable = ~first & curved & jnp.isfinite(product) & jnp.isfinite(y_y)
         slot = state.pairs % memory_size
 
         def store(memory, x):
@@ -156,11 +159,14 @@ def scale_by_limited_memory_bfgs(
 
         params_differences = jax.tree.map(store, state.params_differences, s)
         grad_differences = jax.tree.map(store, state.grad_differences, y)
-        weights = store(state.weights, 1 / jnp.where(usable, y_s, 1))
+        weights = store(state.weights, 1 / jnp.where(usable, product, 1))
         pairs = state.pairs + usable.astype(jnp.int32)
-        scale = jnp.where(usable, y_s / jnp.where(usable, y_y, 1), state.scale)
+        ratio = y_s / jnp.where(usable, y_y, 1)
+        ratio = _tree.times_power_of_two(ratio, of_s - of_y)
+        scale = jnp.where(usable, ratio, state.scale)
         # Before there is a pair, a step of length 1 at most.
-        short = 1 / jnp.maximum(1, jnp.sqrt(g_g))
+        length = _tree.times_power_of_two(_tree.square_root(g_g), of_g)
+        short = 1 / jnp.maximum(1, length)
         gamma = jnp.where(pairs == 0, short, scale)
 
         def pair(age):
@@ -172,8 +178,6 @@ def scale_by_limited_memory_bfgs(
         q = _two_loop.two_loop_recursion(
             jax.tree.map(_tree.lift, updates),
             pair,
-            # Only over the pairs that are there: the first steps cost little.
-            jnp.minimum(pairs, memory_size),
             memory_size,
             gamma,
             inner,

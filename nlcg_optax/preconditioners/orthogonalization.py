@@ -15,7 +15,7 @@ import optax
 from nlcg_optax import _check, _tree
 from nlcg_optax.matrices import devices, newton_schulz, plan, recognition
 from nlcg_optax.matrices.matrix import Mask, Matrices, is_mask
-from nlcg_optax.preconditioners._second_moment import check_moments, over_root
+from nlcg_optax.preconditioners._second_moment import check_moments, over
 
 
 class OrthogonalizationState(NamedTuple):
@@ -23,12 +23,13 @@ class OrthogonalizationState(NamedTuple):
 
     Attributes:
       count: steps taken, int32 scalar.
-      second_moment: moving average of the squared gradient of the leaves that are no
-        matrices, float32 or wider; an empty node in place of the others.
+      root_mean_square: of the gradient of the leaves that are no matrices, by a moving
+        average, float32 or wider; an empty node in place of the others. (Squares of
+        gradients that fit into the dtype need not.)
     """
 
     count: jax.typing.ArrayLike
-    second_moment: Any
+    root_mean_square: Any
 
 
 def scale_by_orthogonalization(
@@ -163,7 +164,7 @@ def scale_by_orthogonalization(
 
         return OrthogonalizationState(
             count=jnp.zeros([], jnp.int32),
-            second_moment=jax.tree_util.tree_map_with_path(moment, params),
+            root_mean_square=jax.tree_util.tree_map_with_path(moment, params),
         )
 
     def update_fn(
@@ -173,12 +174,13 @@ def scale_by_orthogonalization(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        check_moments(updates, state.second_moment)
+        check_moments(updates, state.root_mean_square)
         count = optax.safe_increment(state.count)
         # A mask is no leaf of its own, so the trees are walked side by side.
         paths, structure = jax.tree_util.tree_flatten_with_path(updates)
         results, moments, found = [g for _, g in paths], [], {}
-        for i, v in enumerate(jax.tree.leaves(state.second_moment, is_leaf=is_mask)):
+        roots = jax.tree.leaves(state.root_mean_square, is_leaf=is_mask)
+        for i, v in enumerate(roots):
             if not isinstance(v, Mask):
                 # An embedding is scaled as the matrices beside it.
                 scale = 0.2 if results[i].ndim - batch_axes > 1 else 1.0
@@ -192,21 +194,32 @@ def scale_by_orthogonalization(
             _, rows, columns = v.matrix.sides(whole)
             results[i] = (0.2 * math.sqrt(max(rows, columns)) * z).astype(g.dtype)
         return jax.tree.unflatten(structure, results), OrthogonalizationState(
-            count=count, second_moment=jax.tree.unflatten(structure, moments)
+            count=count, root_mean_square=jax.tree.unflatten(structure, moments)
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _normalize(
-    g: jax.Array, v: jax.Array, count: Any, decay: Any, epsilon: Any, scale: float
+    g: jax.Array, root: jax.Array, count: Any, decay: Any, epsilon: Any, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """The second moment, and a leaf that is no matrix over its root."""
+    """The root of the second moment, and a leaf that is no matrix over it."""
     x = _tree.lift(g)
-    v = v + _tree.real_scalar(1 - decay, v.dtype) * (_tree.abs_sq(x) - v)
-    base = _tree.real_scalar(decay, v.dtype)
-    correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
-    return v, over_root(x, v / correction, epsilon, scale).astype(g.dtype)
+    size = jnp.abs(x).astype(root.dtype)
+    # The share of this step in vₜ / (1 - γᵗ), which for γ = 1 (as in half precision
+    # 0.999 is) is the mean of all squares.
+    steps = jnp.asarray(count).astype(root.dtype)
+    gamma = _tree.real_scalar(decay, root.dtype)
+    memory = 1 - gamma**steps
+    endless = memory == 0
+    share = (1 - gamma) / jnp.where(endless, 1, memory)
+    share = jnp.where(endless, 1 / steps, share)
+    # Squares of what is 1 at most; of a gradient that is zero there is no derivative.
+    peak = jax.lax.stop_gradient(jnp.maximum(size, root))
+    safe = jnp.where(peak == 0, 1, peak)
+    mean = share * jnp.square(size / safe) + (1 - share) * jnp.square(root / safe)
+    moment = peak * _tree.square_root(mean)
+    return moment, over(x, moment, epsilon, scale).astype(g.dtype)
 
 
 def work_of(method: newton_schulz.Method) -> plan.Work:

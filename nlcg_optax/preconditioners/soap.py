@@ -14,8 +14,7 @@ from nlcg_optax.matrices import devices, eigenbasis, newton_schulz, plan, recogn
 from nlcg_optax.matrices.matrix import Mask, Matrices, is_kept, is_mask
 from nlcg_optax.preconditioners._second_moment import (
     check_moments,
-    over_root,
-    safe_sqrt,
+    over,
 )
 
 # Beyond so many elements of a factor the matrices of a stack are worked on one after
@@ -374,6 +373,9 @@ def _elementwise(
     x, first = _tree.lift(g), jnp.asarray(count) == 0
     b1, b2 = options.b1, options.b2
     square = _tree.abs_sq(x).astype(v.dtype)
+    # Elements whose squares are beyond the range go by their own size, once.
+    finite, before = jnp.isfinite(square), v
+    square = jnp.where(finite, square, 0)
     scaled = x
     if mean is not None:
         mean = jnp.where(first, mean, _average(b1, mean, x))
@@ -387,7 +389,9 @@ def _elementwise(
     else:
         v = jnp.where(first, v, _average(b2, v, square))
         used = jnp.where(first, square, v / _correction(b2, count, v.dtype))
-    return mean, v, over_root(scaled, used, options.eps)
+    z = over(scaled, _tree.square_root(used), options.eps)
+    size = jnp.where(x == 0, 1, jnp.abs(x)).astype(x.dtype)
+    return mean, jnp.where(finite, v, before), jnp.where(finite, z, x / size)
 
 
 def _work(options: _Options, count: jax.typing.ArrayLike = 0) -> plan.Work:
@@ -501,19 +505,20 @@ def _precondition(
 
     bases, failed = _renew(factors, kept, first, usable, count, options)
 
-    def over(inside: jax.Array, used: jax.Array, bases: Any = before) -> jax.Array:
+    def back(inside: jax.Array, used: jax.Array, bases: Any = before) -> jax.Array:
         """Over the root of the second moment, and rotated back."""
         roundings = _ROUNDINGS * float(jnp.finfo(real).eps)
-        least = roundings * safe_sqrt(entries(used) / size)
-        return rotate(over_root(inside, used, eps + least), bases, back=True)
+        least = roundings * _tree.square_root(entries(used) / size)
+        inside = over(inside, _tree.square_root(used), eps + least)
+        return rotate(inside, bases, back=True)
 
     def at_first() -> tuple[jax.Array, jax.Array]:
         inside = rotate(x, bases)
         moment = _tree.abs_sq(inside)
         if not options.linear:
-            return over(inside, moment, bases), jnp.zeros_like(moment)
+            return back(inside, moment, bases), jnp.zeros_like(moment)
         moment = (moment + entries(moment) / size) / 2
-        return over(inside, moment, bases), moment
+        return back(inside, moment, bases), moment
 
     def later() -> tuple[jax.Array, jax.Array]:
         inside = rotate(x)
@@ -527,7 +532,7 @@ def _precondition(
             level = entries(used) / size
             # Of a matrix that had no gradient yet nothing is known but this one.
             used = jnp.where(level > 0, used + _FLOOR * level, moment)
-        return over(inside, used), moment
+        return back(inside, used), moment
 
     mean = kept.mean
     if mean is not None:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nlcg_optax import _tree
+
 
 class Point(NamedTuple):
     """A point on the line: its step, value and slope."""
@@ -25,10 +27,18 @@ def secant(a: Point, b: Point) -> jax.Array:
 def cubic(a: Point, b: Point) -> jax.Array:
     """The minimum of the cubic through two values and slopes; NaN if it has none."""
     h = b.step - a.step
-    c = a.slope + b.slope - 3 * (b.value - a.value) / h
-    discriminant = jnp.square(c) - a.slope * b.slope
-    root = jnp.sqrt(jnp.maximum(discriminant, 0))
-    denominator = b.slope - a.slope + 2 * root
+    secant_slope = 3 * (b.value - a.value) / h
+    # Slopes of ordinary size: they are squared.
+    steepest = jnp.maximum(jnp.abs(a.slope), jnp.abs(b.slope))
+    exponent = _tree.exponent_of(
+        jnp.maximum(steepest, jnp.abs(secant_slope)), steepest.dtype
+    )
+    unit = _tree.power_of_two(-exponent, steepest.dtype)
+    before, after = a.slope * unit, b.slope * unit
+    c = before + after - secant_slope * unit
+    discriminant = jnp.square(c) - before * after
+    root = _tree.square_root(jnp.maximum(discriminant, 0))
+    denominator = after - before + 2 * root
     exists = (discriminant >= 0) & (denominator != 0)
-    step = b.step - h * (b.slope + root - c) / jnp.where(exists, denominator, 1)
+    step = b.step - h * (after + root - c) / jnp.where(exists, denominator, 1)
     return jnp.where(exists, step, jnp.nan)

@@ -42,7 +42,8 @@ class HagerZhangLinesearchState(NamedTuple):
       learning_rate: the last step accepted.
       value: value at the accepted point, for ``optax.value_and_grad_from_state``.
       grad: gradient at the accepted point, likewise.
-      prev_slope: slope along the last direction where its search began.
+      prev_change: what the last step changes the value by to first order: the step
+        times the slope where its search began.
       value_scale: the running average of the values' size, C in the papers.
       value_weight: the weight that this average has gathered, Q in the papers.
       info: what the last search did.
@@ -52,7 +53,7 @@ class HagerZhangLinesearchState(NamedTuple):
     learning_rate: jax.Array
     value: jax.Array
     grad: optax.Updates
-    prev_slope: jax.Array
+    prev_change: jax.Array
     value_scale: jax.Array
     value_weight: jax.Array
     info: HagerZhangLinesearchInfo
@@ -200,7 +201,7 @@ def scale_by_hager_zhang_linesearch(
             learning_rate=jnp.ones([], dtype),
             value=jnp.asarray(jnp.inf, dtype),
             grad=_tree.zeros_like(params),
-            prev_slope=jnp.zeros([], dtype),
+            prev_change=jnp.zeros([], dtype),
             value_scale=jnp.zeros([], dtype),
             value_weight=jnp.zeros([], dtype),
             info=HagerZhangLinesearchInfo(
@@ -225,6 +226,11 @@ def scale_by_hager_zhang_linesearch(
         value = _check.loss(value, f"a line search needs the objective. {_CALL}")
         _tree.check_match(updates, state.grad, "the optimizer's state")
         dtype = state.learning_rate.dtype
+        # Along a direction of ordinary length, or no slope along it would be in range.
+        longest = _tree.max_abs(updates, dtype=dtype, axis_name=axis_name)
+        exponent = _tree.exponent_of(longest, dtype)
+        unit = _tree.power_of_two(-exponent, dtype)
+        updates = jax.tree.map(functools.partial(_scaled, unit), updates)
         value_and_grad = jax.value_and_grad(_with_known_arguments(value_fn, extra_args))
 
         def evaluate(step):
@@ -260,7 +266,7 @@ def scale_by_hager_zhang_linesearch(
             _Search(
                 stage=jnp.asarray(_EXPAND, jnp.int32),
                 trial=_initial_step(
-                    initial_step, state, start, params, updates, axis_name
+                    initial_step, state, start, params, longest * unit, unit, axis_name
                 ),
                 low=start,
                 high=start,
@@ -278,10 +284,10 @@ def scale_by_hager_zhang_linesearch(
         scaled = jax.tree.map(functools.partial(_scaled, step), updates)
         return scaled, HagerZhangLinesearchState(
             count=_transformations.increment(state.count),
-            learning_rate=jnp.where(step > 0, step, state.learning_rate),
+            learning_rate=jnp.where(step > 0, step * unit, state.learning_rate),
             value=search.best.value,
             grad=search.best_grad,
-            prev_slope=start.slope,
+            prev_change=jnp.where(step > 0, step * start.slope, state.prev_change),
             value_scale=scale,
             value_weight=weight,
             info=HagerZhangLinesearchInfo(
@@ -445,17 +451,15 @@ def _initial_step(
     state: HagerZhangLinesearchState,
     start: Point,
     params: Any,
-    updates: Any,
+    length: jax.Array,
+    unit: jax.Array,
     axis_name: _tree.AxisName | None,
 ) -> jax.Array:
-    """The first step to try."""
-    one = jnp.ones_like(start.step)
+    """The first step to try, along a direction that was multiplied by a unit."""
+    one = 1 / unit
     if kind == "one":
         return one
-    size, length = (
-        _tree.max_abs(tree, dtype=one.dtype, axis_name=axis_name)
-        for tree in (params, updates)
-    )
+    size = _tree.max_abs(params, dtype=one.dtype, axis_name=axis_name)
 
     def ratio(a, b):
         """The quotient, or 0 where that is no positive number."""
@@ -471,8 +475,8 @@ def _initial_step(
     if kind == "auto":
         later = one
     else:
-        change = ratio(state.learning_rate * state.prev_slope, start.slope)
-        later = jnp.where(change > 0, change, state.learning_rate)
+        change = ratio(state.prev_change, start.slope)
+        later = jnp.where(change > 0, change, state.learning_rate / unit)
     return jnp.where(state.count == 0, fresh, later)
 
 

@@ -64,17 +64,15 @@ def scale_by_lars(
     ) -> tuple[optax.Updates, Any]:
         _tree.check_params(updates, params, "layerwise scaling")
 
-        def squares(g, w):
-            return [_tree.abs_sq(g), _tree.abs_sq(w)]
-
         def scale(g, w):
-            g_g, w_w = _tree.reduce_products(
-                squares, g, w, dtype=_tree.scalar_dtype(w), axis_name=axis_name
+            dtype = _tree.scalar_dtype(w)
+            g_norm, w_norm = (
+                _tree.norm(x, dtype=dtype, axis_name=axis_name) for x in (g, w)
             )
-            scaled_norm = _tree.real_scalar(coefficient, w_w.dtype) * jnp.sqrt(w_w)
-            damped = _tree.real_scalar(damping, w_w.dtype) * scaled_norm
-            denominator = jnp.sqrt(g_g) + damped
-            zero = (g_g == 0) | (w_w == 0)
+            scaled_norm = _tree.real_scalar(coefficient, dtype) * w_norm
+            damped = _tree.real_scalar(damping, dtype) * scaled_norm
+            denominator = g_norm + damped
+            zero = (g_norm == 0) | (w_norm == 0)
             factor = jnp.where(zero, 1, scaled_norm / jnp.where(zero, 1, denominator))
             lifted = _tree.lift(g)
             return (lifted * _tree.scalar_like(factor, lifted)).astype(g.dtype)

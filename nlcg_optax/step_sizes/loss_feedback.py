@@ -151,7 +151,9 @@ def scale_by_loss_feedback(
         average = _AVERAGE_DECAY * state.loss_average + (1 - _AVERAGE_DECAY) * loss
         average = jnp.where(first, loss, average)
         if rule == "step":
-            act = state.count % period == 0
+            # `optax.inject_hyperparams` makes a float of few bits of it.
+            every = jnp.asarray(period).astype(state.count.dtype)
+            act = state.count % every == 0
             new, old = average, state.prev_loss_average
         else:
             act = jnp.ones([], bool)

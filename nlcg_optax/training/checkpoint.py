@@ -7,11 +7,14 @@ import pathlib
 import socket
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from nlcg_optax.training.config import ConfigError, differing, modern, to_json
 from nlcg_optax.training.run_config import RunConfig
@@ -32,6 +35,10 @@ FREE_FIELDS = (
 )
 
 _CENTURY = 4 * 10**9  # seconds
+# Beside the arrays of a checkpoint: of each file its size and CRC-32.
+_CHECKSUMS = "checksums.json"
+# What Orbax writes after them, where there are no arrays.
+_AFTERWARDS = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class CheckpointError(RuntimeError):
@@ -42,12 +49,17 @@ class Checkpoints:
     """The checkpoints in a run's folder.
 
     Writing goes on in the background while training does. A checkpoint appears under
-    its name only when it is whole. All processes take part; the folder must be one that
-    all of them see.
+    its name only when it is whole, with a checksum of each of its files in it. These
+    are verified before anything is read: of a damaged one the folder is renamed, and
+    the one before it takes its place. All processes take part; the folder must be one
+    that all of them see.
 
     Args:
       workdir: folder of the run.
       keep: how many of the newest to keep.
+
+    Attributes:
+      notes: sentences on what was found damaged, or could not be verified.
 
     Raises:
       CheckpointError: by its methods, if this state or the last cannot be written.
@@ -58,39 +70,138 @@ class Checkpoints:
         self.path = workdir / "checkpoints"
         # Orbax reads its deadline off the clock on the wall: were that set by more than
         # 20 minutes during a write, the write would fail. Several processes need one.
-        never = ocp.AsyncOptions(timeout_secs=_CENTURY)
+        deadline: Any = {"timeout_secs": _CENTURY} if jax.process_count() == 1 else {}
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, async_options=never if jax.process_count() == 1 else None
+            max_to_keep=keep,
+            async_options=ocp.AsyncOptions(
+                # Between the last array and the name.
+                post_finalization_callback=self._write_checksums,
+                **deadline,
+            ),
         )
         self._manager = ocp.CheckpointManager(self.path.absolute(), options=options)
+        self._verified: set[int] = set()
+        self.notes: list[str] = []
 
     def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
+        """Step of the newest whole checkpoint, or None if there never was one.
+
+        Raises:
+          CheckpointError: if there are some, and all are damaged; or if a damaged one
+            cannot be renamed.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps or steps[-1] in self._verified:
+            return max(steps, default=None)
+        step = np.int64(-1)
+        error = None
+        if jax.process_index() == 0:
+            try:
+                step = np.int64(self._set_damaged_aside(steps))
+            except (OSError, CheckpointError) as caught:
+                error = caught
+        if jax.process_count() > 1:
+            step = multihost_utils.broadcast_one_to_all(step)
+        if error is not None or step < 0:
+            if not isinstance(error, CheckpointError):
+                problem = f": {error}" if error else ", see the message of process 0"
+                error = CheckpointError(
+                    f"No checkpoint in {self.path} is whole{problem}"
+                )
+            raise error
+        self._manager.reload()
+        self._verified.add(int(step))
+        return int(step)
+
+    def _set_damaged_aside(self, steps: list[int]) -> int:
+        """Step of the newest whole checkpoint; the names of newer ones are changed."""
+        damaged: dict[int, str] = {}
+        for step in reversed(steps):
+            problem = self._damage(step)
+            if problem is None:
+                break
+            damaged[step] = problem
+        else:
+            told = "; ".join(f"of step {s:,}, {told}" for s, told in damaged.items())
+            raise CheckpointError(
+                f"No checkpoint in {self.path} is whole: {told}. Nothing was changed. "
+                "Move that folder away, and the same command goes on from the start."
+            )
+        for number, problem in damaged.items():
+            folder = self.path / str(number)
+            aside = self.path / f"damaged-{number}-{time.time_ns()}"
+            folder.rename(aside)
+            self.notes.append(
+                f"The checkpoint of step {number:,} is damaged: {problem}. It is now "
+                f"{aside}, and the run goes on from that of step {step:,}."
+            )
+        return step
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, in words; None for nothing."""
+        folder = self.path / str(step)
+        path = folder / _CHECKSUMS
+        if not path.exists():
+            self.notes.append(
+                f"The checkpoint of step {step:,} has no {_CHECKSUMS}, as those of "
+                "earlier versions, and cannot be verified."
+            )
+            return None
+        try:
+            expected = json.loads(path.read_text())
+            for name, (size, checksum) in expected.items():
+                if not (folder / name).is_file():
+                    return f"{folder / name} is missing"
+                if _checksum(folder / name) != [size, checksum]:
+                    return f"{folder / name} is not what was written"
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            return f"{path} cannot be read ({_shortened(error)})"
+        return None
+
+    def _write_checksums(self) -> None:
+        """Writes those of the checkpoint that has no name yet."""
+        if jax.process_index():
+            return
+        for folder in self.path.glob("*.orbax-checkpoint-tmp*"):
+            path = folder / _CHECKSUMS
+            if not folder.is_dir() or path.exists():
+                continue
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            checksums = {
+                str(file.relative_to(folder)): _checksum(file)
+                for file in files
+                if str(file.relative_to(folder)) not in _AFTERWARDS
+            }
+            path.write_text(json.dumps(checksums))
+            for file in [*files, path]:
+                to_disk(file)
 
     def restore(self, like: Any) -> Any:
-        """Restores the newest checkpoint, shaped and placed as `like`.
+        """Restores the newest whole checkpoint, shaped and placed as `like`.
 
         Args:
           like: a state, or one of `jax.ShapeDtypeStruct` with shardings.
 
         Raises:
-          CheckpointError: if it cannot be read, or does not fit.
+          CheckpointError: if there is none, it cannot be read, or does not fit.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        steps = sorted(self._manager.all_steps())
+        newest = self.latest_step()
+        if newest is None:
+            raise CheckpointError(f"There is no checkpoint in {self.path}.")
         try:
             state = self._manager.restore(
-                steps[-1], args=ocp.args.StandardRestore(abstract)
+                newest, args=ocp.args.StandardRestore(abstract)
             )
             _check_fits(state, abstract)
         except Exception as error:  # Orbax documents none
-            older = f", from step {steps[-2]:,}" if steps[1:] else ", from the start"
+            steps = [step for step in self._manager.all_steps() if step < newest]
+            older = f", from step {max(steps):,}" if steps else ", from the start"
             raise CheckpointError(
-                f"The checkpoint of step {steps[-1]:,}, {self.path / str(steps[-1])}, "
-                f"cannot be read: {_shortened(error)}. It is damaged, or was written "
-                "by another program. Nothing was changed. Move that folder away, and "
-                f"the same command goes on{older}."
+                f"The checkpoint of step {newest:,}, {self.path / str(newest)}, "
+                f"cannot be read: {_shortened(error)}. It was written by another "
+                "program, or is damaged. Nothing was changed. Move that folder away, "
+                f"and the same command goes on{older}."
             ) from error
         return state
 
@@ -107,6 +218,7 @@ class Checkpoints:
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+            to_disk(self.path)  # the names
 
     def close(self) -> None:
         """Waits until everything is on disk, and closes the folder."""
@@ -133,6 +245,26 @@ class Checkpoints:
                 f"Cannot write a checkpoint to {self.path}: {_shortened(error)}. Is "
                 f"the disk full, or the folder read-only? The last whole one: {kept}."
             ) from error
+
+
+def to_disk(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a folder, would outlast a power cut."""
+    if os.name == "nt" and path.is_dir():  # where folders cannot be opened
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _checksum(path: pathlib.Path) -> list[int]:
+    """Size and CRC-32 of a file."""
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+    return [size, checksum]
 
 
 def _check_fits(state: Any, abstract: Any) -> None:
@@ -199,15 +331,18 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
     """
     path = workdir / "config.json"
     try:
-        saved = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError) as error:
+        if not path.exists():
+            return
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError(f"expected an object of fields, found {saved!r:.60}")
+        old = modern(saved)
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({error}). Choose another --workdir, or remove "
             "that file if you know that the run in its folder had this config."
         ) from error
-    if saved is None:
-        return
-    old, new = modern(saved), modern(to_json(config))
+    new = modern(to_json(config))
     changed = [
         f"{name}={new.get(name)!r} (was {old.get(name)!r})"
         for name in differing(old, new, FREE_FIELDS, ("mesh.",))

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import difflib
+import logging
 import os
 import re
 import signal
 import sys
 import textwrap
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +35,7 @@ exit code:
     1  something went wrong that is none of the below (a traceback says what)
     2  a mistake in the arguments, the config or the data, or a package is missing
     3  the loss was not finite; what came before is saved
-    4  a file cannot be written or read: a full disk, a damaged checkpoint
+    4  a file cannot be written or read: a full disk, damaged checkpoints or metrics
   130  Ctrl-C has stopped the run and its progress is saved
 
 Lines are printed to standard output, errors and the progress bar to standard error.
@@ -71,7 +73,14 @@ def main(
 
     # Late, so that --help and mistakes answer at once.
     try:
-        from nlcg_optax.training import checkpoint, config, data, distributed, loop
+        from nlcg_optax.training import (
+            checkpoint,
+            config,
+            data,
+            distributed,
+            loop,
+            metrics,
+        )
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "nlcg_optax":
             raise
@@ -82,6 +91,9 @@ def main(
         )
         return 2
 
+    # What Orbax logs of an error is in ours, as is what its threads say afterwards.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _but_for_closed_loops
     if args.list_configs:
         _list_configs()
     if args.list_datasets:
@@ -104,8 +116,9 @@ def main(
         code = _report(error, 2)
     except loop.NonFiniteLossError as error:
         code = _report(error, 3)
-    except (checkpoint.CheckpointError, OSError) as error:
+    except (checkpoint.CheckpointError, metrics.MetricsError, OSError) as error:
         code = _report(error, 4)
+        _silence()
     except Exception:
         if not _several_processes():
             raise
@@ -193,6 +206,22 @@ def _several_processes() -> bool:
 
     # Not by their number: to count them JAX would start its devices.
     return jax.distributed.is_initialized()
+
+
+def _but_for_closed_loops(unraisable: Any) -> None:
+    """Prints what nothing can catch, unless a thread of TensorStore came too late."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+        sys.__unraisablehook__(unraisable)
+
+
+def _silence() -> None:
+    """Leaves the last word to what was reported.
+
+    Threads of Orbax that cannot write either would follow it by pages of traceback.
+    """
+    logging.disable(logging.CRITICAL)
+    threading.excepthook = sys.unraisablehook = lambda args: None
 
 
 def _report(error: Exception, code: int) -> int:

@@ -61,7 +61,7 @@ def load_run(name: str) -> OtherRun:
             head = {"config": json.loads((path / "config.json").read_text())}
             rows = metrics.read_metrics(path / "metrics.jsonl")
         else:
-            head, *rows = metrics.read_metrics(path)
+            head, *rows = metrics.read_metrics(path, head=True)
         config = modern(head["config"])
         label, rate = config["optimizer.name"], config["optimizer.learning_rate"]
         label += "" if rate is None else f" at {rate:g}"

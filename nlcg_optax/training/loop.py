@@ -164,6 +164,8 @@ class _Run:
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
         start = self.checkpoints.latest_step() or 0
+        for note in self.checkpoints.notes:
+            told.line(note, "quiet")
         self.start = self.step = self.saved = start
         self.described = (model, tx, config, dataset.image_shape, mesh)
         if start:

@@ -12,10 +12,16 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from nlcg_optax.training.checkpoint import to_disk
+
 # Classes made at run time, which no type checker knows.
 _Event: Any = vars(event_pb2)["Event"]
 _SessionLog: Any = vars(event_pb2)["SessionLog"]
 _Summary: Any = vars(summary_pb2)["Summary"]
+
+
+class MetricsError(ValueError):
+    """A ``metrics.jsonl`` that cannot be read."""
 
 
 class MetricsWriter:
@@ -29,6 +35,9 @@ class MetricsWriter:
     Args:
       workdir: folder of the run.
       resume_step: what was written after this step is dropped: it will come again.
+
+    Raises:
+      MetricsError: if what is there already cannot be read.
     """
 
     def __init__(self, workdir: pathlib.Path, resume_step: int):
@@ -38,13 +47,17 @@ class MetricsWriter:
         partial = self.path.with_suffix(".jsonl.tmp")
         with _naming(partial):
             partial.write_text("".join(_line(row) for row in kept))
+            to_disk(partial)
             partial.replace(self.path)
         self._file = self.path.open("a")
         # Not tensorboardX's SummaryWriter: its thread dies when the disk is full, and
         # the next write then waits for it without end.
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
+        before = {*folder.iterdir()}
         self._events = EventsWriter(str(folder / "events"))
+        # More than one where two runs started within a second.
+        self._event_files = {*folder.iterdir()} - before
         start = _SessionLog(status=_SessionLog.START)
         self._write_event(resume_step + 1, session_log=start)
 
@@ -67,9 +80,13 @@ class MetricsWriter:
         with _naming(self.path):
             self._file.flush()
             self._events.flush()
+            for path in (self.path, *self._event_files):
+                to_disk(path)
 
     def close(self) -> None:
         """Flushes and closes the files."""
+        if not self._file.closed:
+            self.flush()
         with _naming(self.path):
             self._file.close()
             self._events.close()
@@ -100,22 +117,63 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps({key: valid(value) for key, value in row.items()}) + "\n"
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads ``metrics.jsonl``; a last line cut off by a crash is left out."""
-    rows = []
-    lines = path.read_text().splitlines() if path.exists() else []
+def read_metrics(path: pathlib.Path, head: bool = False) -> list[dict[str, Any]]:
+    """Reads ``metrics.jsonl``; a last line cut off by a crash is left out.
+
+    Args:
+      path: the file; one that is not there has no rows.
+      head: whether the first line is an object of another kind.
+
+    Raises:
+      MetricsError: for a line that is no row of metrics, with its number.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        text = path.read_text() if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise MetricsError(f"{path} is no text ({error}). {_WAY_OUT}") from error
+    lines = text.split("\n")
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
+            if not (head and number == 1):
+                _check_row(row)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # it does not end, so its end was cut off
                 break
-            raise ValueError(f"{path}, line {number} is not JSON: {line!r}") from error
+            problem = error if type(error) is ValueError else "it is not JSON"
+            raise MetricsError(
+                f"{path}, line {number} is no row of metrics ({problem}): "
+                f"{line!r:.200}. {_WAY_OUT}"
+            ) from error
         for key, value in row.items():
             if value in ("nan", "inf", "-inf"):
                 row[key] = float(value)
         rows.append(row)
     return rows
+
+
+_WAY_OUT = (
+    "It is damaged: mend or remove that line, or move the file away, without which the "
+    "run goes on with new curves."
+)
+
+
+def _check_row(row: Any) -> None:
+    """Raises a ValueError unless this is a row of metrics."""
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    step, split = row.get("step"), row.get("split")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError("it has no step")
+    if not isinstance(split, str):
+        raise ValueError("it has no split")
+    for name, value in row.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name != "split" and not number and value not in ("nan", "inf", "-inf"):
+            raise ValueError(f"its {name} is no number")
 
 
 def plot_curves(

@@ -26,7 +26,7 @@ def default(params, **options):
     return {
         jax.tree_util.keystr(path, **NAMES): getattr(leaf, "matrix", None)
         for path, leaf in jax.tree_util.tree_leaves_with_path(
-            state.second_moment, is_leaf=is_mask
+            state.root_mean_square, is_leaf=is_mask
         )
     }
 

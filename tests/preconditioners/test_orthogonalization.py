@@ -151,7 +151,7 @@ def test_bfloat16_is_computed_in_float32():
     # To the rounding of the result alone.
     np.testing.assert_allclose(np.asarray(got, np.float64), exact, atol=2e-3)
     state = scale_by_orthogonalization().init(jnp.zeros(3, jnp.bfloat16))
-    assert state.second_moment.dtype == jnp.float32
+    assert state.root_mean_square.dtype == jnp.float32
 
 
 def test_only_the_other_leaves_are_remembered():

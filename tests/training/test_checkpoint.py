@@ -54,28 +54,72 @@ def damage(checkpoint):
     path = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
+    return path
 
 
 def files(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_damaged_checkpoint_is_an_error_that_tells_the_way_out(complete, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_restored(
+    complete, tmp_path
+):
     workdir = tmp_path / "run"
     shutil.copytree(complete, workdir)
     older, newest = steps_saved(workdir)
-    damage(workdir / "checkpoints" / str(newest))
-    before = files(workdir)
-    (output,) = tiny.finish(tiny.start(workdir), code=4)
-    assert f"error: The checkpoint of step {newest}" in output
-    assert str(workdir / "checkpoints" / str(newest)) in output
-    assert f"goes on, from step {older}." in output
-    assert files(workdir) == before
-    # What the message says works.
-    (workdir / "checkpoints" / str(newest)).rename(tmp_path / "away")
+    damaged = damage(workdir / "checkpoints" / str(newest))
     (output,) = tiny.finish(tiny.start(workdir))
+    assert f"The checkpoint of step {newest} is damaged: {damaged} is not" in output
+    assert f"the run goes on from that of step {older}." in output
     assert f"resumed from the checkpoint of step {older}" in output
     assert rows(workdir) == rows(complete)
+    assert steps_saved(workdir) == [older, newest]
+    assert len([*(workdir / "checkpoints").glob(f"damaged-{newest}-*")]) == 1
+    # Where all are damaged, nothing is changed.
+    for step in (older, newest):
+        damage(workdir / "checkpoints" / str(step))
+    before = files(workdir / "checkpoints")
+    (output,) = tiny.finish(tiny.start(workdir), code=4)
+    assert f"error: No checkpoint in {workdir / 'checkpoints'} is whole" in output
+    assert files(workdir / "checkpoints") == before
+
+
+@pytest.mark.parametrize("kind", ["flipped", "cut", "missing", "longer", "no sums"])
+def test_damage_of_every_kind_is_refused(tmp_path, kind):
+    """Each of the files that Orbax reads, and that of the checksums."""
+    state = {"w": np.arange(600, dtype=np.float32)}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(3, state)
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "3"
+    chance, refused = random.Random(0), 0
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    if kind == "no sums":  # as of an earlier version
+        paths = [folder / "checksums.json"]
+    for path in paths:
+        whole = path.read_bytes()
+        if kind in ("missing", "no sums"):
+            path.unlink()
+        elif kind == "longer":
+            path.write_bytes(whole + b" ")
+        else:
+            place = chance.randrange(len(whole))
+            flipped = bytes([whole[place] ^ 1 << chance.randrange(8)])
+            rest = flipped + whole[place + 1 :] if kind == "flipped" else b""
+            path.write_bytes(whole[:place] + rest)
+        checkpoints = Checkpoints(tmp_path, keep=2)
+        try:
+            np.testing.assert_array_equal(checkpoints.restore(state)["w"], state["w"])
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            refused += 1
+        if kind == "no sums":
+            assert "cannot be verified" in checkpoints.notes[0] and not refused
+        checkpoints.close()
+        path.write_bytes(whole)
+    # All but those that Orbax writes last, where there are no numbers, and (if it is
+    # missing or longer) that of the checksums.
+    assert refused >= (0 if kind == "no sums" else len(paths) - 3)
 
 
 BROKEN = tiny.ROOT / "tests" / "workers" / "broken_checkpoints.py"
@@ -110,10 +154,13 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(complete, tmp_path
         limited = tiny.start(workdir, *args, *filter(None, [less]), limit=limit)
         (output,) = tiny.finish(limited, code=4)
         told = {
-            "checkpoint": f"The last whole one: step {saved[-1]}.",
+            "checkpoint": f"The last whole one: step {saved[-1]}.\n",
             "metrics": f"File too large: '{workdir / 'metrics.jsonl'}",
         }
+        # Last, and alone.
         assert "error: " in output and told[name] in output, output
+        assert output.splitlines()[-1].startswith("error: "), output
+        assert "Traceback" not in output, output
         assert steps_saved(workdir) == saved
     (output,) = tiny.finish(tiny.start(workdir, *args))
     assert f"resumed from the checkpoint of step {saved[-1]}" in output
@@ -219,9 +266,10 @@ def test_a_config_from_before_a_field_was_there_still_fits(tmp_path):
     config.microbatches = 2
     with pytest.raises(ConfigError, match=r"microbatches=2 \(was 1\)"):
         check_config(config, tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json cannot be read"):
-        check_config(config, tmp_path)
+    for text in ("{", "[1]", "5", "null", '"a"', "true", "[" * 10**5, "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match="config.json cannot be read"):
+            check_config(config, tmp_path)
 
 
 OLD_NLCG = {

@@ -31,7 +31,8 @@ def test_damage_in_the_middle_is_reported(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('nonsense\n{"step": 1, "split": "train"}\n')
     with pytest.raises(
-        ValueError, match="metrics.jsonl, line 1 is not JSON: 'nonsense'"
+        ValueError,
+        match="metrics.jsonl, line 1 is no row .*it is not JSON.*: 'nonsense'",
     ):
         metrics.read_metrics(path)
 

@@ -1,27 +1,34 @@
 """Folders of images, one for each class."""
 
+import logging
 import os
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from nlcg_optax.training.data.errors import DataError
+from nlcg_optax.training.data.images import FORMATS
 from nlcg_optax.training.data.sources import Files
 
 DESCRIPTION = (
     "folder: images in <data_dir>/train/<class>/ and <data_dir>/test/<class>/ "
-    "(or val/, validation/), JPEG or PNG"
+    "(or val/, validation/), JPEG, PNG or another common format"
 )
 
-_EXTENSIONS = ("jpg", "jpeg", "png")
+_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "webp")
 _EVAL_SPLITS = ("test", "val", "validation")
+_NAMED = 3  # of what is passed over for one reason
+
+_logger = logging.getLogger(__name__)
 
 
 def load(
     data_dir: str | os.PathLike[str] | None,
 ) -> tuple[Files, Files, tuple[str, ...]]:
-    """Training source, test source and class names."""
+    """Training source, test source and class names.
+
+    Whatever is passed over is told in one line.
+    """
     if data_dir is None:
         raise DataError(f"data set 'folder' needs data_dir. {DESCRIPTION}")
     root = pathlib.Path(data_dir).expanduser()
@@ -34,31 +41,107 @@ def load(
             f"no test split: {root} has none of the folders {', '.join(_EVAL_SPLITS)}"
         )
     test_folder = test_folders[0]
-    train, class_names = _list_images(root / "train")
-    test, test_class_names = _list_images(test_folder)
+    listing = _Listing()
+    for path in _entries(root):
+        if path.name not in ("train", test_folder.name):
+            listing.skip("beside the splits", path)
+    train, class_names = listing.images(root / "train")
+    test, test_class_names = listing.images(test_folder)
     if class_names != test_class_names:
         differing = sorted(set(class_names) ^ set(test_class_names))
         raise DataError(
             f"the class folders of {root / 'train'} and {test_folder} differ: "
             f"{', '.join(differing[:10])} in one alone"
         )
+    listing.tell(root)
     return train, test, class_names
 
 
-def _list_images(folder: pathlib.Path) -> tuple[Files, tuple[str, ...]]:
-    from sklearn import datasets
+class _Listing:
+    """Files below a folder, and what is passed over, by reasons."""
 
-    extensions = [f".{e}" for ext in _EXTENSIONS for e in (ext, ext.upper())]
-    listing: Any = datasets.load_files(
-        str(folder), load_content=False, shuffle=False, allowed_extensions=extensions
-    )
-    if not listing.target_names:
-        raise DataError(f"no class folders in {folder}")
-    counts = np.bincount(
-        np.asarray(listing.target, int), minlength=len(listing.target_names)
-    )
-    for name, count in zip(listing.target_names, counts, strict=True):
-        if not count:
-            raise DataError(f"no images ({', '.join(_EXTENSIONS)}) in {folder / name}")
-    files = Files(np.asarray(listing.filenames), listing.target.astype(np.int32))
-    return files, tuple(listing.target_names)
+    def __init__(self):
+        self.passed_over: dict[str, list[pathlib.Path]] = {}
+
+    def skip(self, reason: str, path: pathlib.Path) -> None:
+        """Notes that something is passed over."""
+        self.passed_over.setdefault(reason, []).append(path)
+
+    def images(self, folder: pathlib.Path) -> tuple[Files, tuple[str, ...]]:
+        """All images of a split, class by class, and the names of the classes."""
+        classes = []
+        for path in _entries(folder):
+            if path.name.startswith("."):
+                self.skip("hidden", path)
+            elif path.is_dir():
+                classes.append(path)
+            else:
+                self.skip("beside the class folders", path)
+        if not classes:
+            raise DataError(f"no class folders in {folder}")
+        found, labels = [], []
+        for label, path in enumerate(classes):
+            images = self._below(path, (path.resolve(),))
+            if not images:
+                raise DataError(f"no images ({', '.join(_EXTENSIONS)}) in {path}")
+            found += images
+            labels += [label] * len(images)
+        files = Files(np.asarray(list(map(str, found))), np.asarray(labels, np.int32))
+        return files, tuple(path.name for path in classes)
+
+    def _below(
+        self, folder: pathlib.Path, above: tuple[pathlib.Path, ...]
+    ) -> list[pathlib.Path]:
+        """The images in a folder, and in those within it."""
+        found = []
+        for path in _entries(folder):
+            if path.name.startswith("."):
+                self.skip("hidden", path)
+            elif path.is_dir():
+                whole = path.resolve()
+                if whole in above:
+                    self.skip("links to a folder around them", path)
+                else:
+                    found += self._below(path, (*above, whole))
+            elif path.exists() and not path.is_file():
+                self.skip("no files", path)
+            elif path.suffix.lower().removeprefix(".") in _EXTENSIONS:
+                found.append(path)  # of a link to nothing the error comes when read
+            elif path.exists() and _is_image(path):
+                found.append(path)
+            else:
+                self.skip("no images", path)
+        return found
+
+    def tell(self, root: pathlib.Path) -> None:
+        """Says in one line what is passed over, if anything is."""
+        total = sum(map(len, self.passed_over.values()))
+        if not total:
+            return
+        reasons = []
+        for reason, paths in self.passed_over.items():
+            names = ", ".join(str(path.relative_to(root)) for path in paths[:_NAMED])
+            more = ", ..." if len(paths) > _NAMED else ""
+            reasons.append(f"{len(paths):,} {reason} ({names}{more})")
+        _logger.warning(
+            "%s: %s files or folders are passed over: %s",
+            *(root, f"{total:,}", "; ".join(reasons)),
+        )
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error}") from error
+
+
+def _is_image(path: pathlib.Path) -> bool:
+    """Whether a file is an image of a format that is read, whatever its name is."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=FORMATS):
+            return True
+    except Exception:  # whatever a file that is none makes of a decoder
+        return False

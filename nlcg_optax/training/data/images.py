@@ -1,28 +1,110 @@
 """Images on the host: decoding, resizing and ImageNet's crops, by Pillow."""
 
+import contextlib
 import io
 import math
+import pathlib
+import struct
+import zlib
 from typing import Any
 
 import numpy as np
 
 from nlcg_optax.training.data.errors import BrokenImage
 
+#: What is read, as Pillow calls it.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+# Those that Pillow converts to grey and to RGB as one would expect.
+_MODES = ("1", "L", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+_PNG = b"\x89PNG\r\n\x1a\n"
+
 
 def read_image(file: Any, description: str, channels: int) -> np.ndarray:
-    """Decodes a JPEG or PNG: its path or bytes, grey for one channel."""
+    """Decodes an image: its path or bytes, grey for one channel.
+
+    Upright, as its EXIF data say; in 8 bits, of more the highest; the colours as they
+    are stored, also below what is transparent.
+
+    Raises:
+      BrokenImage: for whatever cannot be decoded so, and why.
+    """
     from PIL import Image
 
     try:
-        file = io.BytesIO(file) if isinstance(file, bytes) else file
-        with Image.open(file, formats=("JPEG", "PNG")) as image:
-            if channels == 3 and image.mode == "P":
-                # Pillow warns where it drops a palette's transparency in one go.
-                image = image.convert("RGBA")
-            decoded = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BrokenImage(description, error) from error
+        content = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
+        if content.startswith(_PNG):
+            _check_png(content)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            # Of a camera's MPO, which is a JPEG too, the first is the picture.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"it has {image.n_frames} frames")  # pyright: ignore
+            upright = _upright(_in_8_bits(image))
+            decoded = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
+    # Decoders raise nearly anything where a file is damaged.
+    except Exception as error:
+        what = str(error) or type(error).__name__
+        raise BrokenImage(description, what) from error
     return decoded[..., None] if channels == 1 else decoded
+
+
+def _in_8_bits(image: Any) -> Any:
+    """The image, or an error if it has values that 8 bits do not tell."""
+    from PIL import Image
+
+    mode = image.mode
+    if mode == "P":
+        # Pillow warns where it drops a palette's transparency in one go.
+        return image.convert("RGBA")
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow would cut off all above 255. PPM has as many bits as its maximum says,
+        # and is scaled to 16 by Pillow.
+        exif = image.getexif()
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        image.info["exif"] = exif.tobytes() if len(exif) else b""
+        return image
+    if mode in ("I", "F"):
+        raise ValueError(
+            f"its values are {'floating-point' if mode == 'F' else '32-bit'} numbers, "
+            "of which nobody knows what is white: convert it to 8 or 16 bits"
+        )
+    if mode not in _MODES:
+        raise ValueError(f"its mode {mode} is not known: convert it to RGB")
+    return image
+
+
+def _upright(image: Any) -> Any:
+    """The image, turned as its EXIF data say, if they can be read."""
+    from PIL import ImageOps
+
+    with contextlib.suppress(Exception):  # the pixels may be whole all the same
+        if image.getexif().get(0x0112, 1) != 1:  # the orientation
+            return ImageOps.exif_transpose(image)
+    return image
+
+
+def _check_png(content: bytes) -> None:
+    """Raises a ValueError unless the checksums of a PNG are right.
+
+    Pillow does not look at those of the pixels.
+    """
+    place = len(_PNG)
+    while place < len(content):
+        if place + 8 > len(content):
+            break
+        length, kind = struct.unpack(">I4s", content[place : place + 8])
+        end = place + 8 + length
+        if end + 4 > len(content):
+            break
+        (checksum,) = struct.unpack(">I", content[end : end + 4])
+        if zlib.crc32(content[place + 4 : end]) != checksum:
+            raise ValueError(
+                f"the checksum of its part {kind.decode('latin1')} is wrong"
+            )
+        if kind == b"IEND":
+            return
+        place = end + 4
+    raise ValueError("image file is truncated")
 
 
 def resize(

@@ -12,7 +12,7 @@ from urllib import parse
 
 import numpy as np
 
-from nlcg_optax.training.data.errors import DataError
+from nlcg_optax.training.data.errors import BrokenImage, DataError
 from nlcg_optax.training.data.images import read_image
 
 DESCRIPTION = (
@@ -76,9 +76,15 @@ class _Records:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[int(index)]
-        image = read_image(record[self.image_key], self.describe(index), self.channels)
-        return {"image": image, "label": np.int32(record[self.label_key])}
+        try:
+            record = self.records[int(index)]
+            content, label = record[self.image_key], int(record[self.label_key])
+        except Exception as error:  # TFDS documents none
+            raise BrokenImage(self.describe(index), error) from error
+        if label < 0:
+            raise BrokenImage(self.describe(index), f"its label, {label}, is no class")
+        image = read_image(content, self.describe(index), self.channels)
+        return {"image": image, "label": np.int32(label)}
 
     def describe(self, index: int) -> str:
         return f"{self.description}[{index}]"
@@ -157,7 +163,7 @@ def load(
         for split in ("test", "validation")
         if split in builder.info.splits
     )
-    test = next((s for s in candidates if s[0]["label"] >= 0), None)
+    test = next((s for s in candidates if s.records[0][label_key] >= 0), None)
     if test is None or "train" not in builder.info.splits:
         raise DataError(
             f"{name} needs the split train and a labelled split test or validation; it "

@@ -98,7 +98,7 @@ def test_folder_errors_name_the_path(tmp_path):
     empty = tmp_path / "train" / "cat"
     empty.mkdir()
     (empty / "notes.txt").write_text("no image")
-    assert str(empty) in error() and "no images (jpg, jpeg, png)" in error()
+    assert str(empty) in error() and "no images (jpg, jpeg, png, " in error()
     empty.joinpath("0.png").write_bytes(encode(random_image(0)))
     (tmp_path / "test" / "dog").mkdir()
     (tmp_path / "test" / "dog" / "0.png").write_bytes(encode(random_image(0)))
