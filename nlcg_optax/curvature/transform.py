@@ -473,7 +473,8 @@ def _by_noise(
         balance, average, loss, excess, left, _TARGET, _DELAY
     )
     size = size * settings.factor(counts.count, dtype)
-    finite = balance.nonfinite == known.balance.nonfinite
+    before: Any = known.balance
+    finite = balance.nonfinite == before.nonfinite
 
     def step(d: jax.Array, w: jax.Array, mean: jax.Array, g: jax.Array) -> jax.Array:
         x = _tree.lift(d)

@@ -186,15 +186,10 @@ def test_a_straight_line_is_judged_by_what_came():
         )
         assert not verdict.rejected and verdict.trust.length_factor == factor
     # A curved model may be as wrong as its promise, a line may not.
-    for handed_over, rejected in ((False, True), (True, False)):
+    for curved, rejected in ((0.01, True), (0.4, False)):
+        last = last._replace(prev_curvature=jnp.float32(curved))
         verdict = trust.judge(
-            jnp.float32(2.2),
-            jnp.array(True),
-            last,
-            trust_of(),
-            jnp.float32(0.1),
-            5,
-            handed_over,
+            jnp.float32(2.15), jnp.array(True), last, trust_of(), jnp.float32(0.1), 5
         )
         assert verdict.rejected == rejected
 

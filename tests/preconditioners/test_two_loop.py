@@ -22,8 +22,10 @@ def test_it_multiplies_by_the_dense_inverse(x64, count):
     pairs = tuple(jnp.asarray(a) for a in (s, y, weights))
     got = two_loop_recursion(
         jnp.asarray(q),
-        lambda age: tuple(a[age] for a in pairs),
-        jnp.int32(count),
+        lambda age: (
+            *(a[age] for a in pairs[:2]),
+            jnp.where(age < count, pairs[2][age], 0),
+        ),
         3,
         jnp.float64(0.5),
         jnp.vdot,
