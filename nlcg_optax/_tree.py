@@ -125,6 +125,7 @@ def reduce_products(
     *trees: Any,
     dtype: jnp.dtype,
     axis_name: AxisName | None = None,
+    stacked: bool = False,
 ) -> list[jax.Array]:
     """Sums several elementwise integrands over all the leaves of some trees.
 
@@ -137,19 +138,26 @@ def reduce_products(
         an axis where its type says that every device holds a copy of it, which types
         say in a `shard_map` with ``check_vma=True``; elsewhere *every* leaf counts as
         sharded.
+      stacked: whether the arrays of the integrands have a leading axis, of stacked
+        trees, which stays.
 
     Returns:
-      One scalar for each integrand.
+      One scalar for each integrand; with ``stacked`` one vector.
     """
     columns = [jax.tree.leaves(tree) for tree in trees]
     if not columns[0]:  # a group of `optax.partition` may be empty
         columns = [[jnp.zeros([0], dtype)] for _ in trees]
+
+    def total(value: jax.Array) -> jax.Array:
+        axes = tuple(range(1, value.ndim)) if stacked else None
+        return jnp.sum(value, axes).astype(dtype)
+
     axes = () if axis_name is None else bound_axes(axis_name)
     tracked = tracked_axes(axes)
     whole, sharded = [], []
     for leaves in zip(*columns, strict=True):
         values = integrands(*(lift(leaf) for leaf in leaves))
-        row = [jnp.sum(value).astype(dtype) for value in values]
+        row = [total(value) for value in values]
         # Of all the leaf's arrays together: a constant gradient of a sharded leaf does
         # not vary, but counts on every device.
         varying = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
@@ -166,6 +174,21 @@ def reduce_products(
         stacked = vary(stacked, [axis for axis in axes if axis in constant])
         totals[-1] = list(jax.lax.psum(stacked, axes))
     return [_xla.compute_once(total) for total in _total(totals)]
+
+
+def carried(body: Callable[[Any], Any], first: Any) -> Any:
+    """What a loop begins with, of the types that its body gives.
+
+    In a `shard_map` that checks types zeros do not vary, and what replaces them does.
+    """
+    if not any(map(varying_axes, jax.tree.leaves(first))):
+        return first
+    return jax.tree.map(vary_like, first, jax.eval_shape(body, first))
+
+
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x` with a type that varies along the axes along which another does."""
+    return vary(x, tuple(varying_axes(like) - varying_axes(x)))
 
 
 def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:

@@ -1,6 +1,7 @@
 """Curvature along a few directions, from forward-mode products alone."""
 
 import dataclasses
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -26,6 +27,18 @@ class Images(NamedTuple):
     outputs: Any
     tangents: Any
     directions: Any
+
+
+class Linear(NamedTuple):
+    """The model's derivative at some parameters, computed once.
+
+    Attributes:
+      push: as `Curvature.push`, without the parameters.
+      pull: as `Curvature.pull`, without them.
+    """
+
+    push: Callable[[Any], Images]
+    pull: Callable[[Images], Any]
 
 
 class Penalty(NamedTuple):
@@ -131,6 +144,18 @@ class Curvature:
             lambda part: self._push(params, stacked, part)[:2], self.microbatches
         )
         return Images(outputs, _switch(tangents), stacked)
+
+    def linearize(self, params: Any, transposed: bool = True) -> Linear:
+        """`push` and `pull` at the parameters, for several calls.
+
+        Args:
+          params: the parameters.
+          transposed: whether `pull` will be called.
+        """
+        del transposed
+        return Linear(
+            functools.partial(self.push, params), functools.partial(self.pull, params)
+        )
 
     def value(self, params: Any, images: Images) -> jax.Array:
         """The loss itself, where the images of some directions are known."""
@@ -238,6 +263,10 @@ class Curvature:
         else:
             mean = _parallel.pmean_value_and_grad(whole, self.axis_name)
             _, product = mean(params)
+        return self._add_penalties(params, image, product)
+
+    def _add_penalties(self, params: Any, image: Images, product: Any) -> Any:
+        """The product, from its conjugate and without those of the penalties."""
         product = jax.tree.map(jnp.conj, product)
         for penalty in self.penalties:
             product = jax.tree.map(
@@ -331,6 +360,10 @@ class _GaussNewton(Curvature):
         def run(params: Any) -> Any:
             return self._run(params, *inputs)
 
+        if in_turn:
+            outputs, push_one = jax.linearize(run, params, has_aux=has_aux)[:2]
+            return self._push_each(outputs, push_one, stacked)
+
         def along(direction: Any) -> Any:
             outputs, tangent = jax.jvp(run, (params,), (direction,), has_aux=has_aux)[
                 :2
@@ -339,20 +372,46 @@ class _GaussNewton(Curvature):
             return outputs, tangent
 
         # The outputs do not depend on the direction: they are computed once.
-        if in_turn:
-            outputs, push_one = jax.linearize(run, params, has_aux=has_aux)[:2]
-            _check_outputs(outputs)
+        outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+        outputs, tangents = vary((outputs, tangents), self.axis_name)
+        return Images(outputs, tangents, stacked)
+
+    def _push_each(self, outputs: Any, push_one: Any, stacked: Any) -> Images:
+        """The images, by a function that pushes one direction."""
+        _check_outputs(outputs)
+        if self.functions.value.in_turn:
             pushed = [
                 push_one(jax.tree.map(operator.itemgetter(i), stacked))
                 for i in range(len(jax.tree.leaves(stacked)[0]))
             ]
             tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
         else:
-            outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+            tangents = jax.vmap(push_one)(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = vary((outputs, tangents), self.axis_name)
         return Images(outputs, tangents, stacked)
+
+    def linearize(self, params: Any, transposed: bool = True) -> Linear:
+        """As that of `Curvature`: the model runs forward once for all calls."""
+        # Microbatches run again in each call, to save memory. Along named axes it takes
+        # the gradient of a mean to know what is to be summed.
+        if not transposed or self.microbatches is not None or self.axis_name:
+            return super().linearize(params)
+        inputs = self._inputs()
+        outputs, push_one = jax.linearize(
+            lambda params: self._run(params, *inputs),
+            params,
+            has_aux=self.functions.value.has_aux,
+        )[:2]
+        pull_one = jax.linear_transpose(push_one, params)
+
+        def pull(image: Images) -> Any:
+            weights = self._curved(params, image, *inputs)
+            weights = jax.tree.map(operator.itemgetter(0), weights)
+            return self._add_penalties(params, image, pull_one(weights)[0])
+
+        return Linear(functools.partial(self._push_each, outputs, push_one), pull)
 
     def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
         value = self.functions.value.loss_fn(outputs, *inputs)
@@ -643,19 +702,6 @@ def stack(params: Any, directions: Sequence[Any]) -> Any:
     """
     tangents = [_tangent(i, params, d) for i, d in enumerate(directions)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
-
-
-def join(a: Images, b: Images) -> Images:
-    """The images of two stacks of directions as those of one."""
-
-    def concatenate(x: Any, y: Any) -> Any:
-        return jax.tree.map(lambda u, v: jnp.concatenate([u, v]), x, y)
-
-    return Images(
-        a.outputs,
-        concatenate(a.tangents, b.tangents),
-        concatenate(a.directions, b.directions),
-    )
 
 
 def combine(images: Images, coefficients: jax.Array) -> Images:

@@ -8,14 +8,14 @@ with the slopes :math:`s_i = g^\top d_i` and the curvature
 :math:`K_{ij} = d_i^\top C d_j`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nlcg_optax import _tree
-from nlcg_optax.curvature.products import Curvature, Images, combine, join, stack
+from nlcg_optax.curvature.products import Curvature, Images, combine, stack
 
 
 class Model(NamedTuple):
@@ -25,14 +25,14 @@ class Model(NamedTuple):
       slopes: of the gradient along each direction.
       products: the inner products of the directions in the curvature.
       coefficients: of the directions, at the minimum.
-      residual_directions: those that are not known from outside.
+      residual_directions: those that are not known from outside, stacked.
       own_loss: what the curvature makes of its batch.
     """
 
     slopes: jax.Array
     products: jax.Array
     coefficients: jax.Array
-    residual_directions: list[Any]
+    residual_directions: Any
     own_loss: jax.Array
 
 
@@ -41,7 +41,8 @@ def build(
     params: Any,
     grad: Any,
     loss: jax.Array,
-    directions: Sequence[Any],
+    directions: Any,
+    order: jax.Array,
     slopes: jax.Array,
     damping: jax.Array,
     residuals: int,
@@ -50,78 +51,121 @@ def build(
 ) -> Model:
     """Minimizes over the directions, and over so many residual ones after them.
 
+    All that has an entry for each direction has room for the residual ones from the
+    beginning, so that one loop makes all of them: what a model takes to be compiled
+    counts once.
+
     Args:
       curvature: of the loss.
       params: where the step starts.
       grad: the gradient.
       loss: the value.
-      directions: that are known.
-      slopes: along them, and along steps that are remembered but are no directions.
+      directions: that are known, stacked.
+      order: in which they are in the model (and the other way round).
+      slopes: along them, and along steps that are remembered but are no directions, in
+        the order of the model.
       damping: λ.
       residuals: directions to add.
       precondition: makes a direction of the gradient of the model at its minimum.
       axis_name: as in `scale_by_quadratic_model`.
     """
     dtype = slopes.dtype
-    known, unused = len(directions), len(slopes) - len(directions)
-    images = curvature.push(params, stack(params, directions))
+    known, size = len(order), len(slopes)
+    in_stack = jnp.concatenate([order, known + jnp.arange(residuals, dtype=jnp.int32)])
+    directions = _cast(directions, params)
+    linear = curvature.linearize(params, transposed=residuals > 0)
+    images = linear.push(directions)
     products = _products(curvature, params, images, images, loss).astype(dtype)
-    # What is remembered but no direction has zeros.
-    products = jnp.pad(0.5 * (products + products.T), (0, unused))
-    coefficients = minimize(slopes, products, damping)
+    products = (0.5 * (products + products.T))[order][:, order]
+    # What is remembered but no direction has zeros, as what is not yet made.
+    products = jnp.pad(products, (0, size + residuals - known))
+    slopes = jnp.pad(slopes, (0, residuals))
     own_loss = curvature.value(params, images).astype(dtype)
-    model = Model(slopes, products, coefficients, [], own_loss)
-    for _ in range(residuals):
+    zeros = jax.tree.map(lambda d: _zeros(d, residuals), directions)
+    model = Model(
+        slopes, products, minimize(slopes, products, damping), zeros, own_loss
+    )
+    if not residuals:
+        return model
+    # Where the directions of the stack are in the model.
+    place = jnp.concatenate([jnp.arange(known, dtype=jnp.int32), size + jnp.arange(residuals, dtype=jnp.int32)])
+
+    def add(number: jax.Array, carried: tuple[Any, Model]) -> tuple[Any, Model]:
+        tangents, model = carried
+        every = _concatenate(directions, model.residual_directions)
+        images_so_far = Images(images.outputs, tangents, every)
         # The gradient of the model at its minimum, preconditioned.
-        used = [model.coefficients[:known], model.coefficients[known + unused :]]
-        step = combine(images, jnp.concatenate(used))
-        residual = jax.tree.map(_difference, grad, curvature.pull(params, step))
+        step = combine(images_so_far, model.coefficients[place][in_stack])
+        residual = jax.tree.map(_difference, grad, linear.pull(step))
         z = precondition(residual)
-        image = curvature.push(params, stack(params, [z]))
-        images = join(images, image)
-        (row,) = _products(curvature, params, image, images, loss).astype(dtype)
-        zeros = jnp.zeros([unused], dtype)
-        row = jnp.concatenate([row[:known], zeros, row[known:]])
-        products = jnp.pad(model.products, (0, 1)).at[-1].set(row).at[:, -1].set(row)
-        slope = slopes_along(grad, [z], dtype, axis_name)
-        all_slopes = jnp.concatenate([model.slopes, slope])
-        model = model._replace(
-            slopes=all_slopes,
-            products=products,
-            coefficients=minimize(all_slopes, products, damping),
-            residual_directions=[*model.residual_directions, z],
-        )
+        image = linear.push(stack(params, [z]))
+        tangents = _put(tangents, image.tangents, known + number)
+        made = _put(model.residual_directions, image.directions, number)
+        images_so_far = Images(images.outputs, tangents, _concatenate(directions, made))
+        (row,) = _products(curvature, params, image, images_so_far, loss).astype(dtype)
+        row = jnp.zeros_like(model.slopes).at[place].set(row[in_stack])
+        at = size + number
+        products = model.products.at[at].set(row).at[:, at].set(row)
+        (slope,) = slopes_along(grad, image.directions, dtype, axis_name)
+        slopes = model.slopes.at[at].set(slope)
+        coefficients = minimize(slopes, products, damping)
+        return tangents, Model(slopes, products, coefficients, made, own_loss)
+
+    tangents = _concatenate(
+        images.tangents,
+        jax.tree.map(lambda t: _zeros(t, residuals), images.tangents),
+    )
+    carried = _tree.carried(lambda carried: add(jnp.int32(0), carried), (tangents, model))
+    _, model = jax.lax.fori_loop(0, residuals, add, carried)
     return model
 
 
 def without_products(
-    grad: Any, loss: jax.Array, slopes: jax.Array, residuals: int
+    directions: Any, loss: jax.Array, slopes: jax.Array, params: Any, residuals: int
 ) -> Model:
     """Of the shapes that `build` gives, for steps that need no model."""
     size = len(slopes) + residuals
-    zeros = jax.tree.map(jnp.zeros_like, grad)
     return Model(
         jnp.pad(slopes, (0, residuals)),
         jnp.zeros([size, size], slopes.dtype),
         jnp.zeros([size], slopes.dtype),
-        [zeros] * residuals,
+        jax.tree.map(lambda d: _zeros(d, residuals), _cast(directions, params)),
         loss,
     )
 
 
-def slopes_along(
-    grad: Any, trees: Sequence[Any], dtype: jnp.dtype, axis_name: Any
-) -> jax.Array:
-    """The inner products of the gradient with each of some trees, of shape [k]."""
+def _cast(directions: Any, params: Any) -> Any:
+    return jax.tree.map(lambda d, x: d.astype(jnp.result_type(x)), directions, params)
 
-    def integrands(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
-        return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
 
-    return jnp.stack(
-        _tree.reduce_products(
-            integrands, grad, *trees, dtype=dtype, axis_name=axis_name
-        )
+def _zeros(stacked: jax.Array, count: int) -> jax.Array:
+    """Of so many more of what is stacked."""
+    return jnp.zeros_like(stacked, shape=(count, *stacked.shape[1:]))
+
+
+def _concatenate(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+
+
+def _put(stacked: Any, one: Any, index: jax.Array) -> Any:
+    """The stack with the one entry of another in a place of it."""
+    return jax.tree.map(
+        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, index, 0), stacked, one
     )
+
+
+def slopes_along(
+    grad: Any, stacked: Any, dtype: jnp.dtype, axis_name: Any
+) -> jax.Array:
+    """The inner products of the gradient with each of a stack of trees, [k]."""
+
+    def integrands(g: jax.Array, d: jax.Array) -> list[jax.Array]:
+        return [_tree.real_inner(g[None], d.astype(g.dtype))]
+
+    (slopes,) = _tree.reduce_products(
+        integrands, grad, stacked, dtype=dtype, axis_name=axis_name, stacked=True
+    )
+    return slopes
 
 
 def cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array:

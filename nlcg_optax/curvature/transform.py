@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _transformations, _tree
+from nlcg_optax import _check, _transformations, _tree, _xla
 from nlcg_optax.curvature import memory, noise, subspace, trust
 from nlcg_optax.curvature.compilations import Compilations
 from nlcg_optax.curvature.products import Constant, Curvature, Penalty
@@ -312,14 +312,18 @@ class _Directions(NamedTuple):
       preconditioned: the preconditioned gradients.
       preconditioner_states: what becomes of the preconditioners' states.
       precondition: the first preconditioner, for other gradients.
-      past: the last steps.
-      slopes: of the gradient along all of them.
+      past: the last steps, the newest first.
+      stacked: all of them.
+      order: where each of those stacked is in that order (and the other way round).
+      slopes: of the gradient along all of them, in that order.
     """
 
     preconditioned: list[Any]
     preconditioner_states: tuple[Any, ...]
     precondition: Callable[[Any], Any]
     past: list[Any]
+    stacked: Any
+    order: jax.Array
     slopes: jax.Array
 
 
@@ -384,11 +388,28 @@ def _precondition(
         return first.update(grad, states[0], given.params, **extra)[0]
 
     past = memory.read(state.memory, state.noise.handed_over)
-    trees = [*preconditioned, *past]
-    slopes = subspace.slopes_along(
-        given.grad, trees, given.loss.dtype, settings.axis_name
+    kept, places = memory.stacked(
+        state.memory,
+        state.noise.handed_over,
+        in_slots=settings.history == settings.slots,
     )
-    return _Directions(preconditioned, states, precondition, past, slopes)
+    stacked = jax.tree.map(_stack, kept, *preconditioned)
+    order = jnp.concatenate([jnp.arange(settings.kinds, dtype=jnp.int32), settings.kinds + places])
+    slopes = subspace.slopes_along(
+        given.grad, stacked, given.loss.dtype, settings.axis_name
+    )
+    return _Directions(
+        preconditioned, states, precondition, past, stacked, order, slopes[order]
+    )
+
+
+def _stack(past: jax.Array, *new: jax.Array) -> jax.Array:
+    """Arrays, and a stack of them behind; all lifted, unless they are of one dtype."""
+    parts = [*(x[None] for x in new), past]
+    if len({x.dtype for x in parts}) > 1:
+        parts = [_tree.lift(x) for x in parts]
+        parts = [x.astype(parts[0].dtype) for x in parts]
+    return jnp.concatenate(parts)
 
 
 def _total_damping(
@@ -417,7 +438,8 @@ def _minimize(
             given.params,
             given.grad,
             given.loss,
-            [*found.preconditioned, *found.past[: settings.history]],
+            jax.tree.map(lambda d: d[:known], found.stacked),
+            found.order[:known],
             found.slopes,
             damping,
             settings.residuals,
@@ -427,9 +449,10 @@ def _minimize(
 
     def without() -> subspace.Model:
         return subspace.without_products(
-            found.preconditioned[0], given.loss, found.slopes, settings.residuals
+            found.stacked, given.loss, found.slopes, given.params, settings.residuals
         )
 
+    known = settings.kinds + settings.history
     if not jax.tree.leaves(given.params):  # an empty group of `optax.partition`
         return without()
     if settings.horizon is None:
@@ -452,15 +475,21 @@ def _make_step(
     factor = _tree.real_scalar(factor, dtype)
     coefficients, products = factor * model.coefficients, model.products
 
-    def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
-        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
-        parts = [
-            _tree.scalar_like(coefficients[i], d) * d for i, d in enumerate(lifted)
-        ]
+    known = len(found.order)
+    weights = _xla.compute_once(
+        jnp.concatenate([coefficients[:known][found.order], coefficients[known:]])
+    )
+
+    def total(g: jax.Array, *stacks: jax.Array) -> jax.Array:
+        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in stacks]
+        each = [x[i] for x in lifted for i in range(len(x))]
+        parts = [_tree.scalar_like(weights[i], d) * d for i, d in enumerate(each)]
         return sum(parts[1:], start=parts[0])
 
-    directions = [*found.preconditioned, *found.past, *model.residual_directions]
-    tree, direction = jax.tree.map(total, given.grad, *directions), None
+    tree, direction = (
+        jax.tree.map(total, given.grad, found.stacked, model.residual_directions),
+        None,
+    )
     if settings.horizon is not None:
         nlcg = noise.direction(
             state.noise,
@@ -512,13 +541,15 @@ def _shorten(
 ) -> _Step:
     """The step, not much longer than the last ones, nor than the loss allows."""
     growth = _tree.real_scalar(settings.max_growth, given.loss.dtype)
-    ratio = trust.shorten(
-        step.norm,
-        jnp.max(state.memory.prev_norms) * growth,
-        step.slope,
-        step.curved,
-        given.loss,
-        ~stage.active if given.curvature.nonnegative else None,
+    ratio = _xla.compute_once(
+        trust.shorten(
+            step.norm,
+            jnp.max(state.memory.prev_norms) * growth,
+            step.slope,
+            step.curved,
+            given.loss,
+            ~stage.active if given.curvature.nonnegative else None,
+        )
     )
     slope, curved = ratio * step.slope, ratio**2 * step.curved
     sizes = jnp.stack([given.loss, slope, curved, step.norm])
