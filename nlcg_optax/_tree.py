@@ -176,16 +176,6 @@ def reduce_products(
     return [_xla.compute_once(total) for total in _total(totals)]
 
 
-def carried(body: Callable[[Any], Any], first: Any) -> Any:
-    """What a loop begins with, of the types that its body gives.
-
-    In a `shard_map` that checks types zeros do not vary, and what replaces them does.
-    """
-    if not any(map(varying_axes, jax.tree.leaves(first))):
-        return first
-    return jax.tree.map(vary_like, first, jax.eval_shape(body, first))
-
-
 def vary_like(x: jax.Array, like: Any) -> jax.Array:
     """`x` with a type that varies along the axes along which another does."""
     return vary(x, tuple(varying_axes(like) - varying_axes(x)))

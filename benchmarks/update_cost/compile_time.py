@@ -1,6 +1,6 @@
 """How long the first step takes, and what of: tracing, lowering, compiling.
 
-    taskset -c 1 python benchmarks/update_cost/compile_time.py --data_dir=DATA
+taskset -c 1 python benchmarks/update_cost/compile_time.py --data_dir=DATA
 """
 
 import argparse
@@ -65,9 +65,9 @@ def mlp(optimizer):
             value, grads, curvature = evaluate(params, batch)
             given = {"curvature": curvature}
         else:
-            value, grads = jax.value_and_grad(
-                lambda p: loss(outputs(p, batch), batch)
-            )(params)
+            value, grads = jax.value_and_grad(lambda p: loss(outputs(p, batch), batch))(
+                params
+            )
             given = {}
         updates, state = tx.update(grads, state, params, value=value, **given)
         return optax.apply_updates(params, updates), state, value
@@ -106,21 +106,39 @@ def measure(step, args):
     text = lowered.as_text()
     hlo = program.as_text()
     entry, computations = compiled._computations(hlo)
-    return {
-        "trace": marks[1] - marks[0],
-        "lower": marks[2] - marks[1],
-        "compile": marks[3] - marks[2],
-        "total": marks[3] - marks[0],
-        "operations": len(re.findall(r" = \"?stablehlo\.", text)),
-        "instructions": sum(map(len, computations.values())),
-        "kernels": compiled.read(hlo, 1).kernels,
-        "fusions": sum(
-            i.opcode in ("fusion", "call", "custom-call", "dot", "convolution", "while",
-                         "conditional", "reduce", "copy", "broadcast", "transpose")
-            for name, c in computations.items() for i in c
-            if not name.startswith("fused_") and "fused" not in name
-        ),
-    }, traced, lowered, program
+    return (
+        {
+            "trace": marks[1] - marks[0],
+            "lower": marks[2] - marks[1],
+            "compile": marks[3] - marks[2],
+            "total": marks[3] - marks[0],
+            "operations": len(re.findall(r" = \"?stablehlo\.", text)),
+            "instructions": sum(map(len, computations.values())),
+            "kernels": compiled.read(hlo, 1).kernels,
+            "fusions": sum(
+                i.opcode
+                in (
+                    "fusion",
+                    "call",
+                    "custom-call",
+                    "dot",
+                    "convolution",
+                    "while",
+                    "conditional",
+                    "reduce",
+                    "copy",
+                    "broadcast",
+                    "transpose",
+                )
+                for name, c in computations.items()
+                for i in c
+                if not name.startswith("fused_") and "fused" not in name
+            ),
+        },
+        traced,
+        lowered,
+        program,
+    )
 
 
 def main():

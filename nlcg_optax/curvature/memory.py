@@ -32,10 +32,14 @@ def stacked(memory: Memory, handed_over: jax.Array, in_slots: bool) -> tuple[Any
     """
     slots = len(memory.prev_norms)
     if in_slots:
-        order = jnp.where(handed_over, jnp.arange(slots, dtype=jnp.int32), _by_age(memory))
+        order = jnp.where(
+            handed_over, jnp.arange(slots, dtype=jnp.int32), _by_age(memory)
+        )
         return jax.tree.map(jnp.asarray, memory.prev_updates), order
     past = read(memory, handed_over)
-    return jax.tree.map(lambda *each: jnp.stack(each), *past), jnp.arange(slots, dtype=jnp.int32)
+    return jax.tree.map(lambda *each: jnp.stack(each), *past), jnp.arange(
+        slots, dtype=jnp.int32
+    )
 
 
 def write(

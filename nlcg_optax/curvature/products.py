@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -16,17 +17,17 @@ from nlcg_optax import _check, _parallel, _tree
 
 
 class Images(NamedTuple):
-    """What becomes of some directions in the model; all but the first stacked.
+    """What becomes of some directions in the model.
 
     Attributes:
       outputs: the model's outputs, the same for all directions.
-      tangents: how the outputs change along each direction.
-      directions: the directions.
+      tangents: how the outputs change along each direction, stacked.
+      directions: the directions, in several stacks: only penalties need them.
     """
 
     outputs: Any
     tangents: Any
-    directions: Any
+    directions: tuple[Any, ...]
 
 
 class Linear(NamedTuple):
@@ -143,7 +144,7 @@ class Curvature:
         outputs, tangents = jax.lax.map(
             lambda part: self._push(params, stacked, part)[:2], self.microbatches
         )
-        return Images(outputs, _switch(tangents), stacked)
+        return Images(outputs, _switch(tangents), (stacked,))
 
     def linearize(self, params: Any, transposed: bool = True) -> Linear:
         """`push` and `pull` at the parameters, for several calls.
@@ -225,18 +226,31 @@ class Curvature:
             parts = (a.outputs, _switch(a.tangents), _switch(b.tangents))
             total = jnp.mean(jax.lax.map(one, (self.microbatches, *parts)), axis=0)
         for penalty in self.penalties:
-            dots = [
-                # A leaf that is split over devices is summed over them, not averaged.
-                _inner(jnp.conj(d), e, total.dtype) * _shards(d, self.axis_name)
-                for d, e in zip(
-                    jax.tree.leaves(self.penalized(penalty, a.directions, params)),
-                    jax.tree.leaves(self.penalized(penalty, b.directions, params)),
-                    strict=True,
-                )
+            rows = [
+                [
+                    self._penalty_products(penalty, params, d, e, total.dtype)
+                    for e in b.directions
+                ]
+                for d in a.directions
             ]
-            factor = jnp.asarray(penalty.factor, total.dtype)
-            total += factor * sum(dots, jnp.zeros_like(total))
+            total += jnp.asarray(penalty.factor, total.dtype) * jnp.block(rows)
         return self._mean(total)
+
+    def _penalty_products(
+        self, penalty: Penalty, params: Any, a: Any, b: Any, dtype: jnp.dtype
+    ) -> jax.Array:
+        """The inner products of two stacks of directions, where there is a penalty."""
+        dots = [
+            # A leaf that is split over devices is summed over them, not averaged.
+            _inner(jnp.conj(d), e, dtype) * _shards(d, self.axis_name)
+            for d, e in zip(
+                jax.tree.leaves(self.penalized(penalty, a, params)),
+                jax.tree.leaves(self.penalized(penalty, b, params)),
+                strict=True,
+            )
+        ]
+        sizes = [len(jax.tree.leaves(stacked)[0]) for stacked in (a, b)]
+        return sum(dots, jnp.zeros(sizes, dtype))
 
     def pull(self, params: Any, image: Images) -> Any:
         r"""The tree :math:`C d`, from the image of one direction (still stacked)."""
@@ -274,7 +288,7 @@ class Curvature:
                     p if d is None else p + _tree.real_scalar(factor, p.dtype) * d[0]
                 ),
                 product,
-                self.penalized(penalty, image.directions, params),
+                self.penalized(penalty, image.directions[0], params),
                 is_leaf=_is_masked,
             )
         return product
@@ -374,7 +388,7 @@ class _GaussNewton(Curvature):
         # The outputs do not depend on the direction: they are computed once.
         outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
         outputs, tangents = vary((outputs, tangents), self.axis_name)
-        return Images(outputs, tangents, stacked)
+        return Images(outputs, tangents, (stacked,))
 
     def _push_each(self, outputs: Any, push_one: Any, stacked: Any) -> Images:
         """The images, by a function that pushes one direction."""
@@ -390,7 +404,7 @@ class _GaussNewton(Curvature):
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = vary((outputs, tangents), self.axis_name)
-        return Images(outputs, tangents, stacked)
+        return Images(outputs, tangents, (stacked,))
 
     def linearize(self, params: Any, transposed: bool = True) -> Linear:
         """As that of `Curvature`: the model runs forward once for all calls."""
@@ -466,7 +480,7 @@ class _Hessian(Curvature):
 
     def _push(self, params: Any, stacked: Any, *inputs: Any) -> Images:
         del params, inputs
-        return Images((), (), stacked)
+        return Images((), (), (stacked,))
 
     def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
         del outputs
@@ -482,12 +496,12 @@ class _Hessian(Curvature):
             return jax.jvp(slope, (params,), (e,))[1]
 
         rows = jax.vmap(second, (None, 0))
-        matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
+        matrix = jax.vmap(rows, (0, None))(_joined(a.directions), _joined(b.directions))
         return matrix.astype(_tree.scalar_dtype(params))
 
     def _weighed(self, params: Any, image: Images, *inputs: Any) -> jax.Array:
         """The derivative along the direction: its gradient is H d."""
-        direction = jax.tree.map(lambda x: x[0], image.directions)
+        direction = jax.tree.map(lambda x: x[0], image.directions[0])
         return jax.jvp(self._of(inputs), (params,), (direction,))[1]
 
 
@@ -704,20 +718,38 @@ def stack(params: Any, directions: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tangents)
 
 
+def join(a: Images, b: Images) -> Images:
+    """The images of two stacks of directions as those of one."""
+    tangents = _joined([a.tangents, b.tangents])
+    return Images(a.outputs, tangents, (*a.directions, *b.directions))
+
+
+def _joined(stacks: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *stacks)
+
+
 def combine(images: Images, coefficients: jax.Array) -> Images:
     """The image of a linear combination of directions."""
 
-    def total(x: jax.Array) -> jax.Array:
+    def total(coefficients: jax.Array, x: jax.Array) -> jax.Array:
         lifted = _tree.lift(x)
         weights = _tree.scalar_like(coefficients, lifted)
         weights = jnp.reshape(weights, (-1,) + (1,) * (x.ndim - 1))
         return jnp.sum(weights * lifted, axis=0, keepdims=True).astype(x.dtype)
 
-    return Images(
-        images.outputs,
-        jax.tree.map(total, images.tangents),
-        jax.tree.map(total, images.directions),
-    )
+    def combined(tree: Any, coefficients: jax.Array) -> Any:
+        return jax.tree.map(lambda x: total(coefficients, x), tree)
+
+    sizes = [len(jax.tree.leaves(stacked)[0]) for stacked in images.directions]
+    ends = list(itertools.accumulate(sizes))[:-1]
+    parts = [
+        combined(stacked, some)
+        for stacked, some in zip(
+            images.directions, jnp.split(coefficients, ends), strict=True
+        )
+    ]
+    direction = jax.tree.map(lambda *each: sum(each[1:], each[0]), *parts)
+    return Images(images.outputs, combined(images.tangents, coefficients), (direction,))
 
 
 def _is_masked(x: Any) -> bool:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nlcg_optax import _tree
-from nlcg_optax.curvature.products import Curvature, Images, combine, stack
+from nlcg_optax.curvature.products import Curvature, Images, combine, join, stack
 
 
 class Model(NamedTuple):
@@ -25,14 +25,14 @@ class Model(NamedTuple):
       slopes: of the gradient along each direction.
       products: the inner products of the directions in the curvature.
       coefficients: of the directions, at the minimum.
-      residual_directions: those that are not known from outside, stacked.
+      residual_directions: those that are not known from outside.
       own_loss: what the curvature makes of its batch.
     """
 
     slopes: jax.Array
     products: jax.Array
     coefficients: jax.Array
-    residual_directions: Any
+    residual_directions: list[Any]
     own_loss: jax.Array
 
 
@@ -51,10 +51,6 @@ def build(
 ) -> Model:
     """Minimizes over the directions, and over so many residual ones after them.
 
-    All that has an entry for each direction has room for the residual ones from the
-    beginning, so that one loop makes all of them: what a model takes to be compiled
-    counts once.
-
     Args:
       curvature: of the loss.
       params: where the step starts.
@@ -71,86 +67,52 @@ def build(
     """
     dtype = slopes.dtype
     known, size = len(order), len(slopes)
-    in_stack = jnp.concatenate([order, known + jnp.arange(residuals, dtype=jnp.int32)])
-    directions = _cast(directions, params)
+    directions = jax.tree.map(
+        lambda d, x: d.astype(jnp.result_type(x)), directions, params
+    )
     linear = curvature.linearize(params, transposed=residuals > 0)
     images = linear.push(directions)
     products = _products(curvature, params, images, images, loss).astype(dtype)
     products = (0.5 * (products + products.T))[order][:, order]
-    # What is remembered but no direction has zeros, as what is not yet made.
+    # Zeros for what is remembered but no direction, and for what is not made yet: what
+    # is compiled for one size serves all the systems.
     products = jnp.pad(products, (0, size + residuals - known))
     slopes = jnp.pad(slopes, (0, residuals))
-    own_loss = curvature.value(params, images).astype(dtype)
-    zeros = jax.tree.map(lambda d: _zeros(d, residuals), directions)
-    model = Model(
-        slopes, products, minimize(slopes, products, damping), zeros, own_loss
-    )
-    if not residuals:
-        return model
-    # Where the directions of the stack are in the model.
-    place = jnp.concatenate([jnp.arange(known, dtype=jnp.int32), size + jnp.arange(residuals, dtype=jnp.int32)])
-
-    def add(number: jax.Array, carried: tuple[Any, Model]) -> tuple[Any, Model]:
-        tangents, model = carried
-        every = _concatenate(directions, model.residual_directions)
-        images_so_far = Images(images.outputs, tangents, every)
+    coefficients = minimize(slopes, products, damping)
+    made = []
+    for at in range(size, size + residuals):
         # The gradient of the model at its minimum, preconditioned.
-        step = combine(images_so_far, model.coefficients[place][in_stack])
+        used = [coefficients[:known][order], coefficients[size:at]]
+        step = combine(images, jnp.concatenate(used))
         residual = jax.tree.map(_difference, grad, linear.pull(step))
         z = precondition(residual)
         image = linear.push(stack(params, [z]))
-        tangents = _put(tangents, image.tangents, known + number)
-        made = _put(model.residual_directions, image.directions, number)
-        images_so_far = Images(images.outputs, tangents, _concatenate(directions, made))
-        (row,) = _products(curvature, params, image, images_so_far, loss).astype(dtype)
-        row = jnp.zeros_like(model.slopes).at[place].set(row[in_stack])
-        at = size + number
-        products = model.products.at[at].set(row).at[:, at].set(row)
-        (slope,) = slopes_along(grad, image.directions, dtype, axis_name)
-        slopes = model.slopes.at[at].set(slope)
+        images = join(images, image)
+        column = _products(curvature, params, images, image, loss).astype(dtype)[:, 0]
+        zeros = [jnp.zeros([size - known], dtype), jnp.zeros([residuals], dtype)]
+        row = [column[:known][order], zeros[0], column[known:], zeros[1]]
+        row = jnp.concatenate(row)[: size + residuals]
+        products = products.at[at].set(row).at[:, at].set(row)
+        (slope,) = slopes_along(grad, image.directions[0], dtype, axis_name)
+        slopes = slopes.at[at].set(slope)
         coefficients = minimize(slopes, products, damping)
-        return tangents, Model(slopes, products, coefficients, made, own_loss)
-
-    tangents = _concatenate(
-        images.tangents,
-        jax.tree.map(lambda t: _zeros(t, residuals), images.tangents),
-    )
-    carried = _tree.carried(lambda carried: add(jnp.int32(0), carried), (tangents, model))
-    _, model = jax.lax.fori_loop(0, residuals, add, carried)
-    return model
+        made.append(z)
+    own_loss = curvature.value(params, images).astype(dtype)
+    return Model(slopes, products, coefficients, made, own_loss)
 
 
 def without_products(
-    directions: Any, loss: jax.Array, slopes: jax.Array, params: Any, residuals: int
+    grad: Any, loss: jax.Array, slopes: jax.Array, residuals: int
 ) -> Model:
     """Of the shapes that `build` gives, for steps that need no model."""
     size = len(slopes) + residuals
+    zeros = jax.tree.map(jnp.zeros_like, grad)
     return Model(
         jnp.pad(slopes, (0, residuals)),
         jnp.zeros([size, size], slopes.dtype),
         jnp.zeros([size], slopes.dtype),
-        jax.tree.map(lambda d: _zeros(d, residuals), _cast(directions, params)),
+        [zeros] * residuals,
         loss,
-    )
-
-
-def _cast(directions: Any, params: Any) -> Any:
-    return jax.tree.map(lambda d, x: d.astype(jnp.result_type(x)), directions, params)
-
-
-def _zeros(stacked: jax.Array, count: int) -> jax.Array:
-    """Of so many more of what is stacked."""
-    return jnp.zeros_like(stacked, shape=(count, *stacked.shape[1:]))
-
-
-def _concatenate(a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
-
-
-def _put(stacked: Any, one: Any, index: jax.Array) -> Any:
-    """The stack with the one entry of another in a place of it."""
-    return jax.tree.map(
-        lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, index, 0), stacked, one
     )
 
 

@@ -247,7 +247,7 @@ def scale_by_quadratic_model(
         new_state = _select(state, after, verdict, taken)
         new_memory = memory.write(
             state.memory,
-            output,
+            _tree.cast_like(step.tree, updates),
             step.norm,
             taken=taken,
             rejected=verdict.rejected,
@@ -394,7 +394,9 @@ def _precondition(
         in_slots=settings.history == settings.slots,
     )
     stacked = jax.tree.map(_stack, kept, *preconditioned)
-    order = jnp.concatenate([jnp.arange(settings.kinds, dtype=jnp.int32), settings.kinds + places])
+    order = jnp.concatenate(
+        [jnp.arange(settings.kinds, dtype=jnp.int32), settings.kinds + places]
+    )
     slopes = subspace.slopes_along(
         given.grad, stacked, given.loss.dtype, settings.axis_name
     )
@@ -449,7 +451,7 @@ def _minimize(
 
     def without() -> subspace.Model:
         return subspace.without_products(
-            found.stacked, given.loss, found.slopes, given.params, settings.residuals
+            found.preconditioned[0], given.loss, found.slopes, settings.residuals
         )
 
     known = settings.kinds + settings.history
@@ -480,16 +482,14 @@ def _make_step(
         jnp.concatenate([coefficients[:known][found.order], coefficients[known:]])
     )
 
-    def total(g: jax.Array, *stacks: jax.Array) -> jax.Array:
-        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in stacks]
-        each = [x[i] for x in lifted for i in range(len(x))]
-        parts = [_tree.scalar_like(weights[i], d) * d for i, d in enumerate(each)]
+    def total(g: jax.Array, stacked: jax.Array, *others: jax.Array) -> jax.Array:
+        each = [*(stacked[i] for i in range(known)), *others]
+        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in each]
+        parts = [_tree.scalar_like(weights[i], d) * d for i, d in enumerate(lifted)]
         return sum(parts[1:], start=parts[0])
 
-    tree, direction = (
-        jax.tree.map(total, given.grad, found.stacked, model.residual_directions),
-        None,
-    )
+    directions = [found.stacked, *model.residual_directions]
+    tree, direction = jax.tree.map(total, given.grad, *directions), None
     if settings.horizon is not None:
         nlcg = noise.direction(
             state.noise,
