@@ -50,8 +50,3 @@ def compute_once(scalar: jax.Array) -> jax.Array:
     """
     one = jnp.where(jnp.isnan(scalar), 2, 1).astype(scalar.dtype)
     return scalar / one
-
-
-def flag_once(flag: jax.Array) -> jax.Array:
-    """A condition, computed in one kernel and not in every one that asks for it."""
-    return compute_once(flag.astype(jnp.float32)) > 0

@@ -64,35 +64,41 @@ def write(
       direction: that direction, which has a slot of its own; None where there is none.
     """
     # A step of length zero, as at the start of a warm-up, is none to remember.
-    stored = _xla.flag_once(taken & (handed_over | (norm > 0)))
-    held = _xla.flag_once(handed_over & taken)
+    stored = taken & (handed_over | (norm > 0))
     newest, slots = _by_age(memory)[0], len(memory.prev_norms)
-    slot = jnp.where(taken, jnp.asarray(memory.stored) % slots, newest)
+    here = jnp.arange(slots, dtype=jnp.int32)
+    slot = jnp.asarray(memory.stored) % slots
 
-    def replace(array: Any, slot: jax.Array, new: jax.Array) -> jax.Array:
+    # What becomes of each slot. All of them in one pass: a kernel for what may be where
+    # takes several times as long to compile, for each shape that parameters have.
+    def once(flags: jax.Array) -> jax.Array:
+        return _xla.compute_once(flags.astype(norm.dtype))
+
+    part = once(jnp.where(rejected & (here == newest), BACKTRACK, 1.0))
+    is_norm = stored & (here == slot)
+    is_step = once(stored & (here == jnp.where(handed_over, 0, slot))) > 0
+    is_direction = once(handed_over & taken & (here == 1)) > 0
+
+    def replace(array: Any, flags: jax.Array, new: jax.Array) -> jax.Array:
         array = jnp.asarray(array)  # a restored state may be NumPy's
-        kept = _tree.lift(array[slot])
-        kept = (_tree.scalar_like(part, kept) * kept).astype(array.dtype)
-        return array.at[slot].set(jnp.where(stored, new.astype(array.dtype), kept))
+        kept, shape = _tree.lift(array), (slots,) + (1,) * (array.ndim - 1)
+        kept = _tree.scalar_like(part, kept).reshape(shape) * kept
+        return jnp.where(
+            flags.reshape(shape), new.astype(array.dtype), kept.astype(array.dtype)
+        )
 
-    # What a kernel compares in each element is compiled for all its outcomes: once.
-    part = _xla.compute_once(jnp.where(rejected, BACKTRACK, 1.0).astype(norm.dtype))
-    slot_of_step = jnp.where(handed_over, 0, slot)
+    def remember(array: Any, u: jax.Array, *d: jax.Array) -> jax.Array:
+        kept = replace(array, is_step, u)
+        for x in d:
+            shape = (slots,) + (1,) * x.ndim
+            kept = jnp.where(is_direction.reshape(shape), x.astype(kept.dtype), kept)
+        return kept
 
-    def remember(array: Any, u: jax.Array) -> jax.Array:
-        return replace(array, slot_of_step, u)
-
-    def hold(array: jax.Array, d: jax.Array) -> jax.Array:
-        new = jnp.where(held, d.astype(array.dtype), array[1])
-        return array.at[1].set(new)
-
-    arrays = jax.tree.map(remember, memory.prev_updates, step)
-    if direction is not None:
-        arrays = jax.tree.map(hold, arrays, direction)
+    other = () if direction is None else (direction,)
     return Memory(
         stored=jnp.asarray(memory.stored) + stored.astype(jnp.int32),
-        prev_updates=arrays,
-        prev_norms=replace(memory.prev_norms, slot, norm),
+        prev_updates=jax.tree.map(remember, memory.prev_updates, step, *other),
+        prev_norms=replace(memory.prev_norms, is_norm, norm),
     )
 
 
