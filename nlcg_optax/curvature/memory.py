@@ -69,36 +69,38 @@ def write(
     here = jnp.arange(slots, dtype=jnp.int32)
     slot = jnp.asarray(memory.stored) % slots
 
-    # What becomes of each slot. All of them in one pass: a kernel for what may be where
-    # takes several times as long to compile, for each shape that parameters have.
+    # What becomes of each slot, as a sum of products with 0 and 1 over all of them: for
+    # a condition XLA's CPU compiler makes a kernel for each outcome, for each shape.
     def once(flags: jax.Array) -> jax.Array:
         return _xla.compute_once(flags.astype(norm.dtype))
 
-    part = once(jnp.where(rejected & (here == newest), BACKTRACK, 1.0))
-    is_norm = stored & (here == slot)
-    is_step = once(stored & (here == jnp.where(handed_over, 0, slot))) > 0
-    is_direction = once(handed_over & taken & (here == 1)) > 0
+    takes_step = stored & (here == jnp.where(handed_over, 0, slot))
+    takes_direction = handed_over & taken & (here == 1)
+    part = jnp.where(rejected & (here == newest), BACKTRACK, 1.0)
+    weights = [
+        once(takes_step),
+        once(takes_direction),
+        once(jnp.where(takes_step | takes_direction, 0, part)),
+    ]
+    takes_norm = stored & (here == slot)
+    norms = jnp.where(takes_norm, norm, part.astype(norm.dtype) * memory.prev_norms)
 
-    def replace(array: Any, flags: jax.Array, new: jax.Array) -> jax.Array:
+    def remember(array: Any, *new: jax.Array) -> jax.Array:
         array = jnp.asarray(array)  # a restored state may be NumPy's
-        kept, shape = _tree.lift(array), (slots,) + (1,) * (array.ndim - 1)
-        kept = _tree.scalar_like(part, kept).reshape(shape) * kept
-        return jnp.where(
-            flags.reshape(shape), new.astype(array.dtype), kept.astype(array.dtype)
-        )
-
-    def remember(array: Any, u: jax.Array, *d: jax.Array) -> jax.Array:
-        kept = replace(array, is_step, u)
-        for x in d:
-            shape = (slots,) + (1,) * x.ndim
-            kept = jnp.where(is_direction.reshape(shape), x.astype(kept.dtype), kept)
-        return kept
+        old, shape = _tree.lift(array), (slots,) + (1,) * (array.ndim - 1)
+        # Where one is not finite its factor is 0, and the product has to be.
+        others = [_tree.lift(_xla.finite(x).astype(array.dtype)) for x in new]
+        rows = [_tree.scalar_like(w, old).reshape(shape) for w in weights]
+        total = rows[2] * old
+        for row, x in zip(rows[:2], others, strict=False):
+            total += row * x
+        return total.astype(array.dtype)
 
     other = () if direction is None else (direction,)
     return Memory(
         stored=jnp.asarray(memory.stored) + stored.astype(jnp.int32),
         prev_updates=jax.tree.map(remember, memory.prev_updates, step, *other),
-        prev_norms=replace(memory.prev_norms, is_norm, norm),
+        prev_norms=norms,
     )
 
 

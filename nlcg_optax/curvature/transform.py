@@ -568,11 +568,15 @@ def _choose(
     given: _Given, step: _Step, last: Any, taken: jax.Array, rejected: jax.Array
 ) -> Any:
     """The step, or most of the last one back, or nothing."""
+    dtype = step.norm.dtype
+    forth = _xla.compute_once(taken.astype(dtype))
+    back = jnp.where(rejected, trust.BACKTRACK - 1, 0).astype(dtype)
+    back = _xla.compute_once(back)
 
-    def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
-        back = (trust.BACKTRACK - 1) * _tree.lift(back).astype(step.dtype)
-        chosen = jnp.where(taken, step, jnp.where(rejected, back, 0))
-        return chosen.astype(g.dtype)
+    def choose(step: jax.Array, last: jax.Array, g: jax.Array) -> jax.Array:
+        last = _tree.lift(last).astype(step.dtype)
+        chosen = _tree.scalar_like(forth, step) * _xla.finite(step)
+        return (chosen + _tree.scalar_like(back, step) * last).astype(g.dtype)
 
     return jax.tree.map(choose, step.tree, last, given.grad)
 

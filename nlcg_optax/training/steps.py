@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
+from nlcg_optax import _xla
 from nlcg_optax.training import data, models
 from nlcg_optax.training.mesh import AXES, BatchLayout, replicated, state_shardings
 from nlcg_optax.training.optimizers import curvature_stride
@@ -385,6 +386,11 @@ def _guarded(
     if "taken_back" in metrics:
         # Where it steps back it has seen to parameters and state itself.
         kept = go_on & (finite | (metrics["taken_back"] > 0))
+    go_on = kept
+    # Not asked anew in the kernel of every array.
+    finite, kept = (
+        _xla.compute_once(x.astype(jnp.float32)) > 0 for x in (finite, kept)
+    )
 
     def guard(keep: jax.Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
@@ -396,7 +402,7 @@ def _guarded(
         opt_state=guard(kept, new.opt_state, old.opt_state),
         average=guard(kept & finite, new.average, old.average),
     )
-    return state, kept
+    return state, go_on
 
 
 def _by_name(coefficients: jax.Array, residuals: int) -> Metrics:
