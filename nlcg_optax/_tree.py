@@ -176,6 +176,27 @@ def reduce_products(
     return [_xla.compute_once(total) for total in _total(totals)]
 
 
+def combine(coefficients: jax.Array, stacked: jax.Array) -> jax.Array:
+    """The linear combination of what is stacked along the first axis of an array."""
+    weights = scalar_like(coefficients, stacked)
+    if stacked.ndim > 3:
+        return sum(
+            (weights[i] * stacked[i] for i in range(1, len(stacked))),
+            start=weights[0] * stacked[0],
+        )
+    # By a library where loops are slow to compile, and never rounded first.
+    return jnp.tensordot(weights, stacked, 1, precision=jax.lax.Precision.HIGHEST)
+
+
+def split_explicitly(*arrays: jax.Array) -> bool:
+    """Whether the type of an array says that one of its axes is split over devices."""
+    return any(
+        not (kind := jax.typeof(x)).sharding.mesh.empty
+        and any(axis is not None for axis in kind.sharding.spec)
+        for x in arrays
+    )
+
+
 def vary_like(x: jax.Array, like: Any) -> jax.Array:
     """`x` with a type that varies along the axes along which another does."""
     return vary(x, tuple(varying_axes(like) - varying_axes(x)))

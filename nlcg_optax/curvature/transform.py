@@ -483,10 +483,12 @@ def _make_step(
     )
 
     def total(g: jax.Array, stacked: jax.Array, *others: jax.Array) -> jax.Array:
-        each = [*(stacked[i] for i in range(known)), *others]
-        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in each]
-        parts = [_tree.scalar_like(weights[i], d) * d for i, d in enumerate(lifted)]
-        return sum(parts[1:], start=parts[0])
+        dtype = _tree.lift(g).dtype
+        lifted = [_tree.lift(d).astype(dtype) for d in (stacked, *others)]
+        total = _tree.combine(weights[:known], lifted[0])
+        for i, d in enumerate(lifted[1:], known):
+            total += _tree.scalar_like(weights[i], d) * d
+        return total
 
     directions = [found.stacked, *model.residual_directions]
     tree, direction = jax.tree.map(total, given.grad, *directions), None
