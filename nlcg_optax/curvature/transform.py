@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
@@ -374,18 +375,20 @@ def _precondition(
 ) -> _Directions:
     """The directions: one for each preconditioner, and the past, the newest first."""
     extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
-    results = [
-        one.update(given.grad, one_state, given.params, **extra)
-        for one, one_state in zip(
-            settings.preconditioners, state.preconditioner_states, strict=True
-        )
-    ]
+    with jax.named_scope("nlcg_preconditioner"):
+        results = [
+            one.update(given.grad, one_state, given.params, **extra)
+            for one, one_state in zip(
+                settings.preconditioners, state.preconditioner_states, strict=True
+            )
+        ]
     preconditioned = [z for z, _ in results]
     states = tuple(one_state for _, one_state in results)
 
     def precondition(grad: Any) -> Any:
         first = settings.preconditioners[0]
-        return first.update(grad, states[0], given.params, **extra)[0]
+        with jax.named_scope("nlcg_preconditioner"):
+            return first.update(grad, states[0], given.params, **extra)[0]
 
     past = memory.read(state.memory, state.noise.handed_over)
     kept, places = memory.stacked(
@@ -435,7 +438,7 @@ def _minimize(
     """The model over the directions, but for none once noise rules."""
 
     def with_products() -> subspace.Model:
-        return subspace.build(
+        return jax.named_scope("nlcg_products")(subspace.build)(
             given.curvature,
             given.params,
             given.grad,
@@ -459,7 +462,37 @@ def _minimize(
         return without()
     if settings.horizon is None:
         return with_products()
-    return jax.lax.cond(state.noise.handed_over, without, with_products)
+    handed_over = state.noise.handed_over
+    if jax.default_backend() != "cpu":
+        return jax.lax.cond(handed_over, without, with_products)
+    traced, shapes = jax.make_jaxpr(with_products, return_shape=True)()
+
+    def run() -> subspace.Model:
+        results = jax.extend.core.jaxpr_as_fun(traced)()
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    # In a branch XLA's CPU compiler leaves aside its library for convolutions. They
+    # then take 17 times as long: more than products for nothing once noise rules.
+    if not _convolves(traced.jaxpr):
+        return jax.lax.cond(handed_over, without, run)
+    model, none = run(), without()
+    # The residual directions have no coefficients then.
+    none = none._replace(residual_directions=model.residual_directions)
+    return _tree.where(handed_over, none, model)
+
+
+def _convolves(jaxpr: Any) -> bool:
+    """Whether there is a convolution in a function, or in one that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            return True
+        values = jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        )
+        inner = [getattr(value, "jaxpr", value) for value in values]
+        if any(_convolves(each) for each in inner if hasattr(each, "eqns")):
+            return True
+    return False
 
 
 def _make_step(

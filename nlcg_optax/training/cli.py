@@ -71,7 +71,14 @@ def main(
 
     # Late, so that --help and mistakes answer at once.
     try:
-        from nlcg_optax.training import checkpoint, config, data, distributed, loop
+        from nlcg_optax.training import (
+            checkpoint,
+            compilation_cache,
+            config,
+            data,
+            distributed,
+            loop,
+        )
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "nlcg_optax":
             raise
@@ -97,6 +104,8 @@ def main(
     try:
         chosen = config.load_config(args.config)
         config.apply_overrides(chosen, overrides)
+        if problem := compilation_cache.enable():
+            print(f"warning: {problem}", file=sys.stderr)
         train = train or loop.train_and_evaluate
         result = train(chosen, args.workdir, args.verbosity)
         code = 130 if result.signal == signal.SIGINT else 0

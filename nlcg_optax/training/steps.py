@@ -178,7 +178,9 @@ class _TrainStep:
         """Gradient, update, and what of the new state is kept."""
         auto = self.config.optimizer.name == "nlcg_auto"
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        (loss, (accuracy, batch_stats)), grads = self._whole_batch(state, batch, key)
+        with jax.named_scope("nlcg_gradient"):
+            result = self._whole_batch(state, batch, key)
+        (loss, (accuracy, batch_stats)), grads = result
         given = {"curvature": self._curvature(state, batch, key)} if auto else {}
         # The devices over which orthogonalization may share out its work.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
@@ -213,19 +215,21 @@ class _TrainStep:
         """Logits and new BatchNorm statistics; some rows may have no example."""
         options = self.config.dataset
         images = self._split_rows(batch["image"])
-        if self.augment:
-            images = data.augment(
-                key,
-                images,
-                crop_padding=options.crop_padding,
-                flip=options.flip,
-                places=places,
-                batch_size=self.config.batch_size,
-            )
+        with jax.named_scope("nlcg_input"):
+            if self.augment:
+                images = data.augment(
+                    key,
+                    images,
+                    crop_padding=options.crop_padding,
+                    flip=options.flip,
+                    places=places,
+                    batch_size=self.config.batch_size,
+                )
+            images = normalizer(options)(images)
         mask = {"mask": places >= 0} if some_empty else {}
         logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalizer(options)(images),
+            images,
             train=True,
             mutable=["batch_stats"],
             **mask,
@@ -323,7 +327,8 @@ class _TrainStep:
             l2=self.config.l2_penalty,
             l2_mask=models.l2_mask,
             has_aux=True,
-            in_turn=self.mesh.size > 1,
+            # On a CPU it takes less, to compile and to run.
+            in_turn=self.mesh.size > 1 or jax.default_backend() == "cpu",
         )
 
     # --- What comes of the update ---
