@@ -76,14 +76,17 @@ def write(
 
     takes_step = stored & (here == jnp.where(handed_over, 0, slot))
     takes_direction = handed_over & taken & (here == 1)
-    part = jnp.where(rejected & (here == newest), BACKTRACK, 1.0)
+    last = jnp.where(handed_over, 0, newest)
+    part = jnp.where(rejected & (here == last), BACKTRACK, 1.0)
     weights = [
         once(takes_step),
         once(takes_direction),
         once(jnp.where(takes_step | takes_direction, 0, part)),
     ]
     takes_norm = stored & (here == slot)
-    norms = jnp.where(takes_norm, norm, part.astype(norm.dtype) * memory.prev_norms)
+    shortened = jnp.where(rejected & (here == newest), BACKTRACK, 1.0)
+    norms = shortened.astype(norm.dtype) * memory.prev_norms
+    norms = jnp.where(takes_norm, norm, norms)
 
     def remember(array: Any, *new: jax.Array) -> jax.Array:
         array = jnp.asarray(array)  # a restored state may be NumPy's
