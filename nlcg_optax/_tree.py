@@ -148,7 +148,7 @@ def reduce_products(
     if not columns[0]:  # a group of `optax.partition` may be empty
         columns = [[jnp.zeros([0], dtype)] for _ in trees]
 
-    def total(value: jax.Array) -> jax.Array:
+    def summed(value: jax.Array) -> jax.Array:
         axes = tuple(range(1, value.ndim)) if stacked else None
         return jnp.sum(value, axes).astype(dtype)
 
@@ -157,7 +157,7 @@ def reduce_products(
     whole, sharded = [], []
     for leaves in zip(*columns, strict=True):
         values = integrands(*(lift(leaf) for leaf in leaves))
-        row = [total(value) for value in values]
+        row = [summed(value) for value in values]
         # Of all the leaf's arrays together: a constant gradient of a sharded leaf does
         # not vary, but counts on every device.
         varying = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
@@ -168,11 +168,11 @@ def reduce_products(
             sharded.append([_on_first(value, copied) for value in row])
     totals = [_total(rows) for rows in (whole, sharded) if rows]
     if sharded:
-        stacked = jnp.stack(totals[-1])
+        together = jnp.stack(totals[-1])
         # A sum does not take what varies along some of its axes only.
-        constant = tracked - varying_axes(stacked)
-        stacked = vary(stacked, [axis for axis in axes if axis in constant])
-        totals[-1] = list(jax.lax.psum(stacked, axes))
+        constant = tracked - varying_axes(together)
+        together = vary(together, [axis for axis in axes if axis in constant])
+        totals[-1] = list(jax.lax.psum(together, axes))
     return [_xla.compute_once(total) for total in _total(totals)]
 
 

@@ -329,7 +329,7 @@ def digits_autoencoder(config: ConfigDict) -> FunctionTask:
 
 def cifar_autoencoder(config: ConfigDict) -> FunctionTask:
     """Grey images of 12×12, 144-256-64-32-64-256-144."""
-    dataset = loop.load_dataset(config)
+    dataset = loop.load_dataset(typed(config).dataset)
     train, test = (
         split.images.mean(-1).reshape(len(split), -1) / 255
         for split in (dataset.train, dataset.test)

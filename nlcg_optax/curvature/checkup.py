@@ -182,7 +182,9 @@ def _of_step(update: Any, model: QuadraticModelState) -> list[str]:
         )
     made = float(model.memory.prev_norms[0])
     dtype = _tree.scalar_dtype(update)
-    norm = float(jnp.sqrt(slopes_along(update, stack(update, [update]), dtype, None)[0]))
+    norm = float(
+        jnp.sqrt(slopes_along(update, stack(update, [update]), dtype, None)[0])
+    )
     if made > 0 and abs(norm / made - 1) > SAME_LOSS:
         found.append(
             f"The update is {norm / made:.4g} times as long as the step that the "

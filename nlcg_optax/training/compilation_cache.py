@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
+from typing import Any
 
 import jax
 
@@ -18,6 +19,8 @@ MOST_BYTES = 2**30
 # What compiles faster is not worth a file.
 LEAST_SECONDS = 0.2
 
+_settings: Any = jax.config  # whose attributes no type checker knows
+
 
 def enable() -> str | None:
     """Switches the cache on, unless the user has decided already.
@@ -25,8 +28,8 @@ def enable() -> str | None:
     Returns:
       What went wrong, or None: it is no reason not to train.
     """
-    decided = jax.config.jax_compilation_cache_dir
-    if decided or not jax.config.jax_enable_compilation_cache:
+    decided = _settings.jax_compilation_cache_dir
+    if decided or not _settings.jax_enable_compilation_cache:
         return None
     folder = default_folder()
     try:
@@ -44,8 +47,8 @@ def enable() -> str | None:
 
 def describe() -> str:
     """Where compiled programs are kept, and how not to, in words."""
-    folder = jax.config.jax_compilation_cache_dir
-    if not jax.config.jax_enable_compilation_cache or not folder:
+    folder = _settings.jax_compilation_cache_dir
+    if not _settings.jax_enable_compilation_cache or not folder:
         return "nothing that is compiled is kept for the next run"
     most = ""
     if folder == str(default_folder()):

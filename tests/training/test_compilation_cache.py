@@ -74,7 +74,7 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path):
 def test_what_was_used_longest_ago_goes_first(tmp_path):
     for i, name in enumerate(["old", "older", "new"]):
         (tmp_path / name).write_bytes(bytes(100))
-        os.utime(tmp_path / name, 2 * ([200, 100, 300][i],))
+        os.utime(tmp_path / name, ([200, 100, 300][i], [200, 100, 300][i]))
     compilation_cache.prune(tmp_path, most_bytes=250)
     assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
     compilation_cache.prune(tmp_path, most_bytes=250)
@@ -83,7 +83,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_it_is_said(enabled):
-    before = jax.config.jax_enable_compilation_cache
+    before = compilation_cache._settings.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", enabled)
     try:
         said = compilation_cache.describe()
