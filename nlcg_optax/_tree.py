@@ -135,6 +135,7 @@ def reduce_products(
     *trees: Any,
     dtype: jnp.dtype,
     axis_name: AxisName | None = None,
+    stacked: bool = False,
 ) -> list[jax.Array]:
     """Sums several elementwise integrands over all the leaves of some trees.
 
@@ -147,19 +148,26 @@ def reduce_products(
         an axis where its type says that every device holds a copy of it, which types
         say in a `shard_map` with ``check_vma=True``; elsewhere *every* leaf counts as
         sharded.
+      stacked: whether the arrays of the integrands have a leading axis, of stacked
+        trees, which stays.
 
     Returns:
-      One scalar for each integrand.
+      One scalar for each integrand; with ``stacked`` one vector.
     """
     columns = [jax.tree.leaves(tree) for tree in trees]
     if not columns[0]:  # a group of `optax.partition` may be empty
         columns = [[jnp.zeros([0], dtype)] for _ in trees]
+
+    def summed(value: jax.Array) -> jax.Array:
+        axes = tuple(range(1, value.ndim)) if stacked else None
+        return jnp.sum(value, axes).astype(dtype)
+
     axes = () if axis_name is None else bound_axes(axis_name)
     tracked = tracked_axes(axes)
     whole, sharded = [], []
     for leaves in zip(*columns, strict=True):
         values = integrands(*(lift(leaf) for leaf in leaves))
-        row = [jnp.sum(value).astype(dtype) for value in values]
+        row = [summed(value) for value in values]
         # Of all the leaf's arrays together: a constant gradient of a sharded leaf does
         # not vary, but counts on every device.
         varying = frozenset().union(*(varying_axes(leaf) for leaf in leaves))
@@ -170,12 +178,38 @@ def reduce_products(
             sharded.append([_on_first(value, copied) for value in row])
     totals = [_total(rows) for rows in (whole, sharded) if rows]
     if sharded:
-        stacked = jnp.stack(totals[-1])
+        together = jnp.stack(totals[-1])
         # A sum does not take what varies along some of its axes only.
-        constant = tracked - varying_axes(stacked)
-        stacked = vary(stacked, [axis for axis in axes if axis in constant])
-        totals[-1] = list(jax.lax.psum(stacked, axes))
+        constant = tracked - varying_axes(together)
+        together = vary(together, [axis for axis in axes if axis in constant])
+        totals[-1] = list(jax.lax.psum(together, axes))
     return [_xla.compute_once(total) for total in _total(totals)]
+
+
+def combine(coefficients: jax.Array, stacked: jax.Array) -> jax.Array:
+    """The linear combination of what is stacked along the first axis of an array."""
+    weights = scalar_like(coefficients, stacked)
+    if stacked.ndim > 3:
+        return sum(
+            (weights[i] * stacked[i] for i in range(1, len(stacked))),
+            start=weights[0] * stacked[0],
+        )
+    # By a library where loops are slow to compile, and never rounded first.
+    return jnp.tensordot(weights, stacked, 1, precision=jax.lax.Precision.HIGHEST)
+
+
+def split_explicitly(*arrays: jax.Array) -> bool:
+    """Whether the type of an array says that one of its axes is split over devices."""
+    return any(
+        not (kind := jax.typeof(x)).sharding.mesh.empty
+        and any(axis is not None for axis in kind.sharding.spec)
+        for x in arrays
+    )
+
+
+def vary_like(x: jax.Array, like: Any) -> jax.Array:
+    """`x` with a type that varies along the axes along which another does."""
+    return vary(x, tuple(varying_axes(like) - varying_axes(x)))
 
 
 def _total(rows: Sequence[Sequence[jax.Array]]) -> list[jax.Array]:

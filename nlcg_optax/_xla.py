@@ -50,3 +50,13 @@ def compute_once(scalar: jax.Array) -> jax.Array:
     """
     one = jnp.where(jnp.isnan(scalar), 2, 1).astype(scalar.dtype)
     return scalar / one
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """The elements that are finite, and 0 for the others: to be multiplied by 0 or 1.
+
+    That chooses as a `where` does whose condition is a scalar. But for such a `where`
+    XLA's CPU compiler makes a loop for each outcome, and for five of them in one kernel
+    as many as there are combinations.
+    """
+    return jnp.where(jnp.isfinite(x), x, 0)

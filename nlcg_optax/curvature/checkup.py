@@ -114,7 +114,7 @@ def _of_values(given: jax.Array, own_loss: jax.Array, exact: bool) -> list[str]:
 def _of_gradients(grads: Any, own: Any, exact: bool) -> list[str]:
     dtype = _tree.scalar_dtype(grads)
     (g_g, g_o), (_, o_o) = (
-        slopes_along(x, [grads, own], dtype, None) for x in (grads, own)
+        slopes_along(x, stack(x, [grads, own]), dtype, None) for x in (grads, own)
     )
     if not (g_g > 0 and o_o > 0):
         return []
@@ -170,7 +170,9 @@ def _of_step(update: Any, model: QuadraticModelState) -> list[str]:
         )
     made = float(model.memory.prev_norms[0])
     dtype = _tree.scalar_dtype(update)
-    norm = float(jnp.sqrt(slopes_along(update, [update], dtype, None)[0]))
+    norm = float(
+        jnp.sqrt(slopes_along(update, stack(update, [update]), dtype, None)[0])
+    )
     if made > 0 and abs(norm / made - 1) > SAME_LOSS:
         found.append(
             f"The update is {norm / made:.4g} times as long as the step that the "

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax import _tree
+from nlcg_optax import _tree, _xla
 from nlcg_optax.curvature.state import Memory
 from nlcg_optax.curvature.trust import BACKTRACK
 
@@ -21,6 +21,23 @@ def read(memory: Memory) -> list[Any]:
 def newest_norm(memory: Memory) -> jax.Array:
     """The length of the last step; 0 where there was none."""
     return jnp.asarray(memory.prev_norms)[_by_age(memory)[0]]
+
+
+def stacked(memory: Memory, in_slots: bool) -> tuple[Any, Any]:
+    """The last steps, stacked, and their order, which is its own inverse.
+
+    Args:
+      memory: the memory.
+      in_slots: whether to leave each step in its slot, which saves a copy: the numbers
+        that are made of them are to be put in order. Else they come as `read` has them.
+    """
+    slots = len(memory.prev_norms)
+    if in_slots:
+        return jax.tree.map(jnp.asarray, memory.prev_updates), _by_age(memory)
+    past = read(memory)
+    return jax.tree.map(lambda *each: jnp.stack(each), *past), jnp.arange(
+        slots, dtype=jnp.int32
+    )
 
 
 def write(
@@ -46,23 +63,33 @@ def write(
     # A step of length zero, as at the start of a warm-up, is none to remember.
     stored = taken & (norm > 0)
     newest, slots = _by_age(memory)[0], len(memory.prev_norms)
-    slot = jnp.where(taken, jnp.asarray(memory.stored) % slots, newest)
+    here = jnp.arange(slots, dtype=jnp.int32)
+    slot = jnp.asarray(memory.stored) % slots
 
-    def replace(array: Any, new: jax.Array, part: Any) -> jax.Array:
+    # What becomes of each slot, as a sum of products with 0 and 1 over all of them: for
+    # a condition XLA's CPU compiler makes a kernel for each outcome, for each shape.
+    def once(flags: jax.Array) -> jax.Array:
+        return _xla.compute_once(flags.astype(norm.dtype))
+
+    takes_step = stored & (here == slot)
+    is_last = rejected & (here == newest)
+    part = jnp.where(is_last, kept, 1.0)
+    weights = [once(takes_step), once(jnp.where(takes_step, 0, part))]
+    norms = jnp.where(is_last, BACKTRACK, 1.0).astype(norm.dtype) * memory.prev_norms
+    norms = jnp.where(takes_step, norm, norms)
+
+    def remember(array: Any, new: jax.Array) -> jax.Array:
         array = jnp.asarray(array)  # a restored state may be NumPy's
-        old = array[slot]
-        lifted = _tree.lift(old)
-        shortened = (_tree.scalar_like(part, lifted) * lifted).astype(old.dtype)
-        old = jnp.where(rejected, shortened, old)
-        return array.at[slot].set(jnp.where(stored, new.astype(old.dtype), old))
-
-    def remember(array: Any, u: jax.Array) -> jax.Array:
-        return replace(array, u, kept)
+        old, shape = _tree.lift(array), (slots,) + (1,) * (array.ndim - 1)
+        # Where one is not finite its factor is 0, and the product has to be.
+        new = _tree.lift(_xla.finite(new).astype(array.dtype))
+        taken, left = (_tree.scalar_like(w, old).reshape(shape) for w in weights)
+        return (left * old + taken * new).astype(array.dtype)
 
     return Memory(
         stored=jnp.asarray(memory.stored) + stored.astype(jnp.int32),
         prev_updates=jax.tree.map(remember, memory.prev_updates, step),
-        prev_norms=replace(memory.prev_norms, norm, BACKTRACK),
+        prev_norms=norms,
     )
 
 

@@ -230,7 +230,7 @@ def _mean_in_turn(value_and_grad: Callable[..., Any], params: Any, parts: Any) -
         return jax.tree.map(jnp.add, total, (value, grads)), aux
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, grads))
-    zeros = jax.tree.map(_vary_like, zeros, (value, grads))
+    zeros = jax.tree.map(_tree.vary_like, zeros, (value, grads))
     (value, grads), aux = jax.lax.scan(add, zeros, parts)
     count = len(jax.tree.leaves(parts)[0])
 
@@ -239,8 +239,3 @@ def _mean_in_turn(value_and_grad: Callable[..., Any], params: Any, parts: Any) -
 
     value, grads = jax.tree.map(lambda x: x / count, (value, grads))
     return (value, jax.tree.map(mean, aux)), grads
-
-
-def _vary_like(x: jax.Array, like: Any) -> jax.Array:
-    """`x` with a type that varies along the axes along which another does."""
-    return _tree.vary(x, tuple(_tree.varying_axes(like) - _tree.varying_axes(x)))

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import math
 import operator
 import warnings
@@ -17,17 +19,29 @@ from nlcg_optax import _check, _parallel, _tree
 
 
 class Images(NamedTuple):
-    """What becomes of some directions in the model; all but the first stacked.
+    """What becomes of some directions in the model.
 
     Attributes:
       outputs: the model's outputs, the same for all directions.
-      tangents: how the outputs change along each direction.
-      directions: the directions.
+      tangents: how the outputs change along each direction, stacked.
+      directions: the directions, in several stacks: only penalties need them.
     """
 
     outputs: Any
     tangents: Any
-    directions: Any
+    directions: tuple[Any, ...]
+
+
+class Linear(NamedTuple):
+    """The model's derivative at some parameters, computed once.
+
+    Attributes:
+      push: as `Curvature.push`, without the parameters.
+      pull: as `Curvature.pull`, without them.
+    """
+
+    push: Callable[[Any], Images]
+    pull: Callable[[Images], Any]
 
 
 class Penalty(NamedTuple):
@@ -134,7 +148,19 @@ class Curvature:
         outputs, tangents = jax.lax.map(
             lambda part: self._push(params, stacked, part)[:2], self.microbatches
         )
-        return Images(outputs, _switch(tangents), stacked)
+        return Images(outputs, _switch(tangents), (stacked,))
+
+    def linearize(self, params: Any, transposed: bool = True) -> Linear:
+        """`push` and `pull` at the parameters, for several calls.
+
+        Args:
+          params: the parameters.
+          transposed: whether `pull` will be called.
+        """
+        del transposed
+        return Linear(
+            functools.partial(self.push, params), functools.partial(self.pull, params)
+        )
 
     def value(self, params: Any, images: Images) -> jax.Array:
         """The loss itself, where the images of some directions are known."""
@@ -204,18 +230,31 @@ class Curvature:
             parts = (a.outputs, _switch(a.tangents), _switch(b.tangents))
             total = jnp.mean(jax.lax.map(one, (self.microbatches, *parts)), axis=0)
         for penalty in self.penalties:
-            dots = [
-                # A leaf that is split over devices is summed over them, not averaged.
-                _inner(jnp.conj(d), e, total.dtype) * _shards(d, self.axis_name)
-                for d, e in zip(
-                    jax.tree.leaves(self.penalized(penalty, a.directions, params)),
-                    jax.tree.leaves(self.penalized(penalty, b.directions, params)),
-                    strict=True,
-                )
+            rows = [
+                [
+                    self._penalty_products(penalty, params, d, e, total.dtype)
+                    for e in b.directions
+                ]
+                for d in a.directions
             ]
-            factor = jnp.asarray(penalty.factor, total.dtype)
-            total += factor * sum(dots, jnp.zeros_like(total))
+            total += jnp.asarray(penalty.factor, total.dtype) * jnp.block(rows)
         return self._mean(total)
+
+    def _penalty_products(
+        self, penalty: Penalty, params: Any, a: Any, b: Any, dtype: jnp.dtype
+    ) -> jax.Array:
+        """The inner products of two stacks of directions, where there is a penalty."""
+        dots = [
+            # A leaf that is split over devices is summed over them, not averaged.
+            _inner(jnp.conj(d), e, dtype) * _shards(d, self.axis_name)
+            for d, e in zip(
+                jax.tree.leaves(self.penalized(penalty, a, params)),
+                jax.tree.leaves(self.penalized(penalty, b, params)),
+                strict=True,
+            )
+        ]
+        sizes = [len(jax.tree.leaves(stacked)[0]) for stacked in (a, b)]
+        return sum(dots, jnp.zeros(sizes, dtype))
 
     def pull(self, params: Any, image: Images) -> Any:
         r"""The tree :math:`C d`, from the image of one direction (still stacked)."""
@@ -242,6 +281,10 @@ class Curvature:
         else:
             mean = _parallel.pmean_value_and_grad(whole, self.axis_name)
             _, product = mean(params)
+        return self._add_penalties(params, image, product)
+
+    def _add_penalties(self, params: Any, image: Images, product: Any) -> Any:
+        """The product, from its conjugate and without those of the penalties."""
         product = jax.tree.map(jnp.conj, product)
         for penalty in self.penalties:
             product = jax.tree.map(
@@ -249,7 +292,7 @@ class Curvature:
                     p if d is None else p + _tree.real_scalar(factor, p.dtype) * d[0]
                 ),
                 product,
-                self.penalized(penalty, image.directions, params),
+                self.penalized(penalty, image.directions[0], params),
                 is_leaf=_is_masked,
             )
         return product
@@ -342,34 +385,64 @@ class _GaussNewton(Curvature):
             _check_outputs(outputs)
             return outputs, tangent
 
-        def linear() -> tuple[Any, Callable[[Any], Any]]:
-            if not self.reverse_mode:
-                return jax.linearize(run, params, has_aux=has_aux)[:2]
+        if in_turn or self.reverse_mode:
+            outputs, push_one = self._both_ways(run, params)[:2]
+            images = self._push_each(outputs, push_one, stacked)
+        else:
+            with _forward_mode("outputs_fn"):
+                # The outputs do not depend on the direction: they are computed once.
+                outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
+            outputs, tangents = vary((outputs, tangents), self.axis_name)
+            images = Images(outputs, tangents, (stacked,))
+        self._recognize_identity(outputs, *inputs)
+        return images
+
+    def _both_ways(self, run: Any, params: Any) -> tuple[Any, Any, Any]:
+        """The outputs, the product with J, and that with its transpose."""
+        has_aux = self.functions.value.has_aux
+        if self.reverse_mode:
             # The product with Jᵀ is linear, and its own transpose is that with J.
             outputs, pull = jax.vjp(run, params, has_aux=has_aux)[:2]
             _, push = jax.vjp(pull, outputs)
-            return outputs, lambda direction: push((direction,))[0]
-
+            return outputs, lambda direction: push((direction,))[0], pull
         with _forward_mode("outputs_fn"):
-            # The outputs do not depend on the direction: they are computed once.
-            if in_turn or self.reverse_mode:
-                outputs, push_one = linear()
-                _check_outputs(outputs)
-            if in_turn:
-                pushed = [
-                    push_one(jax.tree.map(operator.itemgetter(i), stacked))
-                    for i in range(len(jax.tree.leaves(stacked)[0]))
-                ]
-                tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
-            elif self.reverse_mode:
-                tangents = jax.vmap(push_one)(stacked)
-            else:
-                outputs, tangents = jax.vmap(along, out_axes=(None, 0))(stacked)
-        self._recognize_identity(outputs, *inputs)
+            outputs, push_one = jax.linearize(run, params, has_aux=has_aux)[:2]
+            return outputs, push_one, jax.linear_transpose(push_one, params)
+
+    def _push_each(self, outputs: Any, push_one: Any, stacked: Any) -> Images:
+        """The images, by a function that pushes one direction."""
+        _check_outputs(outputs)
+        if self.functions.value.in_turn:
+            pushed = [
+                push_one(jax.tree.map(operator.itemgetter(i), stacked))
+                for i in range(len(jax.tree.leaves(stacked)[0]))
+            ]
+            tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
+        else:
+            tangents = jax.vmap(push_one)(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = vary((outputs, tangents), self.axis_name)
-        return Images(outputs, tangents, stacked)
+        return Images(outputs, tangents, (stacked,))
+
+    def linearize(self, params: Any, transposed: bool = True) -> Linear:
+        """As that of `Curvature`: the model runs forward once for all calls."""
+        # Microbatches run again in each call, to save memory. Along named axes it takes
+        # the gradient of a mean to know what is to be summed.
+        if not transposed or self.microbatches is not None or self.axis_name:
+            return super().linearize(params)
+        inputs = self._inputs()
+        outputs, push_one, pull_one = self._both_ways(
+            lambda params: self._run(params, *inputs), params
+        )
+        self._recognize_identity(outputs, *inputs)
+
+        def pull(image: Images) -> Any:
+            weights = self._curved(params, image, *inputs)
+            weights = jax.tree.map(operator.itemgetter(0), weights)
+            return self._add_penalties(params, image, pull_one(weights)[0])
+
+        return Linear(functools.partial(self._push_each, outputs, push_one), pull)
 
     def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
         value = self.functions.value.loss_fn(outputs, *inputs)
@@ -443,7 +516,7 @@ class _Hessian(Curvature):
 
     def _push(self, params: Any, stacked: Any, *inputs: Any) -> Images:
         del params, inputs
-        return Images((), (), stacked)
+        return Images((), (), (stacked,))
 
     def _value(self, params: Any, outputs: Any, *inputs: Any) -> jax.Array:
         del outputs
@@ -462,19 +535,23 @@ class _Hessian(Curvature):
 
         if self.reverse_mode:
             _, times = jax.vjp(jax.grad(value), params)  # H is symmetric
-            products = jax.vmap(lambda e: times(e)[0])(b.directions)
+            products = jax.vmap(lambda e: times(e)[0])(_joined(b.directions))
             pairs = zip(
-                jax.tree.leaves(a.directions), jax.tree.leaves(products), strict=True
+                jax.tree.leaves(_joined(a.directions)),
+                jax.tree.leaves(products),
+                strict=True,
             )
             return sum((_inner(d, h, dtype) for d, h in pairs), jnp.zeros([], dtype))
         rows = jax.vmap(second, (None, 0))
         with _forward_mode("value_fn"):
-            matrix = jax.vmap(rows, (0, None))(a.directions, b.directions)
+            matrix = jax.vmap(rows, (0, None))(
+                _joined(a.directions), _joined(b.directions)
+            )
         return matrix.astype(dtype)
 
     def _weighed(self, params: Any, image: Images, *inputs: Any) -> jax.Array:
         """The derivative along the direction: its gradient is H d."""
-        direction = jax.tree.map(lambda x: x[0], image.directions)
+        direction = jax.tree.map(lambda x: x[0], image.directions[0])
         value = self._of(inputs)
         if self.reverse_mode:
             # jax.grad's is the conjugate, as `slope` has it.
@@ -734,31 +811,33 @@ def stack(params: Any, directions: Sequence[Any]) -> Any:
 
 def join(a: Images, b: Images) -> Images:
     """The images of two stacks of directions as those of one."""
+    tangents = _joined([a.tangents, b.tangents])
+    return Images(a.outputs, tangents, (*a.directions, *b.directions))
 
-    def concatenate(x: Any, y: Any) -> Any:
-        return jax.tree.map(lambda u, v: jnp.concatenate([u, v]), x, y)
 
-    return Images(
-        a.outputs,
-        concatenate(a.tangents, b.tangents),
-        concatenate(a.directions, b.directions),
-    )
+def _joined(stacks: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *stacks)
 
 
 def combine(images: Images, coefficients: jax.Array) -> Images:
     """The image of a linear combination of directions."""
 
-    def total(x: jax.Array) -> jax.Array:
-        lifted = _tree.lift(x)
-        weights = _tree.scalar_like(coefficients, lifted)
-        weights = jnp.reshape(weights, (-1,) + (1,) * (x.ndim - 1))
-        return jnp.sum(weights * lifted, axis=0, keepdims=True).astype(x.dtype)
+    def total(coefficients: jax.Array, x: jax.Array) -> jax.Array:
+        return _tree.combine(coefficients, _tree.lift(x))[None].astype(x.dtype)
 
-    return Images(
-        images.outputs,
-        jax.tree.map(total, images.tangents),
-        jax.tree.map(total, images.directions),
-    )
+    def combined(tree: Any, coefficients: jax.Array) -> Any:
+        return jax.tree.map(lambda x: total(coefficients, x), tree)
+
+    sizes = [len(jax.tree.leaves(stacked)[0]) for stacked in images.directions]
+    ends = list(itertools.accumulate(sizes))[:-1]
+    parts = [
+        combined(stacked, some)
+        for stacked, some in zip(
+            images.directions, jnp.split(coefficients, ends), strict=True
+        )
+    ]
+    direction = jax.tree.map(lambda *each: sum(each[1:], each[0]), *parts)
+    return Images(images.outputs, combined(images.tangents, coefficients), (direction,))
 
 
 def _is_masked(x: Any) -> bool:
@@ -850,9 +929,18 @@ def check_loss(
 
 def _inner(a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The real inner products Σ Re(a_i b_j) of two stacks of arrays."""
-    a, b = _tree.lift(a)[:, None], _tree.lift(b)[None, :]
-    # Summed within one kernel: XLA's CPU compiler takes a sixth of what it takes for
-    # the product of matrices, and no accelerator rounds the factors first.
+    a, b = _tree.lift(a), _tree.lift(b)
+    axes = tuple(range(1, a.ndim))
+    if a.ndim <= 3 and not _tree.split_explicitly(a, b):
+        # XLA's CPU compiler has a library for it; a loop it would compile for each
+        # shape. (Convolutions' kernels it would first lay out anew.) Of full precision,
+        # for which no accelerator rounds the factors first.
+        products = jax.lax.dot_general(
+            a, b, ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST
+        )
+        return jnp.real(products).astype(dtype)
+    # Explicit axes do not say how to multiply along them.
+    a, b = a[:, None], b[None, :]
     if jnp.iscomplexobj(a):
         products = jnp.real(a) * jnp.real(b) - jnp.imag(a) * jnp.imag(b)
     else:

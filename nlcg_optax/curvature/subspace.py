@@ -9,7 +9,7 @@ with the slopes :math:`s_i = g^\top d_i` and the curvature
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,8 @@ def build(
     params: Any,
     grad: Any,
     loss: jax.Array,
-    directions: Sequence[Any],
+    directions: Any,
+    order: jax.Array,
     slopes: jax.Array,
     damping: jax.Array,
     residuals: int,
@@ -56,43 +57,49 @@ def build(
       params: where the step starts.
       grad: the gradient.
       loss: the value.
-      directions: that are known.
-      slopes: along them, and along steps that are remembered but are no directions.
+      directions: that are known, stacked.
+      order: in which they are in the model (and the other way round).
+      slopes: along them, and along steps that are remembered but are no directions, in
+        the order of the model.
       damping: λ.
       residuals: directions to add.
       precondition: makes a direction of the gradient of the model at its minimum.
       axis_name: as in `scale_by_quadratic_model`.
     """
     dtype = slopes.dtype
-    known, unused = len(directions), len(slopes) - len(directions)
-    images = curvature.push(params, stack(params, directions))
+    known, size = len(order), len(slopes)
+    directions = jax.tree.map(
+        lambda d, x: d.astype(jnp.result_type(x)), directions, params
+    )
+    linear = curvature.linearize(params, transposed=residuals > 0)
+    images = linear.push(directions)
     products = _products(curvature, params, images, images, loss).astype(dtype)
-    # What is remembered but no direction has zeros.
-    products = jnp.pad(0.5 * (products + products.T), (0, unused))
+    products = (0.5 * (products + products.T))[order][:, order]
+    # Zeros for what is remembered but no direction, and for what is not made yet: what
+    # is compiled for one size serves all the systems.
+    products = jnp.pad(products, (0, size + residuals - known))
+    slopes = jnp.pad(slopes, (0, residuals))
     coefficients = minimize(slopes, products, damping)
-    own_loss = curvature.value(params, images).astype(dtype)
-    model = Model(slopes, products, coefficients, [], own_loss)
-    for _ in range(residuals):
+    made = []
+    for at in range(size, size + residuals):
         # The gradient of the model at its minimum, preconditioned.
-        used = [model.coefficients[:known], model.coefficients[known + unused :]]
+        used = [coefficients[:known][order], coefficients[size:at]]
         step = combine(images, jnp.concatenate(used))
-        residual = jax.tree.map(_difference, grad, curvature.pull(params, step))
+        residual = jax.tree.map(_difference, grad, linear.pull(step))
         z = precondition(residual)
-        image = curvature.push(params, stack(params, [z]))
+        image = linear.push(stack(params, [z]))
         images = join(images, image)
-        (row,) = _products(curvature, params, image, images, loss).astype(dtype)
-        zeros = jnp.zeros([unused], dtype)
-        row = jnp.concatenate([row[:known], zeros, row[known:]])
-        products = jnp.pad(model.products, (0, 1)).at[-1].set(row).at[:, -1].set(row)
-        slope = slopes_along(grad, [z], dtype, axis_name)
-        all_slopes = jnp.concatenate([model.slopes, slope])
-        model = model._replace(
-            slopes=all_slopes,
-            products=products,
-            coefficients=minimize(all_slopes, products, damping),
-            residual_directions=[*model.residual_directions, z],
-        )
-    return model
+        column = _products(curvature, params, images, image, loss).astype(dtype)[:, 0]
+        zeros = [jnp.zeros([size - known], dtype), jnp.zeros([residuals], dtype)]
+        row = [column[:known][order], zeros[0], column[known:], zeros[1]]
+        row = jnp.concatenate(row)[: size + residuals]
+        products = products.at[at].set(row).at[:, at].set(row)
+        (slope,) = slopes_along(grad, image.directions[0], dtype, axis_name)
+        slopes = slopes.at[at].set(slope)
+        coefficients = minimize(slopes, products, damping)
+        made.append(z)
+    own_loss = curvature.value(params, images).astype(dtype)
+    return Model(slopes, products, coefficients, made, own_loss)
 
 
 def without_products(
@@ -112,18 +119,17 @@ def without_products(
 
 
 def slopes_along(
-    grad: Any, trees: Sequence[Any], dtype: jnp.dtype, axis_name: Any
+    grad: Any, stacked: Any, dtype: jnp.dtype, axis_name: Any
 ) -> jax.Array:
-    """The inner products of the gradient with each of some trees, of shape [k]."""
+    """The inner products of the gradient with each of a stack of trees, [k]."""
 
-    def integrands(g: jax.Array, *leaves: jax.Array) -> list[jax.Array]:
-        return [_tree.real_inner(g, d.astype(g.dtype)) for d in leaves]
+    def integrands(g: jax.Array, d: jax.Array) -> list[jax.Array]:
+        return [_tree.real_inner(g[None], d.astype(g.dtype))]
 
-    return jnp.stack(
-        _tree.reduce_products(
-            integrands, grad, *trees, dtype=dtype, axis_name=axis_name
-        )
+    (slopes,) = _tree.reduce_products(
+        integrands, grad, stacked, dtype=dtype, axis_name=axis_name, stacked=True
     )
+    return slopes
 
 
 def cosine(coefficients: jax.Array, matrix: jax.Array, newest: int) -> jax.Array:

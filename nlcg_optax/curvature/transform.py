@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _transformations, _tree
+from nlcg_optax import _check, _transformations, _tree, _xla
 from nlcg_optax.curvature import memory, noise, subspace, trust
 from nlcg_optax.curvature.compilations import Compilations
 from nlcg_optax.curvature.products import Constant, Curvature, Penalty
@@ -305,17 +306,20 @@ class _Directions(NamedTuple):
       preconditioned: the preconditioned gradients.
       preconditioner_states: what becomes of the preconditioners' states.
       precondition: the first preconditioner, for other gradients.
-      past: the last steps.
-      last: the last of them, whole.
-      slopes: of the gradient along all of them.
+      last: the last of the steps, whole.
+      stacked: all directions, and steps that are remembered but are none.
+      order: where each of those stacked is in the order of the model, the newest step
+        first (and the other way round).
+      slopes: of the gradient along all of them, in that order.
       square: of the length of the first one.
     """
 
     preconditioned: list[Any]
     preconditioner_states: tuple[Any, ...]
     precondition: Callable[[Any], Any]
-    past: list[Any]
     last: Any
+    stacked: Any
+    order: jax.Array
     slopes: jax.Array
     square: jax.Array
 
@@ -524,32 +528,47 @@ def _precondition(
 ) -> _Directions:
     """The directions: one for each preconditioner, and the past, the newest first."""
     extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
-    results = [
-        one.update(given.grad, one_state, given.params, **extra)
-        for one, one_state in zip(
-            settings.preconditioners, state.preconditioner_states, strict=True
-        )
-    ]
+    with jax.named_scope("nlcg_preconditioner"):
+        results = [
+            one.update(given.grad, one_state, given.params, **extra)
+            for one, one_state in zip(
+                settings.preconditioners, state.preconditioner_states, strict=True
+            )
+        ]
     states = tuple(one_state for _, one_state in results)
     moves = _tree.is_nonzero(given.grad, settings.axis_name)
     learns = _tree.is_nonzero(given.raw_grad, settings.axis_name)
 
     def precondition(grad: Any) -> Any:
         first = settings.preconditioners[0]
-        found = first.update(grad, states[0], given.params, **extra)[0]
+        with jax.named_scope("nlcg_preconditioner"):
+            found = first.update(grad, states[0], given.params, **extra)[0]
         return _only(learns, found)
 
     preconditioned = [_only(moves, z) for z, _ in results]
-    whole = memory.read(state.memory)
-    past = [_only(moves, u) for u in whole]
+    kept, places = memory.stacked(
+        state.memory, in_slots=settings.history == settings.slots
+    )
+    stacked = jax.tree.map(_stack, _only(moves, kept), *preconditioned)
+    order = jnp.concatenate(
+        [jnp.arange(settings.kinds, dtype=jnp.int32), settings.kinds + places]
+    )
     dtype, axis_name = given.loss.dtype, settings.axis_name
-    slopes = subspace.slopes_along(
-        given.grad, [*preconditioned, *past], dtype, axis_name
-    )
+    slopes = subspace.slopes_along(given.grad, stacked, dtype, axis_name)[order]
     square = _sum_of_squares(preconditioned[0], dtype, axis_name)
+    last = memory.read(state.memory)[0]
     return _Directions(
-        preconditioned, states, precondition, past, whole[0], slopes, square
+        preconditioned, states, precondition, last, stacked, order, slopes, square
     )
+
+
+def _stack(past: jax.Array, *new: jax.Array) -> jax.Array:
+    """Arrays, and a stack of them behind; all lifted, unless they are of one dtype."""
+    parts = [*(x[None] for x in new), past]
+    if len({x.dtype for x in parts}) > 1:
+        parts = [_tree.lift(x) for x in parts]
+        parts = [x.astype(parts[0].dtype) for x in parts]
+    return jnp.concatenate(parts)
 
 
 def _only(moves: Any, tree: Any) -> Any:
@@ -626,12 +645,14 @@ def _minimize(
         return subspace.without_products(
             found.preconditioned[0], given.loss, found.slopes, settings.residuals
         )
-    return subspace.build(
+    known = settings.kinds + settings.history
+    return jax.named_scope("nlcg_products")(subspace.build)(
         given.curvature,
         given.params,
         given.grad,
         given.loss,
-        [*found.preconditioned, *found.past[: settings.history]],
+        jax.tree.map(lambda d: d[:known], found.stacked),
+        found.order[:known],
         found.slopes,
         damping,
         settings.residuals,
@@ -655,14 +676,20 @@ def _make_step(
     along = jnp.zeros_like(coefficients).at[0].set(level.coefficient)
     coefficients = jnp.where(level.flat, along, coefficients)
 
-    def total(g: jax.Array, *leaves: jax.Array) -> jax.Array:
-        lifted = [_tree.lift(d).astype(_tree.lift(g).dtype) for d in leaves]
-        parts = [
-            _tree.scalar_like(coefficients[i], d) * d for i, d in enumerate(lifted)
-        ]
-        return sum(parts[1:], start=parts[0])
+    known = len(found.order)
+    weights = _xla.compute_once(
+        jnp.concatenate([coefficients[:known][found.order], coefficients[known:]])
+    )
 
-    directions = [*found.preconditioned, *found.past, *model.residual_directions]
+    def total(g: jax.Array, stacked: jax.Array, *others: jax.Array) -> jax.Array:
+        dtype = _tree.lift(g).dtype
+        lifted = [_tree.lift(d).astype(dtype) for d in (stacked, *others)]
+        total = _tree.combine(weights[:known], lifted[0])
+        for i, d in enumerate(lifted[1:], known):
+            total += _tree.scalar_like(weights[i], d) * d
+        return total
+
+    directions = [found.stacked, *model.residual_directions]
     tree = jax.tree.map(total, given.grad, *directions)
     return _Step(
         tree,
@@ -697,13 +724,15 @@ def _shorten(
         memory.newest_norm(state.memory),
         jnp.max(state.memory.prev_norms),
     )
-    ratio = trust.shorten(
-        step.norm,
-        longest * growth,
-        step.slope,
-        step.curved,
-        given.loss,
-        jnp.asarray(True) if given.curvature.nonnegative else None,
+    ratio = _xla.compute_once(
+        trust.shorten(
+            step.norm,
+            longest * growth,
+            step.slope,
+            step.curved,
+            given.loss,
+            jnp.asarray(True) if given.curvature.nonnegative else None,
+        )
     )
     slope, curved = ratio * step.slope, ratio**2 * step.curved
     sizes = jnp.stack([given.loss, slope, curved, step.norm])
@@ -722,12 +751,15 @@ def _choose(
     given: _Given, step: _Step, last: Any, taken: jax.Array, verdict: trust.Verdict
 ) -> Any:
     """The step, or the last one back (or most of it), or nothing."""
+    dtype = step.norm.dtype
+    forth = _xla.compute_once(taken.astype(dtype))
+    back = jnp.where(verdict.rejected, verdict.kept - 1, 0).astype(dtype)
+    back = _xla.compute_once(back)
 
-    def choose(step: jax.Array, back: jax.Array, g: jax.Array) -> jax.Array:
-        back = _tree.lift(back).astype(step.dtype)
-        back = _tree.scalar_like(verdict.kept - 1, back) * back
-        chosen = jnp.where(taken, step, jnp.where(verdict.rejected, back, 0))
-        return chosen.astype(g.dtype)
+    def choose(step: jax.Array, last: jax.Array, g: jax.Array) -> jax.Array:
+        last = _tree.lift(last).astype(step.dtype)
+        chosen = _tree.scalar_like(forth, step) * _xla.finite(step)
+        return (chosen + _tree.scalar_like(back, step) * last).astype(g.dtype)
 
     return jax.tree.map(choose, step.tree, last, given.grad)
 

@@ -190,9 +190,10 @@ def scale_by_conjugate_direction(
     ) -> tuple[optax.Updates, ConjugateDirectionState]:
         _tree.check_match(updates, state.prev_update, "the optimizer's state")
         grad, dtype = updates, state.beta.dtype
-        z, preconditioner_state = inner.update(
-            grad, state.preconditioner_state, params, **extra_args
-        )
+        with jax.named_scope("nlcg_preconditioner"):
+            z, preconditioner_state = inner.update(
+                grad, state.preconditioner_state, params, **extra_args
+            )
         prev_z, prev_grad = state.prev_preconditioned, state.prev_grad
         trees = [grad, z, state.prev_update]
         trees += [tree for tree in (prev_z, prev_grad) if tree is not None]

@@ -75,6 +75,7 @@ def main(
     try:
         from nlcg_optax.training import (
             checkpoint,
+            compilation_cache,
             config,
             data,
             distributed,
@@ -109,6 +110,8 @@ def main(
     try:
         chosen = config.load_config(args.config)
         config.apply_overrides(chosen, overrides)
+        if problem := compilation_cache.enable():
+            print(f"warning: {problem}", file=sys.stderr)
         train = train or loop.train_and_evaluate
         result = train(chosen, args.workdir, args.verbosity)
         code = 130 if result.signal == signal.SIGINT else 0

@@ -27,6 +27,7 @@ from nlcg_optax.training import (
     metrics,
     models,
     optimizers,
+    profile,
     report,
     steps,
 )
@@ -44,6 +45,9 @@ from nlcg_optax.training.run_config import (
     RunConfig,
     ScheduleConfig,
 )
+
+# By the step after so many a device has warmed up.
+_PROFILED = 2
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -215,7 +219,7 @@ class _Run:
             if self.step == self.start:
                 self._compile(batch)
                 clock = time.monotonic() - waited
-            self.state, values = self.step_fn(self.state, batch)
+            self.state, values = self._take_step(batch)
             self.step += 1
             # Reading the metrics of the step before keeps the device busy.
             shown = self._record_pending((self.step, values))
@@ -235,6 +239,20 @@ class _Run:
             clock = time.monotonic()
             stopping = interrupts.reached(self.step)
         self.received = interrupts.received if stopping else None
+
+    def _take_step(self, batch: Any) -> tuple[steps.TrainState, steps.Metrics]:
+        """Takes a step, and tells of the third where its time goes."""
+        third = self.step == self.start + _PROFILED
+        if not third or not distributed.is_first() or not self.told.profiles:
+            return self.step_fn(self.state, batch)
+        try:
+            result, words = self.step_fn.profile(self.state, batch)
+        except RuntimeError as error:  # somebody else's profile is being taken
+            if any(x.is_deleted() for x in jax.tree.leaves(self.state)):
+                raise  # no: the step itself failed
+            result, words = self.step_fn(self.state, batch), f"not measured: {error}"
+        self.told.profiled(words)
+        return result
 
     def _compile(self, batch: Any) -> None:
         """Compiles the step, and tells what it takes."""
@@ -447,6 +465,13 @@ class Update:
         self._run = compiled
         return compiled.memory_analysis()
 
+    def profile(self, state: steps.TrainState, batch: Any) -> tuple[Any, str]:
+        """Takes a step that was compiled, and says where its time went."""
+        taken = profile.Profile()
+        with taken.trace(self._run):
+            result = jax.block_until_ready(self(state, batch))
+        return result, taken.in_words()
+
     def __call__(
         self, state: steps.TrainState, batch: Any
     ) -> tuple[steps.TrainState, steps.Metrics]:
@@ -488,7 +513,8 @@ def make_input(
     images, labels = put_replicated((split.images, split.labels), mesh)
 
     def gathering_step(state, indices, go_on, images, labels):
-        batch = {"image": images[indices], "label": labels[indices]}
+        with jax.named_scope("nlcg_input"):
+            batch = {"image": images[indices], "label": labels[indices]}
         return train_step(state, batch, go_on)
 
     update = Update(gathering_step, mesh, images, labels)

@@ -23,7 +23,7 @@ import tqdm
 from jax.sharding import Mesh
 
 import nlcg_optax
-from nlcg_optax.training import data
+from nlcg_optax.training import compilation_cache, data
 from nlcg_optax.training.config import flatten
 from nlcg_optax.training.mesh import BatchLayout
 from nlcg_optax.training.run_config import RunConfig
@@ -157,6 +157,7 @@ def summary(
             + "BatchNorm's statistics, the optimizer's state",
         ),
         ("folder", f"{workdir}: {resumes}"),
+        ("cache", compilation_cache.describe()),
         ("watch", tensorboard_command(workdir)),
     ]
 
@@ -268,6 +269,15 @@ class Report:
         self._total, self._initial, self._step = total, initial, initial
         self._steps_per_epoch, self._batch_size = steps_per_epoch, batch_size
         self.table(rows)
+
+    @property
+    def profiles(self) -> bool:
+        """Whether what a profile tells would be printed."""
+        return self._level > 0
+
+    def profiled(self, words: str) -> None:
+        """Tells where the time of a step goes."""
+        self.line(f"a step: {words}")
 
     def compiling(self) -> None:
         """Says what the wait is for."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
+from nlcg_optax import _xla
 from nlcg_optax.training import data, models
 from nlcg_optax.training.mesh import AXES, BatchLayout, replicated, state_shardings
 from nlcg_optax.training.optimizers import curvature_stride
@@ -179,7 +180,9 @@ class _TrainStep:
         """Gradient, update, and what of the new state is kept."""
         auto = self.config.optimizer.name == "nlcg_auto"
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
-        (loss, (accuracy, batch_stats)), grads = self._whole_batch(state, batch, key)
+        with jax.named_scope("nlcg_gradient"):
+            result = self._whole_batch(state, batch, key)
+        (loss, (accuracy, batch_stats)), grads = result
         given = {"curvature": self._curvature(state, batch, key)} if auto else {}
         # The devices over which orthogonalization may share out its work.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
@@ -214,19 +217,21 @@ class _TrainStep:
         """Logits and new BatchNorm statistics; some rows may have no example."""
         options = self.config.dataset
         images = self._split_rows(batch["image"])
-        if self.augment:
-            images = data.augment(
-                key,
-                images,
-                crop_padding=options.crop_padding,
-                flip=options.flip,
-                places=places,
-                batch_size=self.config.batch_size,
-            )
+        with jax.named_scope("nlcg_input"):
+            if self.augment:
+                images = data.augment(
+                    key,
+                    images,
+                    crop_padding=options.crop_padding,
+                    flip=options.flip,
+                    places=places,
+                    batch_size=self.config.batch_size,
+                )
+            images = normalizer(options)(images)
         mask = {"mask": places >= 0} if some_empty else {}
         logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalizer(options)(images),
+            images,
             train=True,
             mutable=["batch_stats"],
             **mask,
@@ -328,7 +333,8 @@ class _TrainStep:
             l2=self.config.l2_penalty,
             l2_mask=models.l2_mask,
             has_aux=True,
-            in_turn=self.mesh.size > 1,
+            # On a CPU it takes less, to compile and to run.
+            in_turn=self.mesh.size > 1 or jax.default_backend() == "cpu",
         )
 
     # --- What comes of the update ---
@@ -391,6 +397,11 @@ def _guarded(
     if "taken_back" in metrics:
         # Where it steps back it has seen to parameters and state itself.
         kept = go_on & (finite | (metrics["taken_back"] > 0))
+    go_on = kept
+    # Not asked anew in the kernel of every array.
+    finite, kept = (
+        _xla.compute_once(x.astype(jnp.float32)) > 0 for x in (finite, kept)
+    )
 
     def guard(keep: jax.Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
@@ -402,7 +413,7 @@ def _guarded(
         opt_state=guard(kept, new.opt_state, old.opt_state),
         average=guard(kept & finite, new.average, old.average),
     )
-    return state, kept
+    return state, go_on
 
 
 def _by_name(coefficients: jax.Array, residuals: int) -> Metrics:
