@@ -463,9 +463,8 @@ def _by_noise(
     direction, direction_state = settings.noise_direction.update(
         given.grad, known.direction_state, given.params, **extra
     )
-    slope, size_sq = subspace.slopes_along(
-        given.grad, [direction, given.grad], dtype, settings.axis_name
-    )
+    both = jax.tree.map(lambda g, d: _stack(g[None], d), given.grad, direction)
+    slope, size_sq = subspace.slopes_along(given.grad, both, dtype, settings.axis_name)
     balance: Any = known.balance
     # What is no number in the gradient would stay in the direction.
     loss = jnp.where(jnp.isfinite(slope) & jnp.isfinite(size_sq), given.loss, jnp.nan)
