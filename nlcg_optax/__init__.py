@@ -31,6 +31,7 @@ from nlcg_optax.preconditioners.orthogonalization import (
     OrthogonalizationState,
     scale_by_orthogonalization,
 )
+from nlcg_optax.preconditioners.soap import SoapState, scale_by_soap
 from nlcg_optax.step_sizes.hager_zhang import (
     HagerZhangLinesearchInfo,
     HagerZhangLinesearchState,
@@ -63,6 +64,7 @@ __all__ = [
     "NoiseBalanceState",
     "OrthogonalizationState",
     "QuadraticModelState",
+    "SoapState",
     "beta",
     "check",
     "describe",
@@ -85,5 +87,6 @@ __all__ = [
     "scale_by_noise_balance",
     "scale_by_orthogonalization",
     "scale_by_quadratic_model",
+    "scale_by_soap",
     "value_grad_and_curvature",
 ]

@@ -13,6 +13,7 @@ from nlcg_optax.directions.beta import BetaFunction
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
+from nlcg_optax.preconditioners.soap import scale_by_soap
 from nlcg_optax.step_sizes.loss_feedback import scale_by_loss_feedback
 
 # What is said of it where none is given names `nlcg_auto`.
@@ -60,7 +61,8 @@ def nlcg(
     Args:
       learning_rate: α, a number or a schedule, which has to be given.
       beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`.
-      preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
+      preconditioner: ``"orthogonalization"``, ``"soap"``
+        (:func:`~nlcg_optax.scale_by_soap`), ``"diagonal_bfgs"``, any gradient
         transformation, or None.
       step_rule: ``"step"`` or ``"online"``, see
         :func:`~nlcg_optax.scale_by_loss_feedback`; None for none. A gradient
@@ -169,11 +171,13 @@ def nlcg_auto(
         step. ``math.inf`` where the end is not known: then the rate does not fall, and
         :func:`~nlcg_optax.eval_params` gives the parameters to evaluate. None where
         each loss is that of the same data: the curvature then chooses each step.
-      preconditioner: ``"orthogonalization"``, ``"diagonal_bfgs"``, any gradient
-        transformation, None, or a sequence of them, of which each makes a direction.
+      preconditioner: ``"orthogonalization"``, ``"soap"``, ``"diagonal_bfgs"``, any
+        gradient transformation, None, or a sequence of them, of which each makes a
+        direction.
       noise_direction: what makes the direction once noise rules, as for
         :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
-        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices.
+        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices:
+        ``scale_by_soap(0.9)``.
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -221,8 +225,10 @@ def nlcg_auto(
     True
     """
     several = _transformations.several(preconditioner)
-    if num_steps is not None and num_steps is not math.inf:
+    if num_steps is not None and num_steps != math.inf:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
+    if noise_direction is None and num_steps is not None:
+        noise_direction = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,
@@ -302,11 +308,13 @@ def _preconditioner(
     _check.one_of(
         "preconditioner",
         preconditioner,
-        ("diagonal_bfgs", "orthogonalization"),
+        ("diagonal_bfgs", "orthogonalization", "soap"),
         ", a gradient transformation, or None",
     )
     if preconditioner == "orthogonalization":
         return scale_by_orthogonalization(epsilon=epsilon, axis_name=axis_name)
+    if preconditioner == "soap":
+        return scale_by_soap(eps=epsilon, axis_name=axis_name)
     return scale_by_diagonal_bfgs(epsilon, state_dtype=state_dtype, axis_name=axis_name)
 
 

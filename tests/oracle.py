@@ -291,3 +291,40 @@ class NoiseBalance:
             window = (n + 8) / 9
             self.rate *= math.exp(1.4 * (wanted - cost) / size / (window + self.delay))
         return self.rate * min(max((1 - part) / 0.45, 0), 1)
+
+
+def soap(gradients, b1=0.0, b2=0.95, eps=1e-8, every=1, max_side=1024, linear=False):
+    """SOAP of matrices as its paper states it (Algorithm 3), with a first step."""
+    out, bases, roundings = [], [], 64 * np.finfo(np.float64).eps
+    for count, g in enumerate(gradients):
+        products = [g @ g.conj().T, g.conj().T @ g]
+        if count == 0:
+            old, factors, m, v = [np.eye(n) for n in g.shape], products, 0 * g, 0.0
+        else:
+            old = bases
+            factors = [
+                b2 * f + (1 - b2) * p for f, p in zip(factors, products, strict=True)
+            ]
+            m = b1 * m + (1 - b1) * g
+        bases = old
+        if count % every == 0 or count < every:
+            bases = [
+                np.linalg.qr(f @ q)[0] if len(f) <= max_side else q
+                for f, q in zip(factors, old, strict=True)
+            ]
+        left, right = old if count else bases
+        square = np.abs(left.conj().T @ g @ right) ** 2
+        inside = left.conj().T @ (m if count else g) @ right
+        if count:
+            inside = inside / (1 - b1**count)
+            before, v = v, b2 * v + (1 - b2) * square
+            used = v / (1 - b2**count)
+            if linear:
+                used = before + 1e-4 * np.mean(before)
+        elif linear:
+            used = v = (square + np.mean(square)) / 2
+        else:
+            used = square
+        root = np.sqrt(used) + eps + roundings * np.sqrt(np.mean(used))
+        out.append(0.2 * left @ (inside / root) @ right.conj().T)
+    return out

@@ -30,6 +30,7 @@ from nlcg_optax import (
     scale_by_noise_balance,
     scale_by_orthogonalization,
     scale_by_quadratic_model,
+    scale_by_soap,
 )
 
 # Factory and options of every transformation, in its main configurations.
@@ -37,6 +38,11 @@ FACTORIES = {
     "diagonal_bfgs": (scale_by_diagonal_bfgs, {}),
     "limited_memory_bfgs": (scale_by_limited_memory_bfgs, {"memory_size": 2}),
     "orthogonalization": (scale_by_orthogonalization, {}),
+    "soap": (scale_by_soap, {}),
+    "soap-all": (
+        scale_by_soap,
+        {"b1": 0.9, "every": 2, "max_side": 2, "linear": True},
+    ),
     "conjugate_direction-hager_zhang": (
         scale_by_conjugate_direction,
         {"beta_rule": "hager_zhang", "preconditioner": scale_by_diagonal_bfgs()},
@@ -90,6 +96,7 @@ PUBLIC = (
     "diagonal_bfgs",
     "limited_memory_bfgs",
     "orthogonalization",
+    "soap",
     "conjugate_direction-hager_zhang",
     "loss_feedback-online",
     "lars",
@@ -278,7 +285,10 @@ def test_unexpected_extra_arguments_are_ignored(name):
 @each_public
 def test_inject_hyperparams(name, dtype):
     factory, options = FACTORIES[name]
-    static = ["history", "residuals"] if factory is scale_by_quadratic_model else []
+    static = {
+        scale_by_quadratic_model: ["history", "residuals"],
+        scale_by_soap: ["b1", "every", "max_side", "linear", "batch_axes"],
+    }.get(factory, [])
     tx = optax.inject_hyperparams(factory, static)(**options)
     _, state = trained(name, dtype)
     # Op by op counts are arrays, which hold integers; in `jit` they would be tracers.
@@ -592,7 +602,7 @@ def test_any_tree(name, tree):
         state = new_state
 
 
-LEAF_BY_LEAF = ("lars", "nlcg", "nlcg-decay", "orthogonalization")
+LEAF_BY_LEAF = ("lars", "nlcg", "nlcg-decay", "orthogonalization", "soap", "soap-all")
 
 
 @with_variants(n for n in FACTORIES if n not in LEAF_BY_LEAF)

@@ -12,7 +12,6 @@ import jax
 import matplotlib
 import numpy as np
 import optax
-import peers
 import workloads
 
 import nlcg_optax
@@ -31,7 +30,7 @@ def run() -> dict[str, np.ndarray]:
     workload = workloads.autoencoder()
     task = workload.task(workload.config)
     steps = workload.num_steps(SIZE, task.num_train)
-    tx = nlcg_optax.nlcg_auto(steps, noise_direction=peers.averaged_basis())
+    tx = nlcg_optax.nlcg_auto(steps)
     arrays = jax.device_put(task.data)
 
     @jax.jit

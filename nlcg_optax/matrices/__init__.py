@@ -1,5 +1,6 @@
-"""What is a matrix in a tree of parameters: functions for ``matrices=``."""
+"""What is a matrix in a tree of parameters, and where its state lies."""
 
+from nlcg_optax.matrices.devices import state_specs
 from nlcg_optax.matrices.recognition import equinox, flax, last_axis, recognize
 
-__all__ = ["equinox", "flax", "last_axis", "recognize"]
+__all__ = ["equinox", "flax", "last_axis", "recognize", "state_specs"]

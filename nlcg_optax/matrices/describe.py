@@ -1,4 +1,4 @@
-"""What orthogonalization does with each parameter, as a table."""
+"""What a preconditioner of matrices does with each parameter, as a table."""
 
 from typing import Any
 
@@ -6,26 +6,27 @@ import jax
 import optax
 
 from nlcg_optax.matrices import newton_schulz, recognition
-from nlcg_optax.matrices.matrix import Mask, Matrices, Matrix, is_mask
+from nlcg_optax.matrices.matrix import Mask, Matrices, Matrix, is_kept, is_mask
 
 
 def describe(
     what: optax.GradientTransformation | Matrices, params: Any, *, iterations: int = 5
 ) -> None:
-    """Prints what orthogonalization does with each parameter on one device, and why.
+    """Prints what is done with each parameter as a matrix, on one device, and why.
 
     The last column says by what a leaf was recognized
     (:func:`nlcg_optax.matrices.recognize`), or that it was told: by `matrices=` or
     `batch_axes=`, otherwise than by default.
 
     Args:
-      what: an optimizer that orthogonalizes somewhere, or a function of path and leaf,
-        as `scale_by_orthogonalization` takes it.
+      what: an optimizer that orthogonalizes somewhere, or preconditions by SOAP; or a
+        function of path and leaf, as `scale_by_orthogonalization` takes it.
       params: the parameters, or their shapes.
-      iterations: steps of the iteration, for the count of operations.
+      iterations: steps of the iteration, for the count of operations. (Those of SOAP
+        are of a step in which no basis is renewed.)
 
     Raises:
-      ValueError: if the optimizer does not orthogonalize; if what the function gives
+      ValueError: if the optimizer does neither; if what the function gives
         does not fit a leaf.
 
     >>> import jax.numpy as jnp
@@ -41,24 +42,30 @@ def describe(
         # One for each orthogonalizer, which may see a part of the parameters only.
         state = jax.eval_shape(what.init, shapes)
         nodes = filter(_has_masks, jax.tree.leaves(state, is_leaf=_has_masks))
-        found = [_masks(node.second_moment) for node in nodes]
+        found = [(_masks(node.second_moment), _sides(node)) for node in nodes]
     else:
-        found = [recognition.all_of(shapes, what)]
+        found = [(recognition.all_of(shapes, what), None)]
     if not found:
         raise ValueError(
-            "This optimizer has no state of `scale_by_orthogonalization`: it "
-            "orthogonalizes nothing."
+            "This optimizer has no state of `scale_by_orthogonalization` or "
+            "`scale_by_soap`: nothing is a matrix to it."
         )
     method = newton_schulz.Method(((0.0, 0.0, 0.0),) * iterations)
     rows = [("path", "shape", "treatment", "operations", "bytes", "why")]
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        for matrix in [matrices[path] for matrices in found if path in matrices]:
+        here = [
+            (matrices[path], sides) for matrices, sides in found if path in matrices
+        ]
+        for matrix, sides in here:
             treatment, operations = "second moment", 0.0
             if matrix is not None:
                 count, m, n = matrix.sides(leaf.shape)
                 treatment = f"{m}×{n}" if count == 1 else f"{count} × {m}×{n}"
-                each = method.operations(min(m, n), max(m, n), stacked=False)
-                operations = count * sum(each)
+                each = sum(method.operations(min(m, n), max(m, n), stacked=False))
+                if sides is not None:
+                    treatment += ", SOAP"
+                    each = sum(6.0 * m * n * side for side in (m, n) if side in sides)
+                operations = count * each
             decision = recognition.decide(path, leaf.shape)
             why = "as told" if decision.matrix != matrix else decision.why
             shape = "×".join(map(str, leaf.shape)) or "scalar"
@@ -74,6 +81,15 @@ def describe(
 def _has_masks(node: Any) -> bool:
     """Whether this is a state that keeps second moments of what is no matrix."""
     return hasattr(node, "second_moment")
+
+
+def _sides(node: Any) -> set[int] | None:
+    """The sides that have a basis, of SOAP's state; None of another."""
+    if not hasattr(node, "factors"):
+        return None
+    kept = filter(is_kept, jax.tree.leaves(node.factors, is_leaf=is_kept))
+    both = ((one.left, one.right) for one in kept)
+    return {x.shape[-1] for pair in both for x in pair if x is not None}
 
 
 def _masks(moments: Any) -> dict[Any, Matrix | None]:

@@ -68,7 +68,21 @@ class Exchange:
         return x
 
 
-class Global(Exchange):
+class Still(Exchange):
+    """Slots of so many devices, wherever they are: nothing is said of what moves."""
+
+    def __init__(self, devices: int):
+        self.devices = devices
+
+    def split(self, x: jax.Array) -> jax.Array:
+        fill = -x.shape[-1] % self.devices
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, fill)])
+
+    def unsplit(self, x: jax.Array, group: Group) -> jax.Array:
+        return x[..., : group.stack.long]
+
+
+class Global(Still):
     """Exchanges under `jit`, by constraints over a mesh; None for one device."""
 
     def __init__(self, mesh: Any):
@@ -78,7 +92,7 @@ class Global(Exchange):
             kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
             self.axes = tuple(name for name, kind in kinds if kind == AxisType.Auto)
         self.sizes = [mesh.shape[name] for name in self.axes] if mesh else []
-        self.devices = math.prod(self.sizes)
+        super().__init__(math.prod(self.sizes))
 
     def scatter(self, rows: jax.Array, group: Group) -> jax.Array:
         if not group.layered:
@@ -102,12 +116,7 @@ class Global(Exchange):
         return self._constrain(x)
 
     def split(self, x: jax.Array) -> jax.Array:
-        fill = -x.shape[-1] % self.devices
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, fill)])
-        return self._constrain(x, *[None] * (x.ndim - 1), self.axes)
-
-    def unsplit(self, x: jax.Array, group: Group) -> jax.Array:
-        return x[..., : group.stack.long]
+        return self._constrain(super().split(x), *[None] * (x.ndim - 1), self.axes)
 
     def together(self, x: jax.Array) -> jax.Array:
         return self._constrain(x, None, rest=P.UNCONSTRAINED)
@@ -141,7 +150,8 @@ class Mapped(Exchange):
 
     def scatter(self, rows: jax.Array, group: Group) -> jax.Array:
         x = rows.reshape(rows.shape[0], *self.sizes, *rows.shape[2:])
-        for i, axis in enumerate(self.axes, start=1):
+        # The last axis first: where two split one of a matrix's, it is the inner one.
+        for i, axis in reversed(list(enumerate(self.axes, start=1))):
             if axis in group.sharded:
                 dim = 1 + len(self.axes) + group.sharded[axis]
                 x = jax.lax.all_to_all(x, axis, i, dim, tiled=True)
@@ -152,7 +162,7 @@ class Mapped(Exchange):
 
     def gather(self, rows: jax.Array, group: Group) -> jax.Array:
         x = rows.reshape(rows.shape[0], *[1] * len(self.axes), *rows.shape[2:])
-        for i, axis in reversed(list(enumerate(self.axes, start=1))):
+        for i, axis in enumerate(self.axes, start=1):
             if axis in group.sharded:
                 dim = 1 + len(self.axes) + group.sharded[axis]
                 x = jax.lax.all_to_all(x, axis, dim, i, tiled=True)
@@ -167,12 +177,12 @@ class Mapped(Exchange):
         return x.reshape(rows.shape[0], self.devices, *x.shape[1 + len(self.axes) :])
 
     def whole(self, x: jax.Array, group: Group) -> jax.Array:
-        for axis, dim in group.sharded.items():
+        for axis, dim in reversed(group.sharded.items()):
             x = jax.lax.all_gather(x, axis, axis=1 + dim, tiled=True)
         return x
 
     def part(self, x: jax.Array, group: Group) -> jax.Array:
-        for axis, dim in reversed(group.sharded.items()):
+        for axis, dim in group.sharded.items():
             size = x.shape[1 + dim] // jax.lax.axis_size(axis)
             start = jax.lax.axis_index(axis) * size
             x = jax.lax.dynamic_slice_in_dim(x, start, size, 1 + dim)

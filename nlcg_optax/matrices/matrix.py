@@ -59,30 +59,42 @@ class Mask(tuple):
       matrix: which axes of the leaf are its rows, its columns, and count matrices.
       shape: of the whole leaf, by which shards of it are known in a `shard_map`; None
         where `init` saw a shard, or may have.
+      devices: for how many of them it was planned what is kept for each matrix.
     """
 
     __slots__ = ()
     _fields = ()
     matrix: ClassVar[Matrix]
     shape: ClassVar[tuple[int, ...] | None]
+    devices: ClassVar[int]
 
     def __reduce__(self) -> Any:
-        return mask, (self.matrix, self.shape)
+        return mask, (self.matrix, self.shape, self.devices)
 
     def __repr__(self) -> str:
-        return f"Mask(matrix={self.matrix}, shape={self.shape})"
+        text = f"Mask(matrix={self.matrix}, shape={self.shape}"
+        return text + (f", devices={self.devices})" if self.devices > 1 else ")")
 
 
 @functools.cache
-def mask(matrix: Matrix, shape: tuple[int, ...] | None) -> Mask:
-    """The mask of a matrix; the same object for the same matrix and shape."""
-    said = {"__slots__": (), "matrix": matrix, "shape": shape}
+def mask(matrix: Matrix, shape: tuple[int, ...] | None, devices: int = 1) -> Mask:
+    """The mask of a matrix; the same object for the same arguments."""
+    said = {"__slots__": (), "matrix": matrix, "shape": shape, "devices": devices}
     return type("Mask", (Mask,), said)()
 
 
 def is_mask(x: Any) -> bool:
     """For `is_leaf`: a mask is no leaf of its own."""
     return isinstance(x, Mask)
+
+
+def is_kept(x: Any) -> bool:
+    """Whether this is a tuple of arrays [rows, devices, parts, ...]: state of matrices.
+
+    Each device of a mesh has its own part along the second axis, and nobody else's, or
+    all of it where that is 1.
+    """
+    return getattr(type(x), "kept_by_devices", False)
 
 
 def check(path: Any, leaf: Any, matrix: Any) -> Matrix | None:

@@ -141,7 +141,7 @@ def polar_factors(
         if precision not in HALF:
             factor = factor / root  # the smaller of the two
         factors = [pick(factor, i)[..., :m, :m] for i, m in enumerate(sides)]
-        xs = [_multiply(a, x, precision) for a, x in zip(factors, xs, strict=True)]
+        xs = [multiply(a, x, precision) for a, x in zip(factors, xs, strict=True)]
         if precision in HALF:
             # Not before the product: half precision has no room for it.
             xs = [x / pick(root, i) for i, x in enumerate(xs)]
@@ -175,22 +175,22 @@ def newton_schulz(
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     factor = None
     for i, (a, b, c) in enumerate(coefficients):
-        square = _hermitian(gram, gram, precision)
+        square = hermitian(gram, gram, precision)
         if i == 0 and norm == "schatten":
             bound = jnp.sqrt(_norm(square))
             gram, square = gram / bound, square / bound**2
             root = root * jnp.sqrt(bound)
         step = a * identity + b * gram + c * square
-        factor = step if factor is None else _hermitian(factor, step, precision)
+        factor = step if factor is None else hermitian(factor, step, precision)
         if i < len(coefficients) - 1:
-            gram = _hermitian(step, _hermitian(step, gram, precision), precision)
+            gram = hermitian(step, hermitian(step, gram, precision), precision)
     assert factor is not None
     return factor, root
 
 
 def _gram(x: jax.Array, side: int, precision: str) -> jax.Array:
     """Gram matrices, with zeros on the right and below up to a side."""
-    gram = _hermitian(x, x.conj().mT, precision)
+    gram = hermitian(x, x.conj().mT, precision)
     fill = side - gram.shape[-1]
     return jnp.pad(gram, [(0, 0)] * (gram.ndim - 2) + [(0, fill)] * 2)
 
@@ -208,16 +208,16 @@ def _hermitian_part(size: int) -> float:
     return 1 / 4 + _hermitian_part(size // 2) / 2
 
 
-def _hermitian(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+def hermitian(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
     """The product of [..., p, m] and [..., m, p], where it is Hermitian."""
     p = a.shape[-2]
     # Only stacks: of 512 rows it saves a seventh of the time on a CPU, where each such
     # product takes ten times as long to compile.
     if a.ndim == 2 or p < HERMITIAN_BLOCK or p % 2:
-        return _multiply(a, b, precision)
+        return multiply(a, b, precision)
     half = p // 2
-    above = _multiply(a[..., :half, :], b[..., half:], precision)
-    diagonal = _hermitian(
+    above = multiply(a[..., :half, :], b[..., half:], precision)
+    diagonal = hermitian(
         a.reshape(*a.shape[:-2], 2, half, a.shape[-1]),
         b.reshape(*b.shape[:-1], 2, half).swapaxes(-3, -2),
         precision,
@@ -230,7 +230,8 @@ def _hermitian(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
 _exactly = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _multiply(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+def multiply(a: jax.Array, b: jax.Array, precision: str) -> jax.Array:
+    """The product, of float32 matrices in half precision with sums in float32."""
     if precision == "highest" or a.dtype != jnp.float32:
         return _exactly(a, b)
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import jax
 
 from nlcg_optax import _tree
-from nlcg_optax.matrices.exchange import Exchange, Global, Mapped
+from nlcg_optax.matrices.exchange import Exchange, Global, Mapped, Still
 from nlcg_optax.matrices.layout import Group, Leaf, Slots, Stack, group, merge
 
 # What a device could compute while it sends a byte, and while it waits for a collective
@@ -50,11 +50,13 @@ class Work:
         those on the matrix itself.
       ways: those that are allowed, ``"each"`` or ``"spread"`` among them. Work that
         needs whole matrices leaves out ``"split"``.
+      splits: whether a stack may be split, where some may.
     """
 
     function: Callable[[list[jax.Array], "Share", Any], tuple[list[jax.Array], Any]]
     operations: Callable[[int, int, bool], tuple[float, float]]
     ways: tuple[How, ...] = ("each", "spread", "split")
+    splits: Callable[[Stack], bool] = lambda stack: stack.splittable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,33 +73,47 @@ class Share:
         devices = self.exchange.devices if self.how == "spread" else 1
         return Slots.fit([g.stack.count for g in self.groups], devices)
 
+    @property
+    def first(self) -> int:
+        """The number of the first of its leaves."""
+        return self.groups[0].numbers[0][0]
+
     def scatter(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
         """Of each group [rows, devices, parts, small side, long side], to work on."""
-        found = []
-        for i, g in enumerate(self.groups):
-            x = g.items(leaves, self.exchange.together)
-            if self.how == "spread":
-                rows = self.slots.rows_from(x, i, self.exchange.devices)
-                x = self.exchange.scatter(rows, g)
-            else:
-                x = (self.exchange.whole(x, g) if self.how == "each" else x)[:, None]
-            x = g.to_matrices(x)
-            found.append(self.exchange.split(x) if self.how == "split" else x)
-        return found
+        return [self.scatter_group(i, leaves) for i in range(len(self.groups))]
+
+    def scatter_group(self, i: int, leaves: Sequence[Leaf]) -> jax.Array:
+        """Those of the group of a number."""
+        g = self.groups[i]
+        x = g.items(leaves, self.exchange.together)
+        if self.how == "spread":
+            rows = self.slots.rows_from(x, i, self.exchange.devices)
+            x = self.exchange.scatter(rows, g)
+        else:
+            x = (self.exchange.whole(x, g) if self.how == "each" else x)[:, None]
+        x = g.to_matrices(x)
+        return self.exchange.split(x) if self.how == "split" else x
 
     def gather(
         self, stacks: Sequence[jax.Array], leaves: Sequence[Leaf]
     ) -> Iterator[tuple[int, jax.Array]]:
         """And back: the leaves, with their numbers."""
-        for i, (g, y) in enumerate(zip(self.groups, stacks, strict=True)):
-            if self.how == "split":
-                y = g.from_matrices(self.exchange.unsplit(y, g), g.item)[:, 0]
-            elif self.how == "spread":
-                rows = self.exchange.gather(g.from_matrices(y, g.whole), g)
-                y = self.slots.rows_to(rows, i, g.stack.count)
-            else:
-                y = self.exchange.part(g.from_matrices(y, g.whole)[:, 0], g)
-            yield from g.leaves(y, leaves, self.exchange.together)
+        for i, y in enumerate(stacks):
+            yield from self.gather_group(i, y, leaves)
+
+    def gather_group(
+        self, i: int, y: jax.Array, leaves: Sequence[Leaf]
+    ) -> Iterator[tuple[int, jax.Array]]:
+        """Those of the group of a number."""
+        g = self.groups[i]
+        if self.how == "split":
+            y = g.from_matrices(self.exchange.unsplit(y, g), g.item)[:, 0]
+        elif self.how == "spread":
+            rows = self.exchange.gather(g.from_matrices(y, g.whole), g)
+            y = self.slots.rows_to(rows, i, g.stack.count)
+        else:
+            y = self.exchange.part(g.from_matrices(y, g.whole)[:, 0], g)
+        yield from g.leaves(y, leaves, self.exchange.together)
 
     def largest(self, x: jax.Array) -> jax.Array:
         """The largest over devices, if they have parts of each matrix."""
@@ -130,6 +146,34 @@ def shares(
                 together = [[one] for g in chosen for one in g.apart()]
             found += [Share(choice, tuple(groups), exchange) for groups in together]
     return found
+
+
+def lasting(shapes: Sequence[Leaf], work: Work, devices: int) -> list[Share]:
+    """Shares out work that keeps something for each matrix, from step to step.
+
+    That has to be known before the first step, and must not depend on where leaves are
+    then: the plan follows from whole shapes and the number of devices alone. Matrices
+    of one shape are together, but those of a leaf with axes that count matrices alone.
+    The shares come in the order of their first leaves, and have no exchange yet.
+    """
+    sets: dict[Any, list[Group]] = {}
+    for one in itertools.chain(*group(shapes)):
+        # Groups whose stacks differ in their count alone are together.
+        stack = dataclasses.replace(one.stack, count=0)
+        dtype = shapes[one.numbers[0][0]].value.dtype
+        alone = one.numbers if one.layered else None
+        sets.setdefault((stack, dtype, alone), []).append(one)
+    found, nowhere = [], Still(devices)
+    for groups in sets.values():
+        if devices == 1:
+            found += [Share("each", (o,), nowhere) for g in groups for o in g.apart()]
+            continue
+        how = choose([g.stack for g in groups], devices, work)[1]
+        for choice in ("each", "spread", "split"):
+            chosen = [g for g, h in zip(groups, how, strict=True) if h == choice]
+            if chosen:
+                found.append(Share(choice, tuple(chosen), nowhere))
+    return sorted(found, key=lambda share: share.first)
 
 
 def divide(
@@ -175,7 +219,7 @@ def choose(
             changed = [
                 [*how[:i], way, *how[i + 1 :]]
                 for way in work.ways
-                if way != "split" or stacks[i].splittable
+                if way != "split" or work.splits(stacks[i])
             ]
             how = min(changed, key=cost)
         found.append(how)

@@ -15,6 +15,7 @@ import optax
 from nlcg_optax import _check, _tree
 from nlcg_optax.matrices import devices, newton_schulz, plan, recognition
 from nlcg_optax.matrices.matrix import Mask, Matrices, is_mask
+from nlcg_optax.preconditioners._second_moment import check_moments, over_root
 
 
 class OrthogonalizationState(NamedTuple):
@@ -172,7 +173,7 @@ def scale_by_orthogonalization(
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
-        _check_moments(updates, state.second_moment)
+        check_moments(updates, state.second_moment)
         count = optax.safe_increment(state.count)
         # A mask is no leaf of its own, so the trees are walked side by side.
         paths, structure = jax.tree_util.tree_flatten_with_path(updates)
@@ -205,12 +206,7 @@ def _normalize(
     v = v + _tree.real_scalar(1 - decay, v.dtype) * (_tree.abs_sq(x) - v)
     base = _tree.real_scalar(decay, v.dtype)
     correction = 1 - base ** jnp.asarray(count).astype(v.dtype)
-    root = jnp.sqrt(v / correction) + _tree.real_scalar(epsilon, v.dtype)
-    # A gradient that was never other than zero stays zero, whatever ε is.
-    safe = jnp.where(root == 0, 1, root)
-    if scale != 1:
-        safe = safe / _tree.real_scalar(scale, safe.dtype)
-    return v, (x / safe.astype(x.dtype)).astype(g.dtype)
+    return v, over_root(x, v / correction, epsilon, scale).astype(g.dtype)
 
 
 def work_of(method: newton_schulz.Method) -> plan.Work:
@@ -247,21 +243,3 @@ def _check_coefficients(coefficients: Any) -> None:
         f"coefficients={coefficients!r} is not valid: expected 'polar_express', "
         "'muon', or a sequence of (a, b, c), one for each step."
     )
-
-
-def _check_moments(updates: Any, moments: Any) -> None:
-    """Raises unless the gradients are of the tree that `init` saw."""
-    leaves, structure = jax.tree.flatten(moments, is_leaf=is_mask)
-    given = jax.tree.leaves(updates)
-    if jax.tree.structure(updates) != structure:  # which is an error
-        given = [0.0] * len(leaves)
-
-    def expected(g: Any, v: Any) -> Any:
-        if not isinstance(v, Mask):
-            return v
-        if jnp.ndim(g) == len(v.matrix.order):  # of a matrix there may be a shard
-            return g
-        return jax.ShapeDtypeStruct(v.shape or (), float)
-
-    wanted = jax.tree.unflatten(structure, map(expected, given, leaves))
-    _tree.check_match(updates, wanted, "the optimizer's state")

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nlcg_optax.matrices.matrix import is_kept
 from nlcg_optax.training.run_config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp")
@@ -60,7 +61,9 @@ def state_shardings(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
     longest dimension that the axis divides (the last of equals); any other leaf is
     whole. The rule looks at the shape alone, so that a parameter, its gradient and all
     that an optimizer keeps for it are split alike, and their arithmetic needs no
-    communication. The tree is of arrays, or of what `jax.eval_shape` makes of them.
+    communication. What is kept for matrices on the devices that work on them
+    (:func:`nlcg_optax.scale_by_soap`) stays there. The tree is of arrays, or of what
+    `jax.eval_shape` makes of them.
 
     Example:
       >>> mesh = create_mesh(MeshConfig())
@@ -77,7 +80,15 @@ def state_shardings(tree: Any, mesh: Mesh, config: MeshConfig) -> Any:
         longest = max(divisible, key=lambda i: (leaf.shape[i], i))
         return NamedSharding(mesh, P(*(None,) * longest, "fsdp"))
 
-    return jax.tree.map(sharding, tree)
+    def shardings(node: Any) -> Any:
+        if not is_kept(node):
+            return sharding(node)
+        spread = NamedSharding(mesh, P(None, mesh.axis_names))
+        return jax.tree.map(
+            lambda x: spread if x.shape[1] > 1 else replicated(mesh), node
+        )
+
+    return jax.tree.map(shardings, tree, is_leaf=is_kept)
 
 
 @dataclasses.dataclass(frozen=True)

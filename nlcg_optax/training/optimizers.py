@@ -75,6 +75,7 @@ def curvature_stride(options: NLCGAutoConfig, batch_size: int) -> int:
 def _preconditioner(name: str, adam: AdamConfig) -> Any:
     return {
         "orthogonalization": nlcg_optax.scale_by_orthogonalization(),
+        "soap": "soap",
         "diagonal_bfgs": "diagonal_bfgs",
         "rms": optax.scale_by_rms(),
         # Without Adam's own momentum: the conjugate direction takes its place.

@@ -63,7 +63,9 @@ Positive = Annotated[int, (lambda x: x >= 1, "1 or more")]
 _INTERVAL = "more than 0. At the end of the run it happens in any case: num_epochs is "
 _INTERVAL += "for no other time"
 Interval = Annotated[float, (lambda x: x > 0, _INTERVAL)]
-Preconditioner = Literal["orthogonalization", "diagonal_bfgs", "rms", "adam", "none"]
+Preconditioner = Literal[
+    "orthogonalization", "soap", "diagonal_bfgs", "rms", "adam", "none"
+]
 
 
 class ModelConfig(Group, at="model."):

@@ -96,7 +96,7 @@ def test_the_table(capsys):
     nlcg_optax.describe(matrices.last_axis, params)
     told = capsys.readouterr().out.splitlines()
     assert [line.endswith("  as told") for line in told] == [False, True, True, True]
-    with pytest.raises(ValueError, match="orthogonalizes nothing"):
+    with pytest.raises(ValueError, match="nothing is a matrix to it"):
         nlcg_optax.describe(nlcg_optax.nlcg_paper(0.1), params)
 
 

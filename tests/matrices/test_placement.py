@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.tree_util import DictKey
 
 import nlcg_optax
 from nlcg_optax import Matrix, matrices
-from nlcg_optax.matrices import devices, plan
+from nlcg_optax.matrices import plan
 from nlcg_optax.matrices.layout import Leaf, Slots, Stack, group
-from nlcg_optax.matrices.matrix import mask
 from nlcg_optax.matrices.newton_schulz import Method, coefficients_of
 from nlcg_optax.matrices.plan import choose, divide, join
 from nlcg_optax.preconditioners.orthogonalization import work_of
@@ -209,97 +207,6 @@ def test_matrices_without_work_are_not_sent_to_one_device(door):
     assert apart < 1e-12
     # Small ones are gathered as stacks where they are sharded, and stay there.
     assert door == "set" or sent.get("all-to-all", 0) == 0
-
-
-def norms():
-    """Another work: matrices over the mean of their norms, halved from step to step.
-
-    These means are kept where the matrices are worked on.
-    """
-
-    def function(stacks, share, kept):
-        squares = [jnp.sum(x**2, (-2, -1), keepdims=True) for x in stacks]
-        found = jnp.sqrt(share.total(share.slots.add(jnp.add, squares)))
-        mean = found if kept is None else share.exchange.stay(kept / 2 + found)
-        safe = jnp.where(mean == 0, 1, mean)  # slots that no matrix is in
-        return [x / share.slots.pick(safe, i) for i, x in enumerate(stacks)], mean
-
-    def operations(small, long, stacked):
-        return 0.0, 2.0 * small * long
-
-    return plan.Work(function, operations, ("spread",))
-
-
-def another_work(layout, mesh, door):
-    """How far two steps of it are from NumPy; what one sends, and would without it."""
-    shapes = {name: shape for name, shape in SHAPES.items() if shape[1:]}
-    shapes["layers"] = LAYERS["layers"]
-    batch = {"layers": (0,)}
-    work, axis = norms(), "fsdp" if door == "shard_map" else None
-    specs = {name: layout(shape) for name, shape in shapes.items()}
-    grads = [gradients(shapes, seed) for seed in range(2)]
-
-    def masked(values):
-        found = []
-        for name, shape in shapes.items():
-            axes, layers = tuple(range(len(shape))), len(batch.get(name, ()))
-            matrix = Matrix(axes[layers:-1], axes[-1:], axes[:layers])
-            found.append(((DictKey(name),), values[name], mask(matrix, shape)))
-        return found
-
-    def start(values):
-        leaves, used, axes = devices.locate(masked(values), None, axis)
-        made = []
-        for share in plan.shares(leaves, work, used, axes):
-            stacks = jax.eval_shape(share.scatter, leaves)
-            assert share.how == "spread"
-            made.append(jnp.zeros((share.slots.rows, *stacks[0].shape[1:3], 1, 1)))
-        return made
-
-    def step(values, kept):
-        arrays, kept = devices.apply(work, masked(values), None, axis, kept)
-        return dict(zip(shapes, arrays, strict=True)), kept
-
-    slots = P(None, "fsdp")
-    if door == "shard_map":
-        both = {"mesh": mesh, "in_specs": (specs,), "out_specs": slots}
-        start = jax.shard_map(start, **both)
-        both = {"in_specs": (specs, slots), "out_specs": (specs, slots)}
-        step = jax.shard_map(step, mesh=mesh, **both)
-    put = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (specs, slots))
-    placed = [jax.device_put(g, put[0]) for g in grads]
-    with jax.set_mesh(make_mesh((8,), ("fsdp",))):
-        kept = jax.jit(start)(grads[0])
-    with jax.set_mesh(mesh):
-        kept = jax.device_put(kept, put[1])
-        run = jax.jit(step, out_shardings=put).lower(placed[0], kept).compile()
-        worst, mean = 0.0, dict.fromkeys(shapes, 0.0)
-        for g, here in zip(grads, placed, strict=True):
-            got, kept = run(here, kept)
-            for name, x in g.items():
-                count = len(batch.get(name, ()))
-                square = np.sum(x**2, tuple(range(count, x.ndim)), keepdims=True)
-                mean[name] = mean[name] / 2 + np.sqrt(square)
-                worst = max(worst, difference(got[name], x / mean[name]))
-        forgetful = jax.jit(step, out_shardings=put).lower(placed[0], None).compile()
-    sent = [compiled.read(one).counts() for one in (run, forgetful)]
-    return worst, *sent
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("layout", ["last", "replicated"])
-@pytest.mark.parametrize("door", ["set", "explicit", "shard_map"])
-def test_another_work_has_the_numbers_of_one_device_and_its_state_stays(
-    layout, door, free_messages
-):
-    """Norms of matrices, averaged over the steps; not orthogonalization."""
-    kind = AxisType.Explicit if door == "explicit" else AxisType.Auto
-    mesh = make_mesh((8,), ("fsdp",), kind)
-    layout = {"last": last("fsdp"), "replicated": replicated}[layout]
-    apart, sent, without_state = another_work(layout, mesh, door)
-    assert apart < 1e-12
-    # Matrices are sent, and what is kept for them is not.
-    assert sent == without_state != {}
 
 
 @pytest.mark.usefixtures("x64")

@@ -157,15 +157,18 @@ def test_a_run_resumes_bit_for_bit():
     np.testing.assert_array_equal(run(tx, state, x, 30, 30)[0], whole)
 
 
-def test_without_an_end_the_average_is_better_than_the_last_point():
-    tx = balanced(0.1, num_steps=None)
-    x, state, *_ = run(tx, *start(tx), 0, 400)
+def test_the_average_is_evaluated_until_the_rate_has_fallen_by_half():
+    tx = balanced(1.0, num_steps=None)
+    x, state, *_ = run(tx, *start(tx), 0, 100)
     mean = nlcg_optax.eval_params(state, x)
+    np.testing.assert_array_equal(mean, state[1].average)
     still = jnp.zeros(10)
     assert value_of(mean, still) < 0.7 * value_of(x, still)
-    # With an end the decay has done that.
-    tx = balanced(0.1)
-    x, state, *_ = run(tx, *start(tx), 0, 400)
+    # With an end the decay does that.
+    tx = balanced(1.0, num_steps=100)
+    x, state, *_ = run(tx, *start(tx), 0, 76)
+    np.testing.assert_array_equal(nlcg_optax.eval_params(state, x), state[1].average)
+    x, state, *_ = run(tx, state, x, 76, 4)
     np.testing.assert_array_equal(nlcg_optax.eval_params(state, x), x)
 
 

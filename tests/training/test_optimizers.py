@@ -116,7 +116,8 @@ def test_muon_orthogonalizes_kernels_as_matrices():
 
 
 @pytest.mark.parametrize(
-    "preconditioner", ["orthogonalization", "diagonal_bfgs", "rms", "adam", "none"]
+    "preconditioner",
+    ["orthogonalization", "soap", "diagonal_bfgs", "rms", "adam", "none"],
 )
 @pytest.mark.parametrize("step_rule", ["step", "online", "none"])
 @pytest.mark.parametrize("name", ["nlcg", "nlcg_paper"])
@@ -136,6 +137,7 @@ def test_nlcg_options_reach_the_optimizer(name, preconditioner, step_rule):
         "rms": [1 / 0.1**0.5] * 2,
         "adam": [1.0, 1.0],
         "orthogonalization": [1.0, 1.0],  # a vector is no matrix
+        "soap": [1.0, 1.0],
     }
     np.testing.assert_allclose(
         updates, -0.5 * np.array(expected.get(preconditioner, [1.0, 2.0])), rtol=1e-4
