@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _transformations, _tree
@@ -177,7 +178,7 @@ def nlcg_auto(
       noise_direction: what makes the direction once noise rules, as for
         :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
         gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices:
-        ``scale_by_soap(0.9)``.
+        ``scale_by_soap(0.9)``, and 0.2 of it for vectors.
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -228,7 +229,7 @@ def nlcg_auto(
     if num_steps is not None and num_steps != math.inf:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
     if noise_direction is None and num_steps is not None:
-        noise_direction = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
+        noise_direction = _averaged_basis(epsilon, axis_name)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,
@@ -294,6 +295,18 @@ def nlcg_paper(
     return _chain(
         direction, step_rule, learning_rate, period, threshold, state_dtype=state_dtype
     )
+
+
+def _averaged_basis(
+    epsilon: float, axis_name: _tree.AxisName | None
+) -> optax.GradientTransformation:
+    """SOAP's direction, all leaves of one scale: one rate is found for all of them."""
+    soap = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
+
+    def level(u: jax.Array) -> jax.Array:
+        return u if jnp.ndim(u) > 1 else u * _tree.real_scalar(0.2, u.real.dtype)
+
+    return optax.chain(soap, optax.stateless(lambda u, _: jax.tree.map(level, u)))
 
 
 def _preconditioner(

@@ -1,6 +1,7 @@
 """The rate that balances the cost of noise with the gain, against NumPy in float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def value_of(x, noise):
 
 
 @functools.partial(jax.jit, static_argnames=("tx", "count", "factor", "offset"))
-def run(tx, state, x, first, count, factor=1.0, offset=0.0, bad=-1):
+def run(tx, state, x, first, count, factor=1.0, offset=0.0, bad=-1) -> Any:
     def step(carry, t):
         x, state = carry
         noise = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), [10])
@@ -232,6 +233,7 @@ def test_what_is_missing_is_said():
         tx.update(x, state, x)
     with pytest.raises(ValueError, match="value_fn=None"):
         tx.update(x, state, x, value=1.0)
+    options: Any
     for options in ({"first_rate": 0.0}, {"target": -1.0}, {"num_steps": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             scale_by_noise_balance(**options)
