@@ -179,8 +179,8 @@ def nlcg_auto(
         direction.
       noise_direction: what makes the direction once noise rules, as for
         :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
-        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices
-        (:func:`~nlcg_optax.scale_by_soap`).
+        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices:
+        ``scale_by_soap(0.9)``, and 0.2 of it for vectors.
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -228,10 +228,10 @@ def nlcg_auto(
     True
     """
     several = _transformations.several(preconditioner)
-    if num_steps is not None and num_steps is not math.inf:
+    if num_steps is not None and num_steps != math.inf:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
     if noise_direction is None and num_steps is not None:
-        noise_direction = _averaged_gradient(epsilon, axis_name)
+        noise_direction = _averaged_basis(epsilon, axis_name)
     model = scale_by_quadratic_model(
         [_preconditioner(p, epsilon, state_dtype, axis_name) for p in several],
         residuals=residuals,
@@ -299,6 +299,18 @@ def nlcg_paper(
     )
 
 
+def _averaged_basis(
+    epsilon: float, axis_name: _tree.AxisName | None
+) -> optax.GradientTransformation:
+    """SOAP's direction, all leaves of one scale: one rate is found for all of them."""
+    soap = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
+
+    def level(u: jax.Array) -> jax.Array:
+        return u if jnp.ndim(u) > 1 else u * _tree.real_scalar(0.2, u.real.dtype)
+
+    return optax.chain(soap, optax.stateless(lambda u, _: jax.tree.map(level, u)))
+
+
 def _preconditioner(
     preconditioner: Any,
     epsilon: float,
@@ -319,21 +331,6 @@ def _preconditioner(
     if preconditioner == "soap":
         return scale_by_soap(eps=epsilon, axis_name=axis_name)
     return scale_by_diagonal_bfgs(epsilon, state_dtype=state_dtype, axis_name=axis_name)
-
-
-def _averaged_gradient(
-    epsilon: float, axis_name: _tree.AxisName | None
-) -> optax.GradientTransformation:
-    """An average of about ten gradients in the basis of their Gram matrices."""
-
-    def vectors_too(updates: Any, params: Any = None) -> Any:
-        del params  # all leaves are 0.2 times what Adam would make of them
-        return jax.tree.map(
-            lambda u: u if u.ndim > 1 else u * jnp.asarray(0.2, u.dtype), updates
-        )
-
-    soap = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
-    return optax.chain(soap, optax.stateless(vectors_too))
 
 
 def _check_memory(beta_bounds: Any, step_rule: Any) -> None:

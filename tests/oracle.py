@@ -321,9 +321,9 @@ class NoiseBalance:
         if self.older - self.past > 1.5 * gain:
             gain *= 1.5 * gain / (self.older - self.past)
         doubt = math.sqrt(self.variance * 9 / (n + 8))
-        wanted = self.target * max(gain, doubt)
+        wanted = self.target * max(gain, 0.1 * doubt)
         part = (n - 1) / self.num_steps
-        size = wanted + abs(cost) + doubt
+        size = wanted + abs(cost) + min(doubt, gain)
         if n > 1 and part < 0.55 and size > 0:
             window = (n + 8) / 9
             self.rate *= math.exp(1.4 * (wanted - cost) / size / (window + self.delay))

@@ -238,18 +238,8 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def soap(b1: float) -> optax.GradientTransformation:
-    """SOAP; of a tall embedding Adam."""
-
-    def label(params: Any) -> Any:
-        return jax.tree.map(lambda w: "rest" if max(w.shape) > 1024 else "m", params)
-
-    return optax.partition(
-        {
-            "m": peers.scale_by_published_soap(b1),
-            "rest": optax.scale_by_adam(b1=b1, b2=0.95),
-        },
-        label,
-    )
+    """SOAP; of a tall embedding without a basis of its rows."""
+    return optax.chain(nlcg_optax.scale_by_soap(b1), optax.scale(5.0))
 
 
 PEERS = {
@@ -309,8 +299,7 @@ def main() -> None:
         for name in PEERS
         for rate in RATES
     ]
-    direction = optax.chain(soap(0.9), optax.scale(0.2))
-    auto = functools.partial(nlcg_optax.nlcg_auto, steps, noise_direction=direction)
+    auto = functools.partial(nlcg_optax.nlcg_auto, steps)
     runs.append(("nlcg by curvature", auto))
     for name, make in runs:
         if flags.only is None or name.startswith(flags.only):

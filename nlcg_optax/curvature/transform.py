@@ -465,18 +465,17 @@ def _by_noise(
     )
     both = jax.tree.map(lambda g, d: _stack(g[None], d), given.grad, direction)
     slope, size_sq = subspace.slopes_along(given.grad, both, dtype, settings.axis_name)
-    balance: Any = known.balance
+    before: Any = known.balance
     # What is no number in the gradient would stay in the direction.
     loss = jnp.where(jnp.isfinite(slope) & jnp.isfinite(size_sq), given.loss, jnp.nan)
-    average = noise_balance.averaged(balance, given.params)
+    average = noise_balance.averaged(before, given.params)
     excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
     left = _tree.real_scalar(settings.horizon, dtype)
     left = left - jnp.asarray(known.since).astype(dtype)
     balance, size = noise_balance.follow(
-        balance, average, loss, excess, left, _TARGET, _DELAY
+        before, average, loss, excess, left, _TARGET, _DELAY
     )
     size = size * settings.factor(counts.count, dtype)
-    before: Any = known.balance
     finite = balance.nonfinite == before.nonfinite
 
     def step(d: jax.Array, w: jax.Array, mean: jax.Array, g: jax.Array) -> jax.Array:

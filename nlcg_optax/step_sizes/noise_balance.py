@@ -19,6 +19,8 @@ _NOW, _PAST = 8.0, 1.0
 _LAG = 3.3
 # There the gain before was less than this many times that of now.
 _FLATTER = 1.5
+# A gain counts as this part of its standard error at least.
+_LEAST = 0.1
 # How far log(rate) goes in a window, at most.
 _SPEED = 1.4
 # The part of a run in which the rate is steered; then it falls to zero along a line.
@@ -148,11 +150,11 @@ def scale_by_noise_balance(
 
     with the window :math:`w = (n + 8)/9` after n steps and a delay δ. R is that of the
     last half, times 1.5 R over the R before it where that is less than 1: in the steep
-    descent of the first steps it says little of what is still to come. It counts as its
-    standard error σ at least, so that a rate which died comes back. To E is added what
-    :math:`\bar x` lags behind, :math:`3.3 R\, a / n` with the mean age a of the
-    parameters in it. A change of units of the loss, or a constant in it, changes
-    nothing.
+    descent of the first steps it says little of what is still to come. It counts as a
+    tenth of its standard error σ at least, so that a rate which died comes back, and
+    the σ of the denominator is R at most. To E is added what :math:`\bar x` lags
+    behind, :math:`3.3 R\, a / n` with the mean age a of the parameters in it. A change
+    of units of the loss, or a constant in it, changes nothing.
 
     The rate is steered in 55% of the steps, and then falls to zero along a line. Where
     the end is not known it is steered throughout, and :func:`eval_params` gives the
@@ -345,8 +347,11 @@ def change(
     """By how much the logarithm of the rate is to grow in this step."""
     dtype = balance.rate.dtype
     doubt, cost = balance.doubt, balance.cost
-    wanted = _tree.real_scalar(target, dtype) * jnp.maximum(balance.gain, doubt)
-    size = wanted + jnp.abs(cost) + doubt
+    wanted = _tree.real_scalar(target, dtype) * jnp.maximum(
+        balance.gain, _LEAST * doubt
+    )
+    # Doubt slows the rate down, where there is a gain to doubt.
+    size = wanted + jnp.abs(cost) + jnp.minimum(doubt, balance.gain)
     too_low = jnp.where(size > 0, (wanted - cost) / jnp.where(size > 0, size, 1), 0)
     window = (jnp.asarray(balance.seen).astype(dtype) + _NOW) / (_NOW + 1)
     return _SPEED * too_low / (window + _tree.real_scalar(delay, dtype))

@@ -123,7 +123,10 @@ def whole_loss(params):
 def model(steps, **options):
     return optax.with_extra_args_support(
         scale_by_quadratic_model(
-            nlcg_optax.scale_by_orthogonalization(), horizon=steps, **options
+            nlcg_optax.scale_by_orthogonalization(),
+            horizon=steps,
+            noise_direction=nlcg_optax.scale_by_soap(0.9),
+            **options,
         )
     )
 

@@ -1,6 +1,7 @@
 """The rate that balances the cost of noise with the gain, against NumPy in float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def value_of(x, noise):
 
 
 @functools.partial(jax.jit, static_argnames=("tx", "count", "factor", "offset"))
-def run(tx, state, x, first, count, factor=1.0, offset=0.0, bad=-1):
+def run(tx, state, x, first, count, factor=1.0, offset=0.0, bad=-1) -> Any:
     def step(carry, t):
         x, state = carry
         noise = 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(0), t), [10])
@@ -157,15 +158,18 @@ def test_a_run_resumes_bit_for_bit():
     np.testing.assert_array_equal(run(tx, state, x, 30, 30)[0], whole)
 
 
-def test_without_an_end_the_average_is_better_than_the_last_point():
-    tx = balanced(0.1, num_steps=None)
-    x, state, *_ = run(tx, *start(tx), 0, 400)
+def test_the_average_is_evaluated_until_the_rate_has_fallen_by_half():
+    tx = balanced(1.0, num_steps=None)
+    x, state, *_ = run(tx, *start(tx), 0, 100)
     mean = nlcg_optax.eval_params(state, x)
+    np.testing.assert_array_equal(mean, state[1].average)
     still = jnp.zeros(10)
     assert value_of(mean, still) < 0.7 * value_of(x, still)
-    # With an end the decay has done that.
-    tx = balanced(0.1)
-    x, state, *_ = run(tx, *start(tx), 0, 400)
+    # With an end the decay does that.
+    tx = balanced(1.0, num_steps=100)
+    x, state, *_ = run(tx, *start(tx), 0, 76)
+    np.testing.assert_array_equal(nlcg_optax.eval_params(state, x), state[1].average)
+    x, state, *_ = run(tx, state, x, 76, 4)
     np.testing.assert_array_equal(nlcg_optax.eval_params(state, x), x)
 
 
@@ -229,6 +233,7 @@ def test_what_is_missing_is_said():
         tx.update(x, state, x)
     with pytest.raises(ValueError, match="value_fn=None"):
         tx.update(x, state, x, value=1.0)
+    options: Any
     for options in ({"first_rate": 0.0}, {"target": -1.0}, {"num_steps": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             scale_by_noise_balance(**options)
