@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 import numpy as np
-from orthogonalization.coefficients import polar_express
+from matrices.coefficients import polar_express
 
 # relative rise, shrink of the base step, part of the previous direction taken back
 TABLE = (

@@ -12,7 +12,7 @@ Coefficients = Sequence[tuple[float, float, float]]
 # Of a x + b x³ + c x⁵. Muon's maps (0, 1] towards 1, and small values fast. Those of
 # Polar Express (Amsel et al., arXiv:2505.16932) are each the best that can follow the
 # ones before, here for five steps and singular values of at least 1/500 of the bound,
-# and for four and those of 1/100 (`benchmarks/orthogonalization/coefficients.py`
+# and for four and those of 1/100 (`benchmarks/matrices/coefficients.py`
 # computes them).
 MUON = ((3.4445, -4.7750, 2.0315),)
 POLAR_EXPRESS = (

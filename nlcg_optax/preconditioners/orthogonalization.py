@@ -83,7 +83,7 @@ def scale_by_orthogonalization(
     between 0.96 and 1.03, for as many products; in four steps
     (``iterations=4, coefficients="polar_express"``, a quarter fewer products) all that
     are at least 1/100. In our trials both trained as well, no better beyond an error
-    (``benchmarks/orthogonalization``).
+    (``benchmarks/matrices``).
 
     On several devices each matrix is worked on by one of them, wherever that takes less
     time than that each of them does all: matrices of one shape travel together, once

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from orthogonalization.coefficients import best_quintic, polar_express
+from matrices.coefficients import best_quintic, polar_express
 
 from nlcg_optax.matrices import newton_schulz as module
 from nlcg_optax.matrices.newton_schulz import (

@@ -9,7 +9,7 @@ import optax
 import oracle
 import pytest
 from jax.sharding import PartitionSpec as P
-from orthogonalization.coefficients import polar_express
+from matrices.coefficients import polar_express
 
 import nlcg_optax
 from nlcg_optax import scale_by_orthogonalization

@@ -1,6 +1,6 @@
 """Does it train as well? cifar10_jpeg, batch 5,000, by coefficients and precision.
 
-    taskset -c 1 python benchmarks/orthogonalization/training.py --data_dir=DIR
+    taskset -c 1 python benchmarks/matrices/training.py --data_dir=DIR
 
 With the protocol of `benchmarks/large_batch` and the rate and the schedule that its
 sweep chose for `nlcg` with Muon's coefficients; its rows of the test phase are the

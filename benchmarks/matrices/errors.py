@@ -1,6 +1,6 @@
 """How near Newton–Schulz iterations come to the polar factor, and what rounding does.
 
-    python benchmarks/orthogonalization/errors.py
+    python benchmarks/matrices/errors.py
 
 For Gaussian matrices, and for the singular values of gradients that were recorded in
 two trainings (`results/spectra.npz`, by matrix and step), after five steps or four:

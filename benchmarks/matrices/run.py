@@ -1,8 +1,8 @@
-"""What orthogonalization costs: on one device in time, on many by the program.
+"""What work on matrices costs: on one device in time, on many by the program.
 
-    python benchmarks/orthogonalization/run.py --devices=8     # compiled, not run
-    taskset -c 1 python benchmarks/orthogonalization/run.py --times
-    python benchmarks/orthogonalization/run.py --device        # on a GPU
+    python benchmarks/matrices/run.py --devices=8     # compiled, not run
+    taskset -c 1 python benchmarks/matrices/run.py --times
+    python benchmarks/matrices/run.py --device        # on a GPU
 
 `--devices` compiles the optimizer's step (update and apply, donated) for so many forced
 CPU devices, parameters of two and more axes split along their longest axis that the
@@ -11,13 +11,14 @@ devices divide, and reads operations, collectives and temporary memory off the p
 on the accelerator in each precision: milliseconds, operations a second, and the error
 to the exact polar factor of a matrix with singular values from 1 to 0.01.
 
-    python benchmarks/orthogonalization/run.py --report        # results/tables.md
+    python benchmarks/matrices/run.py --report        # results/tables.md
 
 Every case is a line of `results/<part>.jsonl`, in place of what was there of it.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import platform
@@ -26,7 +27,7 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "large_batch")]
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--devices", type=int, help="compile for so many")
@@ -52,12 +53,19 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+import peers  # noqa: E402
 from jax.sharding import AxisType, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import nlcg_optax  # noqa: E402
 from nlcg_optax.matrices import newton_schulz  # noqa: E402
 from nlcg_optax.training import models  # noqa: E402
+
+
+def soap(**options):
+    """With embeddings, as for orthogonalization."""
+    return nlcg_optax.scale_by_soap(matrices=nlcg_optax.matrices.last_axis, **options)
+
 
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(1e-4),
@@ -76,6 +84,9 @@ OPTIMIZERS = {
             matrices=nlcg_optax.matrices.last_axis,
         ),
     ),
+    "soap": lambda: nlcg_optax.nlcg(1e-4, preconditioner=soap()),
+    "soap, every 10": lambda: nlcg_optax.nlcg(1e-4, preconditioner=soap(every=10)),
+    "published soap": lambda: peers.soap(1e-4),
     "muon": lambda: optax.contrib.muon(
         1e-4, muon_weight_dimension_numbers=models.muon_matrices
     ),
@@ -132,23 +143,29 @@ def read_program(tree, name, devices):
     """A row of what the program for so many devices does, without running it."""
     mesh = jax.make_mesh((devices,), ("fsdp",), (AxisType.Auto,))
 
-    def sharding(shape):
+    def spec(shape):
         fits = [i for i, n in enumerate(shape) if n % devices == 0]
         if args.replicated or len(shape) < 2 or not fits:
-            return NamedSharding(mesh, P())
+            return P()
         axis = max(fits, key=lambda i: shape[i])
-        return NamedSharding(mesh, P(*[None] * axis, "fsdp"))
+        return P(*[None] * axis, "fsdp")
 
-    def place(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x.shape))
+    def place(x, where):
+        where = NamedSharding(mesh, where)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     shapes = TREES[tree](args.layers)
-    params = shaped(lambda s: place(jax.ShapeDtypeStruct(s, jnp.float32)), shapes)
+    specs = shaped(spec, shapes)
+    params = shaped(
+        lambda s: place(jax.ShapeDtypeStruct(s, jnp.float32), spec(s)), shapes
+    )
     tx, step = make_step(name)
-    state = jax.tree.map(place, jax.eval_shape(tx.init, params))
-    out = jax.tree.map(lambda x: x.sharding, (params, state))
-    start = time.monotonic()
     with jax.set_mesh(mesh):
+        state = jax.eval_shape(tx.init, params)
+        where = nlcg_optax.matrices.state_specs(state, params, specs, "fsdp")
+        state = jax.tree.map(place, state, where)
+        out = jax.tree.map(lambda x: x.sharding, (params, state))
+        start = time.monotonic()
         jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
         value = jax.ShapeDtypeStruct((), jnp.float32)
         program = compiled.read(jitted.lower(params, state, params, value).compile())
@@ -162,6 +179,11 @@ def read_program(tree, name, devices):
         "collectives": program.counts(),
         "result_mb": program.total().bytes / 1e6,
         "temporary_mb": program.temporary_bytes / 1e6,
+        "state_mb": sum(
+            x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+            for x in jax.tree.leaves(state)
+        )
+        / 1e6,
         "compile_seconds": time.monotonic() - start,
     }
 
@@ -244,6 +266,15 @@ def on_device(tree):
     u, _, vh = np.linalg.svd(rng.standard_normal((size, size)), full_matrices=False)
     matrix = jnp.asarray(u * np.geomspace(1, 1e-2, size) @ vh, jnp.float32)
     for precision in ("highest", *newton_schulz.HALF):
+        basis = soap(precision=precision)
+        state = jax.jit(basis.init)(grads)
+        seconds = seconds_of(jax.jit(basis.update), grads, state)
+        yield {
+            "tree": tree,
+            "optimizer": "soap",
+            "precision": precision,
+            "milliseconds": 1e3 * seconds,
+        }
         tx = nlcg_optax.scale_by_orthogonalization(precision=precision)
         state = tx.init(grads)
         seconds = seconds_of(jax.jit(tx.update), grads, state)
@@ -288,7 +319,7 @@ def read(part):
 def report():
     """Writes the tables of all rows that are there."""
     head = ["tree", "devices", "parameters", "optimizer", "GFLOP", "collectives"]
-    head += ["MB of their results", "MB of temporaries"]
+    head += ["MB of their results", "MB of temporaries", "MB of state"]
     programs = [
         [
             row["tree"],
@@ -299,6 +330,7 @@ def report():
             ", ".join(f"{n} {kind}" for kind, n in sorted(row["collectives"].items())),
             f"{row['result_mb']:,.0f}",
             f"{row['temporary_mb']:,.0f}",
+            f"{row['state_mb']:,.0f}" if "state_mb" in row else "–",
         ]
         for row in sorted(
             read("programs"), key=lambda r: (r["tree"], r["devices"], -r["split"])

@@ -1,6 +1,6 @@
 """The coefficients of Polar Express: polynomials that converge to the sign function.
 
-    python benchmarks/orthogonalization/coefficients.py --steps=5 --lower=0.002
+    python benchmarks/matrices/coefficients.py --steps=5 --lower=0.002
 
 Amsel, Persson, Musco & Gower (arXiv:2505.16932): of all compositions of so many odd
 polynomials of degree five, the one that is nearest to 1 on [lower, 1] takes in each
