@@ -485,6 +485,8 @@ def _by_noise(
         return chosen.astype(g.dtype)
 
     output = jax.tree.map(step, direction, given.params, balance.average, given.grad)
+    # What the gradient does not reach stays, though the average remembers a time before.
+    output = _only(_tree.is_nonzero(given.grad, settings.axis_name), output)
     after = state._replace(
         last=state.last._replace(
             prev_value=jnp.where(finite, given.loss, state.last.prev_value),

@@ -26,7 +26,7 @@ def enable() -> str | None:
     """Switches the cache on, unless the user has decided already.
 
     Returns:
-      What went wrong, or None: it is no reason not to train.
+      A sentence on what went wrong, which is no reason not to train, or None.
     """
     decided = _settings.jax_compilation_cache_dir
     if decided or not _settings.jax_enable_compilation_cache:

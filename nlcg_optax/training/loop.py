@@ -247,7 +247,10 @@ class _Run:
             return self.step_fn(self.state, batch)
         try:
             result, words = self.step_fn.profile(self.state, batch)
-        except RuntimeError as error:  # somebody else's profile is being taken
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # somebody else's profile is being taken
             if any(x.is_deleted() for x in jax.tree.leaves(self.state)):
                 raise  # no: the step itself failed
             result, words = self.step_fn(self.state, batch), f"not measured: {error}"
@@ -467,10 +470,15 @@ class Update:
 
     def profile(self, state: steps.TrainState, batch: Any) -> tuple[Any, str]:
         """Takes a step that was compiled, and says where its time went."""
-        taken = profile.Profile()
-        with taken.trace(self._run):
-            result = jax.block_until_ready(self(state, batch))
-        return result, taken.in_words()
+        taken, results = profile.Profile(), []
+        try:
+            with taken.trace(self._run):
+                results.append(jax.block_until_ready(self(state, batch)))
+        except (OSError, RuntimeError) as error:
+            if not results:
+                raise
+            return results[0], f"not measured: {error}"
+        return results[0], taken.in_words()
 
     def __call__(
         self, state: steps.TrainState, batch: Any

@@ -538,7 +538,8 @@ def test_a_mismatch_of_loss_and_curvature_is_told_since_the_run_began(
         if step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    # Every step tells of one more mismatch.
+    # Every step tells of one more mismatch, and noise never rules.
+    monkeypatch.setattr(nlcg_optax.curvature.noise, "rules", lambda *args: False)
     mismatch = nlcg_optax.curvature.trust.mismatch
     monkeypatch.setattr(
         nlcg_optax.curvature.trust,
@@ -560,7 +561,9 @@ def test_nlcg_auto_needs_no_learning_rate(tmp_path):
     text = printed.getvalue()
     assert "steps chosen by the curvature" in text
     told = re.search(r"of 40 images of each batch; .* ([\d.]+) times", text)
-    assert told and 2 < float(told[1]) < 10  # the products are taken on all of it
+    # The products are taken on all of it; and of so small a model what is done with
+    # matrices where noise rules counts too.
+    assert told and 2 < float(told[1]) < 30
     rows = metrics.read_metrics(tmp_path / "metrics.jsonl")
     trained = [row for row in rows if row["split"] == "train"]
     assert all({"damping", "signal"} <= row.keys() for row in trained)
