@@ -237,9 +237,16 @@ def scale_by_quadratic_model(
         given = _with_decay(given, settings)
         if settings.horizon is None or not jax.tree.leaves(params):
             return _by_curvature(given, settings, state)
+        seen = None
+        if jax.default_backend() == "cpu":
+            # In a branch XLA's CPU compiler leaves aside its library for convolutions,
+            # which then take 17 times as long.
+            seen = _at_average(given, state)
         return jax.lax.cond(
             state.noise.handed_over,
-            lambda: _by_noise(given, settings, state),
+            lambda: _by_noise(
+                given, settings, state, seen or _at_average(given, state)
+            ),
             lambda: _by_curvature(given, settings, state),
         )
 
@@ -454,8 +461,18 @@ def _hand_over(
     )
 
 
+def _at_average(given: _Given, state: QuadraticModelState) -> tuple[Any, jax.Array]:
+    """The averaged parameters, and what the loss is above that there."""
+    average = noise_balance.averaged(state.noise.balance, given.params)
+    excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
+    return average, excess
+
+
 def _by_noise(
-    given: _Given, settings: _Settings, state: QuadraticModelState
+    given: _Given,
+    settings: _Settings,
+    state: QuadraticModelState,
+    seen: tuple[Any, jax.Array],
 ) -> tuple[Any, QuadraticModelState]:
     """A step where noise rules, without a product."""
     dtype, known, counts = given.loss.dtype, state.noise, state.counts
@@ -468,8 +485,7 @@ def _by_noise(
     before: Any = known.balance
     # What is no number in the gradient would stay in the direction.
     loss = jnp.where(jnp.isfinite(slope) & jnp.isfinite(size_sq), given.loss, jnp.nan)
-    average = noise_balance.averaged(before, given.params)
-    excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
+    average, excess = seen
     left = _tree.real_scalar(settings.horizon, dtype)
     left = left - jnp.asarray(known.since).astype(dtype)
     balance, size = noise_balance.follow(
@@ -485,7 +501,7 @@ def _by_noise(
         return chosen.astype(g.dtype)
 
     output = jax.tree.map(step, direction, given.params, balance.average, given.grad)
-    # What the gradient does not reach stays, though the average remembers a time before.
+    # What the gradient does not reach stays, though the average remembers it moving.
     output = _only(_tree.is_nonzero(given.grad, settings.axis_name), output)
     after = state._replace(
         last=state.last._replace(
