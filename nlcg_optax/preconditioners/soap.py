@@ -454,7 +454,7 @@ def _precondition(
       size: elements of a matrix.
     """
     real = kept.second_moment.dtype
-    b1, b2, eps = options.b1, options.b2, options.eps
+    b1, b2, eps = options.b1, options.b2, _tree.real_scalar(options.eps, real)
     multiply = functools.partial(newton_schulz.multiply, precision=options.precision)
     before = (kept.left_basis, kept.right_basis)
 
