@@ -260,10 +260,8 @@ def inner_products(
         found = vectors(*map(lift, leaves))
         for v, group in zip(found, groups, strict=True):
             peaks[group].append(jax.lax.stop_gradient(v))
-    exponents = [
-        exponent_of(max_abs(peak, dtype=dtype, axis_name=axis_name), narrow)
-        for peak in peaks
-    ]
+    largest = jnp.stack([max_abs(peak, dtype=dtype) for peak in peaks])
+    exponents = [exponent_of(x, narrow) for x in _largest(largest, axis_name)]
     scales = [_xla.compute_once(power_of_two(-e, dtype)) for e in exponents]
 
     def integrands(*leaves: jax.Array) -> list[jax.Array]:
@@ -336,11 +334,17 @@ def max_abs(
         for leaf in jax.tree.leaves(tree)
     ]
     total = functools.reduce(jnp.maximum, largest, jnp.zeros([], dtype))
+    return _largest(total, axis_name)
+
+
+def _largest(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The largest over the axes, except along those where it is known to be the same."""
     if axis_name is None:
-        return total
+        return x
     axes = bound_axes(axis_name)
-    constant = tracked_axes(axes) - varying_axes(total)
-    return jax.lax.pmax(vary(total, [a for a in axes if a in constant]), axes)
+    constant = tracked_axes(axes) - varying_axes(x)
+    apart = tuple(axis for axis in axes if axis not in constant)
+    return jax.lax.pmax(x, apart) if apart else x
 
 
 def is_nonzero(tree: Any, axis_name: AxisName | None = None) -> Any:
@@ -348,9 +352,8 @@ def is_nonzero(tree: Any, axis_name: AxisName | None = None) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     found = [jnp.any(leaf != 0) for leaf in leaves]
     if axis_name is not None and found:
-        axes = bound_axes(axis_name)
         stacked = jnp.stack([x.astype(jnp.int32) for x in found])
-        found = list(jax.lax.pmax(stacked, axes) > 0)
+        found = list(_largest(stacked, axis_name) > 0)
     return jax.tree.unflatten(structure, found)
 
 

@@ -705,18 +705,19 @@ def test_replicated_nlcg_communicates_as_sgd_does(door, name):
         assert sent == {"all-reduce": (1, 10385, 0)}, optimizer
 
 
-# Sums in an update with sharded state: their number, and the scalars of each leaf.
+# Sums in an update with sharded state, and the maxima by which what is summed is scaled:
+# their number, and the scalars of each leaf.
 UPDATES = {
-    ("nlcg", "jit"): (2, 8),
-    ("nlcg", "shard_map"): (2, 8),
-    ("nlcg-hager_zhang", "jit"): (2, 10),
-    ("nlcg-hager_zhang", "shard_map"): (2, 10),
-    ("nlcg-online-restarts", "jit"): (2, 8),
-    ("nlcg-online-restarts", "shard_map"): (2, 8),
-    ("nlcg-rms", "jit"): (1, 6),
-    ("nlcg-rms", "shard_map"): (1, 6),
-    ("lars-nlcg", "jit"): (4, 10),
-    ("lars-nlcg", "shard_map"): (3, 12),
+    ("nlcg", "jit"): (4, 16),
+    ("nlcg", "shard_map"): (4, 16),
+    ("nlcg-hager_zhang", "jit"): (4, 16),
+    ("nlcg-hager_zhang", "shard_map"): (4, 16),
+    ("nlcg-online-restarts", "jit"): (4, 16),
+    ("nlcg-online-restarts", "shard_map"): (4, 16),
+    ("nlcg-rms", "jit"): (2, 10),
+    ("nlcg-rms", "shard_map"): (2, 10),
+    ("lars-nlcg", "jit"): (7, 20),
+    ("lars-nlcg", "shard_map"): (6, 20),
 }
 
 
@@ -738,13 +739,13 @@ def test_sharded_update_communicates_a_few_scalars(name, door):
 @pytest.mark.parametrize(
     "door, added",
     [
-        ("shard_map", [2, 8, 2]),
-        # Two by jit, too; but XLA lets sᵀBs, which needs no gradient, travel with part
+        ("shard_map", [4, 16, 4]),
+        # Four by jit, too; but XLA lets sᵀBs, which needs no gradient, travel with part
         # of the gradient's own all-reduce, which is then not combined with the rest.
-        ("jit", [3, 16, 2]),
+        ("jit", [5, 32, 4]),
     ],
 )
-def test_sharded_nlcg_adds_two_sums_to_sgd(door, added):
+def test_sharded_nlcg_adds_two_sums_and_two_maxima_to_sgd(door, added):
     sgd, nlcg = (
         dict(communication_of_step(name, door, "sharded")) for name in ("sgd", "nlcg")
     )

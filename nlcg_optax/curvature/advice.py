@@ -58,7 +58,7 @@ def explain(opt_state: Any) -> list[str]:
     >>> for _ in range(10):
     ...     w, state = step(w, state)
     >>> print(nlcg_optax.explain(state)[0][:63])
-    flat_steps: in 10 of 10 steps there was as good as no curvature
+    flat_steps: in 8 of 10 steps there was as good as no curvature
     """
     model = find_model(opt_state)
     report = model.report()

@@ -233,12 +233,15 @@ def _placed(
         return [(i, matrix, way(i, matrix)) for (i, _), matrix in numbers]
 
     def local(g: Group, dims: Mapping, copies: int) -> Group:
-        item = list(g.item)
+        item, chunks = list(g.item), g.chunks
         for axis, dim in dims.items():
             item[dim] //= jax.lax.axis_size(axis)
+            if dim == len(item) - 1:
+                chunks = max(chunks // jax.lax.axis_size(axis), 1)
         return dataclasses.replace(
             g,
             item=tuple(item),
+            chunks=chunks,
             sharded=dict(dims),
             stack=dataclasses.replace(g.stack, count=g.stack.count // copies),
             numbers=tuple((i, count // copies) for i, count in g.numbers),
@@ -427,8 +430,8 @@ def state_specs(state: Any, params: Any, specs: Any, axis_name: _tree.AxisName) 
     >>> params, specs = {"w": jnp.ones((8, 4))}, {"w": P("data")}
     >>> state = nlcg_optax.nlcg(0.04).init(params)
     >>> got = nlcg_optax.matrices.state_specs(state, params, specs, "data")
-    >>> got[0].prev_update["w"], got[0].beta
-    (PartitionSpec('data',), PartitionSpec())
+    >>> tuple(got[0].prev_update["w"]), tuple(got[0].beta)
+    (('data',), ())
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     known = {

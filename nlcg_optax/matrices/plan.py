@@ -51,12 +51,14 @@ class Work:
       ways: those that are allowed, ``"each"`` or ``"spread"`` among them. Work that
         needs whole matrices leaves out ``"split"``.
       splits: whether a stack may be split, where some may.
+      ragged: whether, in work that keeps something, columns of zeros do no harm to it.
     """
 
     function: Callable[[list[jax.Array], "Share", Any], tuple[list[jax.Array], Any]]
     operations: Callable[[int, int, bool], tuple[float, float]]
     ways: tuple[How, ...] = ("each", "spread", "split")
     splits: Callable[[Stack], bool] = lambda stack: stack.splittable
+    ragged: Callable[[Stack], bool] = lambda stack: False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,26 +155,28 @@ def lasting(shapes: Sequence[Leaf], work: Work, devices: int) -> list[Share]:
 
     That has to be known before the first step, and must not depend on where leaves are
     then: the plan follows from whole shapes and the number of devices alone. Matrices
-    of one shape are together, but those of a leaf with axes that count matrices alone.
-    The shares come in the order of their first leaves, and have no exchange yet.
+    of one shape are together, and, where it pays, filled up with zeros, those of one
+    small side if the work is `ragged`; but those of a leaf with axes that count
+    matrices alone. The shares come in the order of their first leaves, and have no
+    exchange yet.
     """
     sets: dict[Any, list[Group]] = {}
     for one in itertools.chain(*group(shapes)):
-        # Groups whose stacks differ in their count alone are together.
-        stack = dataclasses.replace(one.stack, count=0)
+        long = 0 if work.ragged(one.stack) else one.stack.long
         dtype = shapes[one.numbers[0][0]].value.dtype
         alone = one.numbers if one.layered else None
-        sets.setdefault((stack, dtype, alone), []).append(one)
+        key = (one.stack.small, long, one.stack.parts, dtype, alone)
+        sets.setdefault(key, []).append(one)
     found, nowhere = [], Still(devices)
     for groups in sets.values():
         if devices == 1:
             found += [Share("each", (o,), nowhere) for g in groups for o in g.apart()]
             continue
-        how = choose([g.stack for g in groups], devices, work)[1]
-        for choice in ("each", "spread", "split"):
-            chosen = [g for g, h in zip(groups, how, strict=True) if h == choice]
-            if chosen:
-                found.append(Share(choice, tuple(chosen), nowhere))
+        _, groups, how = divide(groups, devices, work)
+        alike: dict[Any, list[Group]] = {}
+        for one, choice in zip(groups, how, strict=True):
+            alike.setdefault((choice, one.stack.long), []).append(one)
+        found += [Share(k[0], tuple(some), nowhere) for k, some in alike.items()]
     return sorted(found, key=lambda share: share.first)
 
 

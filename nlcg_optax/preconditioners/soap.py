@@ -191,7 +191,7 @@ def scale_by_soap(
     The same gradient twice: its two singular values become equal, as by
     orthogonalization.
 
-    >>> print(jnp.linalg.svd(updates["w"])[1].round(3), updates["b"].round(4))
+    >>> print(jnp.linalg.svd(updates["w"])[1].round(2), updates["b"].round(4))
     [0.2 0.2] [1. 1. 1.]
     """
     for name, value in (("b1", b1), ("b2", b2)):
@@ -431,7 +431,11 @@ def _work(options: _Options, count: jax.typing.ArrayLike = 0) -> plan.Work:
     def splits(stack: plan.Stack) -> bool:
         return stack.splittable and stack.long > options.max_side
 
-    return plan.Work(function, operations, splits=splits)
+    def ragged(stack: plan.Stack) -> bool:
+        # Where `linear` it takes a mean over all elements.
+        return stack.long > options.max_side and not options.linear
+
+    return plan.Work(function, operations, splits=splits, ragged=ragged)
 
 
 def _precondition(

@@ -32,7 +32,7 @@ def test_recorded_runs_are_those_of_a_config_but_for_the_optimizer(path):
     for user in users:
         assert comparison.differing_fields(load_config(user.name), other) == []
     assert other.config["optimizer.name"] in path.stem
-    command = comparison.metrics.read_metrics(path)[0]["command"]
+    command = comparison.metrics.read_metrics(path, head=True)[0]["command"]
     rate = f"--config.optimizer.learning_rate={other.config['optimizer.learning_rate']}"
     assert rate in command and f"--config={users[0].name} " in command
     steps = [row["step"] for row in other.rows if row["split"] == "train"]

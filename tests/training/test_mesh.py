@@ -177,7 +177,9 @@ def test_what_nlcg_sends_beyond_sgd(shape, options, capfd):
     """Orthogonalization sends where its matrices are split, and only there."""
     ours = collectives(*shape, "optimizer.name=nlcg", *options)
     extra = ours - collectives(*shape, "optimizer.name=sgd")
-    allowed = {} if shape[1] == 1 else {"all-reduce": 2}
+    allowed = (
+        {} if shape[1] == 1 else {"all-reduce": 4}
+    )  # two maxima, by which they are scaled
     assert all(n <= allowed.get(name, 0) for name, n in extra.items()), extra
     assert "rematerialization" not in capfd.readouterr().err
 

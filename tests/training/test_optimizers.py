@@ -270,7 +270,7 @@ def test_the_config_says_how_many_residual_directions():
     sizes = []
     for number in (0, 5):
         config = overridden(f"optimizer.nlcg_auto.residuals={number}")
-        tx = optimizers.create_optimizer(config, optax.constant_schedule(1.0), True, 10)
+        tx = optimizers.create_optimizer(config, optax.constant_schedule(1.0), None, 10)
         report = nlcg_optax.diagnostics(tx.init({"w": jnp.ones((2, 3))}))
         sizes.append(len(report["coefficients"]))
     assert sizes[1] == sizes[0] + 5
