@@ -338,7 +338,7 @@ def max_abs(
 
 
 def _largest(x: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """The largest over the axes, except along those where it is known to be the same."""
+    """The largest over the axes, but along none where it is known to be the same."""
     if axis_name is None:
         return x
     axes = bound_axes(axis_name)

@@ -57,7 +57,7 @@ def explain(opt_state: Any) -> list[str]:
     >>> state = tx.init(w)
     >>> for _ in range(10):
     ...     w, state = step(w, state)
-    >>> print(nlcg_optax.explain(state)[0][:63])
+    >>> print(nlcg_optax.explain(state)[0][:62])
     flat_steps: in 8 of 10 steps there was as good as no curvature
     """
     model = find_model(opt_state)

@@ -463,7 +463,8 @@ def _hand_over(
 
 def _at_average(given: _Given, state: QuadraticModelState) -> tuple[Any, jax.Array]:
     """The averaged parameters, and what the loss is above that there."""
-    average = noise_balance.averaged(state.noise.balance, given.params)
+    balance: Any = state.noise.balance
+    average = noise_balance.averaged(balance, given.params)
     excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
     return average, excess
 

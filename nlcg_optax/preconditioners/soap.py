@@ -191,8 +191,9 @@ def scale_by_soap(
     The same gradient twice: its two singular values become equal, as by
     orthogonalization.
 
-    >>> print(jnp.linalg.svd(updates["w"])[1].round(2), updates["b"].round(4))
-    [0.2 0.2] [1. 1. 1.]
+    >>> sizes = jnp.linalg.svd(updates["w"])[1]
+    >>> print(*(f"{x:.2f}" for x in sizes), updates["b"].round(4))
+    0.20 0.20 [1. 1. 1.]
     """
     for name, value in (("b1", b1), ("b2", b2)):
         _check.number(name, value, minimum=0)
