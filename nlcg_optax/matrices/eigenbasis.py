@@ -45,9 +45,9 @@ def renew(matrix: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> matrix, basis = jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.eye(2)
     >>> for _ in range(20):
     ...     basis, _ = eigenbasis.renew(matrix, basis)
-    >>> print((basis.T @ matrix @ basis).round(4))
-    [[3. 0.]
-     [0. 1.]]
+    >>> found = basis.T @ matrix @ basis
+    >>> print(jnp.diagonal(found).round(3), jnp.abs(found[0, 1]) < 1e-4)
+    [3. 1.] True
     """
     n = matrix.shape[-1]
     identity = jnp.eye(n, dtype=matrix.dtype)
