@@ -92,6 +92,19 @@ def apply(
         return run(values, kept)
 
 
+def check_arguments(mesh: Any, matrices: Any, batch_axes: int) -> None:
+    """Raises unless a preconditioner of matrices can make something of these."""
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | None):
+        raise ValueError(
+            f"mesh={mesh!r} is not valid: expected a jax.sharding.Mesh or None."
+        )
+    if matrices is not None and batch_axes != 0:
+        raise ValueError(
+            f"batch_axes={batch_axes!r} is not valid beside `matrices`, which says of "
+            "each leaf which axes count matrices: Matrix(rows, columns, batch)."
+        )
+
+
 def number_of(params: Any, mesh: Any, axis_name: _tree.AxisName | None) -> int:
     """How many devices share the work of the steps to come, as far as `init` can tell.
 

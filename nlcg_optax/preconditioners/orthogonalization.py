@@ -140,19 +140,11 @@ def scale_by_orthogonalization(
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
     _check.number("epsilon", epsilon, minimum=0)
     _check.static_counts(iterations=(iterations, 1), batch_axes=(batch_axes, 0))
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | None):
-        raise ValueError(
-            f"mesh={mesh!r} is not valid: expected a jax.sharding.Mesh or None."
-        )
     _check_coefficients(coefficients)
     _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))
     iterations = operator.index(iterations)
     work = work_of(newton_schulz.Method.of(coefficients, iterations, precision))
-    if matrices is not None and batch_axes != 0:
-        raise ValueError(
-            f"batch_axes={batch_axes!r} is not valid beside `matrices`, which says of "
-            "each leaf which axes count matrices: Matrix(rows, columns, batch)."
-        )
+    devices.check_arguments(mesh, matrices, batch_axes)
 
     def init_fn(params: optax.Params) -> OrthogonalizationState:
         found = recognition.all_of(params, matrices, batch_axes)

@@ -202,16 +202,8 @@ def scale_by_soap(
     _check.number("eps", eps, minimum=0)
     counts = {"every": (every, 1), "max_side": (max_side, 0)}
     _check.static_counts(**counts, batch_axes=(batch_axes, 0))
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh | None):
-        raise ValueError(
-            f"mesh={mesh!r} is not valid: expected a jax.sharding.Mesh or None."
-        )
     _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))
-    if matrices is not None and batch_axes != 0:
-        raise ValueError(
-            f"batch_axes={batch_axes!r} is not valid beside `matrices`, which says of "
-            "each leaf which axes count matrices: Matrix(rows, columns, batch)."
-        )
+    devices.check_arguments(mesh, matrices, batch_axes)
     options = _Options(
         b1=b1,
         b2=b2,
