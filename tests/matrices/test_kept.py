@@ -107,7 +107,9 @@ def compare(shapes, layout, mesh, names, door):
             return matrices.last_axis(path, leaf)
         return Matrix((1,), (2,), (0,)) if len(leaf.shape) > 2 else None
 
-    options = {"max_side": 16 if shapes is SHAPES else 8, "matrices": matrix, "b1": 0.5}
+    # By this ε rounding is not magnified where an element is small by accident.
+    options = {"eps": 0.01, "matrices": matrix, "b1": 0.5}
+    options |= {"max_side": 16 if shapes is SHAPES else 8}
     steps = [conditioned(shapes, seed) for seed in range(3)]
     specs = {name: layout(shape) for name, shape in shapes.items()}
     put = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
@@ -217,7 +219,7 @@ def test_a_state_for_another_number_of_devices():
 def test_a_state_goes_on_without_its_mesh():
     """It then says nothing of where things are, and its numbers are the same."""
     params = conditioned(SHAPES)
-    tx = scale_by_soap(max_side=16, matrices=matrices.last_axis)
+    tx = scale_by_soap(eps=0.01, max_side=16, matrices=matrices.last_axis)
     with jax.set_mesh(make_mesh((8,), ("fsdp",))):
         state = jax.jit(tx.init)(params)
     got, _ = jax.jit(tx.update)(params, jax.tree.map(np.asarray, state))
