@@ -158,7 +158,8 @@ def scale_by_soap(
       linear: take V from the steps before, so that z is exactly linear in G; then V
         starts between the square of the first gradient in its basis and the mean of
         these, with no correction of its bias, and a ten-thousandth of its mean is added
-        to it.
+        to it. In our trials it trains worse, and diverges at rates that serve
+        otherwise (``benchmarks/matrices``).
       precision: of the products with G, of float32 matrices: ``"highest"``, or half
         precision with sums in float32, ``"bfloat16"`` or ``"float16"``. Averages are
         kept, and bases renewed, in float32.
