@@ -72,13 +72,18 @@ def abs_sq(a: jax.Array) -> jax.Array:
     return real_inner(a, a)
 
 
+def axis_names(axis_name: AxisName) -> tuple[AxisName, ...]:
+    """One axis, or several, as a tuple."""
+    return tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+
+
 def bound_axes(axis_name: AxisName) -> tuple[AxisName, ...]:
     """The named axes as a tuple.
 
     Raises:
       NameError: if nothing around the call maps one of them.
     """
-    axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    axes = axis_names(axis_name)
     for axis in axes:
         try:
             jax.lax.axis_index(axis)
@@ -88,7 +93,7 @@ def bound_axes(axis_name: AxisName) -> tuple[AxisName, ...]:
                 "call maps it. Under `jit` alone name no axis: sums and means are "
                 "global there."
             ) from None
-    return tuple(axes)
+    return axes
 
 
 def tracked_axes(axes: Sequence[AxisName]) -> frozenset[AxisName]:

@@ -18,6 +18,12 @@ def read(memory: Memory) -> list[Any]:
     ]
 
 
+def newest(memory: Memory) -> Any:
+    """The last step; zero where there was none."""
+    slot = _by_age(memory)[0]
+    return jax.tree.map(lambda x: jnp.asarray(x)[slot], memory.prev_updates)
+
+
 def newest_norm(memory: Memory) -> jax.Array:
     """The length of the last step; 0 where there was none."""
     return jnp.asarray(memory.prev_norms)[_by_age(memory)[0]]

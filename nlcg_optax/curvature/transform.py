@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import optax
 
@@ -494,14 +493,10 @@ def _by_noise(
     )
     size = size * settings.factor(counts.count, dtype)
     finite = balance.nonfinite == before.nonfinite
-
-    def step(d: jax.Array, w: jax.Array, mean: jax.Array, g: jax.Array) -> jax.Array:
-        x = _tree.lift(d)
-        back = (_tree.lift(w) - jnp.asarray(mean)).astype(x.dtype)
-        chosen = jnp.where(finite, _tree.scalar_like(size, x) * x, back)
-        return chosen.astype(g.dtype)
-
-    output = jax.tree.map(step, direction, given.params, balance.average, given.grad)
+    output = noise_balance.scaled(
+        direction, given.params, balance.average, size, finite
+    )
+    output = _tree.cast_like(output, given.grad)
     # What the gradient does not reach stays, though the average remembers it moving.
     output = _only(_tree.is_nonzero(given.grad, settings.axis_name), output)
     after = state._replace(
@@ -554,7 +549,9 @@ def _precondition(
         ]
     states = tuple(one_state for _, one_state in results)
     moves = _tree.is_nonzero(given.grad, settings.axis_name)
-    learns = _tree.is_nonzero(given.raw_grad, settings.axis_name)
+    learns = moves
+    if given.raw_grad is not given.grad:
+        learns = _tree.is_nonzero(given.raw_grad, settings.axis_name)
 
     def precondition(grad: Any) -> Any:
         first = settings.preconditioners[0]
@@ -573,7 +570,7 @@ def _precondition(
     dtype, axis_name = given.loss.dtype, settings.axis_name
     slopes = subspace.slopes_along(given.grad, stacked, dtype, axis_name)[order]
     square = _sum_of_squares(preconditioned[0], dtype, axis_name)
-    last = memory.read(state.memory)[0]
+    last = memory.newest(state.memory)
     return _Directions(
         preconditioned, states, precondition, last, stacked, order, slopes, square
     )

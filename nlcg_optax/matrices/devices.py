@@ -116,7 +116,7 @@ def number_of(params: Any, mesh: Any, axis_name: _tree.AxisName | None) -> int:
         return math.prod(mesh.shape[axis] for axis in _free_axes(mesh))
     with contextlib.suppress(NameError):
         return math.prod(map(jax.lax.axis_size, _tree.bound_axes(axis_name)))
-    axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    axes = _tree.axis_names(axis_name)
     placed = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
     meshes = [s.mesh for s in placed if isinstance(s, NamedSharding)]
     for one in (_mesh_of(mesh), *meshes):
@@ -169,7 +169,7 @@ def create(
         mesh = next(getattr(x, "sharding").mesh for x in values)  # noqa: B009
     axes = _free_axes(mesh)
     if axis_name is not None:
-        axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+        axes = _tree.axis_names(axis_name)
     mapped = False
     with contextlib.suppress(NameError):  # nothing maps them here
         mapped = axis_name is not None and bool(_tree.bound_axes(axis_name))
@@ -183,11 +183,11 @@ def create(
         def zero(x: jax.ShapeDtypeStruct) -> jax.Array:
             shape, spec = (*lead, first.stack.parts, *x.shape), P()
             if share.how == "spread":
-                spec = P(None, tuple(axes))
+                spec = P(None, axes)
             elif share.how == "split" and x.shape[-1:] == (long,):
                 part = -(-long // devices)
                 shape = (shape[0], devices, *shape[2:-1], part)
-                spec = P(None, tuple(axes))
+                spec = P(None, axes)
             if mapped:
                 return _tree.vary(jnp.zeros((shape[0], 1, *shape[2:]), x.dtype), axes)
             if mesh is None or devices == 1:
@@ -451,11 +451,11 @@ def state_specs(state: Any, params: Any, specs: Any, axis_name: _tree.AxisName) 
         (path, jnp.shape(x)): spec
         for (path, x), spec in zip(leaves, structure.flatten_up_to(specs), strict=True)
     }
-    axes = axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    axes = _tree.axis_names(axis_name)
 
     def spec(path: Any, x: Any) -> Any:
         if is_kept(x):
-            spread = P(None, tuple(axes))
+            spread = P(None, axes)
             return jax.tree.map(lambda y: spread if y.shape[1] > 1 else P(), x)
         ends = ((path[i:], jnp.shape(x)) for i in range(len(path)))
         return next((known[end] for end in ends if end in known), P())

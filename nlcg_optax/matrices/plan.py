@@ -80,12 +80,8 @@ class Share:
         """The number of the first of its leaves."""
         return self.groups[0].numbers[0][0]
 
-    def scatter(self, leaves: Sequence[Leaf]) -> list[jax.Array]:
-        """Of each group [rows, devices, parts, small side, long side], to work on."""
-        return [self.scatter_group(i, leaves) for i in range(len(self.groups))]
-
     def scatter_group(self, i: int, leaves: Sequence[Leaf]) -> jax.Array:
-        """Those of the group of a number."""
+        """Of a group [rows, devices, parts, small side, long side], to work on."""
         g = self.groups[i]
         x = g.items(leaves, self.exchange.together)
         if self.how == "spread":
@@ -96,17 +92,10 @@ class Share:
         x = g.to_matrices(x)
         return self.exchange.split(x) if self.how == "split" else x
 
-    def gather(
-        self, stacks: Sequence[jax.Array], leaves: Sequence[Leaf]
-    ) -> Iterator[tuple[int, jax.Array]]:
-        """And back: the leaves, with their numbers."""
-        for i, y in enumerate(stacks):
-            yield from self.gather_group(i, y, leaves)
-
     def gather_group(
         self, i: int, y: jax.Array, leaves: Sequence[Leaf]
     ) -> Iterator[tuple[int, jax.Array]]:
-        """Those of the group of a number."""
+        """And back: its leaves, with their numbers."""
         g = self.groups[i]
         if self.how == "split":
             y = g.from_matrices(self.exchange.unsplit(y, g), g.item)[:, 0]

@@ -384,8 +384,11 @@ def _elementwise(
         v = jnp.where(first, v, _average(b2, v, square))
         used = jnp.where(first, square, v / _correction(b2, count, v.dtype))
     z = over(scaled, _tree.square_root(used), options.eps)
-    size = jnp.where(x == 0, 1, jnp.abs(x)).astype(x.dtype)
-    return mean, jnp.where(finite, v, before), jnp.where(finite, z, x / size)
+    return (
+        mean,
+        jnp.where(finite, v, before),
+        jnp.where(finite, z, over(x, jnp.abs(x), 0)),
+    )
 
 
 def _work(options: _Options, count: jax.typing.ArrayLike = 0) -> plan.Work:
@@ -539,8 +542,7 @@ def _precondition(
     usable &= jnp.isfinite(entries(moment))
     # A matrix whose first gradient was of no use has no basis yet.
     usable_now = usable & ((jnp.asarray(count) == 0) | ~first)
-    size_of = jnp.where(x == 0, 1, jnp.abs(x)).astype(x.dtype)
-    z = jnp.where(usable_now, z, x / size_of)
+    z = jnp.where(usable_now, z, over(x, jnp.abs(x), 0))
     then = Factors(
         left=factors[0],
         right=factors[1],

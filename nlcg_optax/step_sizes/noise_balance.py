@@ -250,15 +250,7 @@ def scale_by_noise_balance(
             raise ValueError(_VALUE_FN)
         new, size = follow(state, average, loss, excess, num_steps, target, delay)
         finite = new.nonfinite == state.nonfinite
-
-        def scale(u: jax.Array, w: jax.Array, mean: jax.Array) -> jax.Array:
-            x = _tree.lift(u)
-            back = (_tree.lift(w) - mean.astype(_tree.lift(w).dtype)).astype(x.dtype)
-            return jnp.where(finite, _tree.scalar_like(size, x) * x, back).astype(
-                u.dtype
-            )
-
-        return jax.tree.map(scale, updates, params, new.average), new
+        return scaled(updates, params, new.average, size, finite), new
 
     return _transformations.make(init_fn, update_fn)
 
@@ -301,6 +293,23 @@ def averaged(state: NoiseBalanceState, params: optax.Params) -> optax.Params:
         return mean + _tree.scalar_like(part, mean) * (x - mean)
 
     return jax.tree.map(one, state.average, params)
+
+
+def scaled(
+    updates: optax.Updates,
+    params: optax.Params,
+    average: optax.Params,
+    size: jax.Array,
+    finite: jax.typing.ArrayLike,
+) -> optax.Updates:
+    """The updates times the rate; to the average where the loss was not finite."""
+
+    def one(u: jax.Array, w: jax.Array, mean: jax.Array) -> jax.Array:
+        x, w = _tree.lift(u), _tree.lift(w)
+        back = (w - jnp.asarray(mean).astype(w.dtype)).astype(x.dtype)
+        return jnp.where(finite, _tree.scalar_like(size, x) * x, back).astype(u.dtype)
+
+    return jax.tree.map(one, updates, params, average)
 
 
 def excess_of(

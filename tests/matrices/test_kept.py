@@ -10,12 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from long_run import rest_long
 from test_placement import (
-    AXES,
+    LAYOUTS,
     ONE,
-    TWO,
-    both,
     difference,
-    first,
     free_messages,  # noqa: F401 - a fixture
     gradients,
     last,
@@ -43,14 +40,6 @@ SHAPES = {
 }
 LAYERS = {"layers": (16, 8, 24), "more": (3, 8, 24), "bias": (3, 8)}
 FEW = {"layers": LAYERS["layers"]}
-LAYOUTS = {
-    "first": (ONE, first("fsdp")),
-    "last": (ONE, last("fsdp")),
-    "replicated": (ONE, replicated),
-    "one of two": (TWO, last("fsdp")),
-    "both on one": (TWO, first(AXES)),
-    "one each": (TWO, both(*AXES)),
-}
 CASES = {
     f"{door}, {name}": (SHAPES, layout, where, door)
     for name, (where, layout) in LAYOUTS.items()
