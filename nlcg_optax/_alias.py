@@ -12,6 +12,7 @@ from nlcg_optax import _check, _transformations, _tree
 from nlcg_optax.curvature.transform import scale_by_quadratic_model
 from nlcg_optax.directions.beta import BetaFunction
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
+from nlcg_optax.matrices import recognition
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.orthogonalization import scale_by_orthogonalization
 from nlcg_optax.preconditioners.soap import scale_by_soap
@@ -179,8 +180,10 @@ def nlcg_auto(
         direction.
       noise_direction: what makes the direction once noise rules, as for
         :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
-        gradients (of 0.9), scaled as by Adam in the basis of their Gram matrices:
-        ``scale_by_soap(0.9)``, and 0.2 of it for vectors.
+        gradients, scaled as by Adam in the basis of their Gram matrices:
+        ``scale_by_soap(0.95, nesterov=True)``, and 0.2 of it for vectors. A matrix with
+        a side longer than 1,024, and 32 times the other, has no basis: of an embedding
+        a batch touches but a few rows.
       residuals: residual directions, each of which takes a backward pass on the part of
         the batch that the curvature is taken on: 5 where that is all of the data.
       multiplier: of the step, a number or a schedule of the count: 1, or a final decay.
@@ -299,16 +302,36 @@ def nlcg_paper(
     )
 
 
+# Matrices as long as that, and so many times as long as wide, have no basis.
+_LONG, _TALL = 1024, 32
+
+
 def _averaged_basis(
     epsilon: float, axis_name: _tree.AxisName | None
 ) -> optax.GradientTransformation:
     """SOAP's direction, all leaves of one scale: one rate is found for all of them."""
-    soap = scale_by_soap(0.9, eps=epsilon, axis_name=axis_name)
+    soap = scale_by_soap(
+        0.95, eps=epsilon, nesterov=True, matrices=_not_tall, axis_name=axis_name
+    )
 
     def level(u: jax.Array) -> jax.Array:
         return u if jnp.ndim(u) > 1 else u * _tree.real_scalar(0.2, u.real.dtype)
 
     return optax.chain(soap, optax.stateless(lambda u, _: jax.tree.map(level, u)))
+
+
+def _not_tall(path: Any, leaf: Any) -> recognition.Matrix | None:
+    """What :func:`nlcg_optax.matrices.recognize` says, but of embeddings by shape."""
+    matrix = recognition.recognize(path, leaf)
+    if matrix is None:
+        return None
+    shape = jnp.shape(leaf)
+    rows, columns = (
+        math.prod(shape[axis] for axis in axes)
+        for axes in (matrix.rows, matrix.columns)
+    )
+    long, short = max(rows, columns), min(rows, columns)
+    return None if long > _LONG and long >= _TALL * short else matrix
 
 
 def _preconditioner(

@@ -243,7 +243,17 @@ def second_moments(gradients, decay=0.99, epsilon=1e-8):
     return out
 
 
-def soap(gradients, b1=0.0, b2=0.95, eps=1e-8, every=1, max_side=1024, linear=False):
+def soap(
+    gradients,
+    b1=0.0,
+    b2=0.95,
+    eps=1e-8,
+    *,
+    nesterov=False,
+    every=1,
+    max_side=1024,
+    linear=False,
+):
     """SOAP of matrices as its paper states it (Algorithm 3), with a first step."""
     out, bases, roundings = [], [], 64 * np.finfo(np.float64).eps
     for count, g in enumerate(gradients):
@@ -267,6 +277,8 @@ def soap(gradients, b1=0.0, b2=0.95, eps=1e-8, every=1, max_side=1024, linear=Fa
         inside = left.conj().T @ (m if count else g) @ right
         if count:
             inside = inside / (1 - b1**count)
+            if nesterov:
+                inside = b1 * inside + (1 - b1) * left.conj().T @ g @ right
             before, v = v, b2 * v + (1 - b2) * square
             used = v / (1 - b2**count)
             if linear:
@@ -296,16 +308,37 @@ class NoiseBalance:
     older: float = 0.0
     variance: float = 0.0
     mean: object = 0.0
+    discounted: float = 0.0
+    doubt: float = 0.0
+    steps: int = 0
+    before: tuple = (0.0, 0.0)
 
     def average(self, x):
         """The average of the parameters, with these."""
         a = max(1 / (self.n + 1), 1 / max(10, (self.n + 1) / 10))
+        self.before = self.mean, self.age
         self.mean = self.mean + a * (x - self.mean)
         self.age = (1 - a) * (self.age + 1)
         return self.mean
 
     def step(self, loss, there):
-        """The rate of a step, from the losses at the parameters and their average."""
+        """The rate of a step, from the losses at the parameters and their average.
+
+        None where the parameters go back to their average.
+        """
+        mean, age = self.before
+        old = dataclasses.replace(self, mean=mean, age=age)
+        rate = self._step(loss, there)
+        steered = self.steps / self.num_steps < 0.55
+        self.steps += 1
+        if steered and self.n > 10 and self.excess > 4 * (self.discounted + self.doubt):
+            rate = None
+            vars(self).update(
+                vars(old), rate=old.rate / 4, excess=0.0, steps=self.steps
+            )
+        return rate
+
+    def _step(self, loss, there):
         self.n += 1
         n = self.n
         short, long = 9 / (n + 8), 2 / (n + 1)
@@ -321,8 +354,9 @@ class NoiseBalance:
         if self.older - self.past > 1.5 * gain:
             gain *= 1.5 * gain / (self.older - self.past)
         doubt = math.sqrt(self.variance * 9 / (n + 8))
+        self.discounted, self.doubt = gain, doubt
         wanted = self.target * max(gain, 0.1 * doubt)
-        part = (n - 1) / self.num_steps
+        part = self.steps / self.num_steps
         size = wanted + abs(cost) + min(doubt, gain)
         if n > 1 and part < 0.55 and size > 0:
             window = (n + 8) / 9

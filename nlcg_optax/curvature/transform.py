@@ -492,26 +492,25 @@ def _by_noise(
         before, average, loss, excess, left, _TARGET, _DELAY
     )
     size = size * settings.factor(counts.count, dtype)
-    finite = balance.nonfinite == before.nonfinite
-    output = noise_balance.scaled(
-        direction, given.params, balance.average, size, finite
-    )
+    taken = noise_balance.goes_on(before, balance)
+    output = noise_balance.scaled(direction, given.params, balance.average, size, taken)
     output = _tree.cast_like(output, given.grad)
     # What the gradient does not reach stays, though the average remembers it moving.
     output = _only(_tree.is_nonzero(given.grad, settings.axis_name), output)
+    skipped = jnp.asarray(balance.nonfinite) - jnp.asarray(before.nonfinite)
     after = state._replace(
         last=state.last._replace(
-            prev_value=jnp.where(finite, given.loss, state.last.prev_value),
-            prev_slope=jnp.where(finite, size * slope, 0),
+            prev_value=jnp.where(taken, given.loss, state.last.prev_value),
+            prev_slope=jnp.where(taken, size * slope, 0),
             prev_curvature=jnp.zeros([], dtype),
         ),
         noise=known._replace(
-            direction_state=_tree.where(finite, direction_state, known.direction_state),
+            direction_state=_tree.where(taken, direction_state, known.direction_state),
             balance=balance,
         ),
         counts=counts._replace(
             count=optax.safe_increment(counts.count),
-            nonfinite=jnp.asarray(counts.nonfinite) + (~finite).astype(jnp.int32),
+            nonfinite=jnp.asarray(counts.nonfinite) + skipped,
         ),
     )
     return output, after

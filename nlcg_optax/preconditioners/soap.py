@@ -94,6 +94,7 @@ class _Options(NamedTuple):
     linear: bool
     precision: str
     averaged: bool  # whether there is a mean
+    nesterov: bool
 
 
 def scale_by_soap(
@@ -101,6 +102,7 @@ def scale_by_soap(
     b2: float = 0.95,
     eps: float = 1e-8,
     *,
+    nesterov: bool = False,
     every: int = 1,
     max_side: int = 1024,
     linear: bool = False,
@@ -152,6 +154,8 @@ def scale_by_soap(
         in [0, 1); SOAP's own is 0.95.
       b2: :math:`\beta_2`, decay of the other averages, in [0, 1).
       eps: :math:`\epsilon`, at least 0.
+      nesterov: look ahead, as Nadam (and Muon) does: scale ``b1`` of the average and
+        ``1 - b1`` of the gradient itself.
       every: steps between two renewals of the bases, at least 1, once there were so
         many steps. SOAP's own is 10.
       max_side: a side that is longer has no basis: its Q is the identity.
@@ -214,6 +218,7 @@ def scale_by_soap(
         linear=bool(linear),
         precision=precision,
         averaged=isinstance(b1, jax.Array) or b1 != 0,
+        nesterov=bool(nesterov),
     )
 
     def init_fn(params: optax.Params) -> SoapState:
@@ -374,6 +379,8 @@ def _elementwise(
     if mean is not None:
         mean = jnp.where(first, mean, _average(b1, mean, x))
         scaled = mean / _correction(b1, count, v.dtype).astype(x.dtype)
+        if options.nesterov:
+            scaled = _average(b1, scaled, x)
         scaled = jnp.where(first, x, scaled)
     if options.linear:
         used = jnp.where(first, (square + jnp.mean(square)) / 2, v)
@@ -526,7 +533,8 @@ def _precondition(
         moment = _average(b2, kept.second_moment, _tree.abs_sq(inside))
         if mean is not None:
             correction = across(_correction(b1, kept.seen, real))
-            inside = rotate(mean) / correction.astype(x.dtype)
+            average = rotate(mean) / correction.astype(x.dtype)
+            inside = _average(b1, average, inside) if options.nesterov else average
         used = moment / across(_correction(b2, kept.seen, real))
         if options.linear:
             used = kept.second_moment

@@ -25,8 +25,9 @@ _LEAST = 0.1
 _SPEED = 1.4
 # The part of a run in which the rate is steered; then it falls to zero along a line.
 _STEERED = 0.55
-# What is left of the rate after a loss that is not finite.
-_CUT = 0.25
+# What is left of the rate after a loss that is not finite, or an excess that is more
+# than so many gains.
+_CUT, _FAR = 0.25, 4.0
 
 _VALUE = (
     "the rate follows the loss. Call `update(grads, state, params, value=loss, "
@@ -95,6 +96,8 @@ class NoiseBalanceState(NamedTuple):
     Attributes:
       count: calls of `update`, int32 scalar.
       nonfinite: losses seen that were not finite, int32 scalar.
+      returns: how often the parameters went back to their average for an excess that
+        was far too large, int32 scalar.
       average: of the parameters over the last tenth of the steps, float32 or wider.
       size: the rate of the last step, with its decay.
       balance: what the rate is steered by.
@@ -102,6 +105,7 @@ class NoiseBalanceState(NamedTuple):
 
     count: jax.typing.ArrayLike
     nonfinite: jax.typing.ArrayLike
+    returns: jax.typing.ArrayLike
     average: optax.Params
     size: jax.Array
     balance: Balance
@@ -120,6 +124,7 @@ class NoiseBalanceState(NamedTuple):
             "noise_ratio": ratio,
             "noise_rate": self.size,
             "noise_nonfinite": self.nonfinite,
+            "noise_returns": self.returns,
         }
 
 
@@ -160,10 +165,11 @@ def scale_by_noise_balance(
     the end is not known it is steered throughout, and :func:`eval_params` gives the
     parameters to evaluate.
 
-    After a loss that is not finite the parameters become their average, and the rate a
-    quarter of what it was, which is counted. (The state of a piece before this one, of
-    a direction that averages, say, has seen the gradient then:
-    ``optax.apply_if_finite`` around all of it leaves that out.)
+    After a loss that is not finite, or where E is more than four times R + σ, the
+    parameters become their average, and the rate a quarter of what it was, which is
+    counted: what a rate that is far too large breaks does not heal by itself. (The
+    state of a piece before this one, of a direction that averages, say, has seen the
+    gradient then: ``optax.apply_if_finite`` around all of it leaves that out.)
 
     It follows any direction, as a final scaling that needs no learning rate:
     ``optax.chain(optax.scale_by_adam(), scale_by_noise_balance(num_steps),
@@ -249,8 +255,8 @@ def scale_by_noise_balance(
         else:
             raise ValueError(_VALUE_FN)
         new, size = follow(state, average, loss, excess, num_steps, target, delay)
-        finite = new.nonfinite == state.nonfinite
-        return scaled(updates, params, new.average, size, finite), new
+        taken = goes_on(state, new)
+        return scaled(updates, params, new.average, size, taken), new
 
     return _transformations.make(init_fn, update_fn)
 
@@ -266,6 +272,7 @@ def begin(params: optax.Params, rate: jax.typing.ArrayLike) -> NoiseBalanceState
     return NoiseBalanceState(
         count=jnp.zeros([], jnp.int32),
         nonfinite=jnp.zeros([], jnp.int32),
+        returns=jnp.zeros([], jnp.int32),
         # A copy, for a buffer that is donated must not be shared.
         average=jax.tree.map(lambda x: jnp.array(_tree.lift(x), copy=True), params),
         size=_tree.real_scalar(rate, dtype),
@@ -300,14 +307,14 @@ def scaled(
     params: optax.Params,
     average: optax.Params,
     size: jax.Array,
-    finite: jax.typing.ArrayLike,
+    taken: jax.typing.ArrayLike,
 ) -> optax.Updates:
-    """The updates times the rate; to the average where the loss was not finite."""
+    """The updates times the rate; to the average where no step is taken."""
 
     def one(u: jax.Array, w: jax.Array, mean: jax.Array) -> jax.Array:
         x, w = _tree.lift(u), _tree.lift(w)
         back = (w - jnp.asarray(mean).astype(w.dtype)).astype(x.dtype)
-        return jnp.where(finite, _tree.scalar_like(size, x) * x, back).astype(u.dtype)
+        return jnp.where(taken, _tree.scalar_like(size, x) * x, back).astype(u.dtype)
 
     return jax.tree.map(one, updates, params, average)
 
@@ -399,16 +406,32 @@ def follow(
     )
     balance = balance._replace(rate=balance.rate * jnp.exp(grown))
     finite = jnp.isfinite(loss) & jnp.isfinite(excess)
-    cut = state.balance._replace(rate=_CUT * state.balance.rate)
+    far = finite & steered & (jnp.asarray(balance.seen).astype(dtype) > _FEWEST)
+    far &= balance.excess > _FAR * (balance.gain + balance.doubt)
     counted = _transformations.increment(done)
     size = decay * balance.rate
-    new = NoiseBalanceState(counted, state.nonfinite, average, size, balance)
-    skipped = state._replace(
+    new = state._replace(count=counted, average=average, size=size, balance=balance)
+    cut = state.balance._replace(
+        rate=_CUT * state.balance.rate,
+        # At the average there is none.
+        excess=jnp.where(far, 0, state.balance.excess),
+    )
+    began = jnp.asarray(state.balance.seen) > 0
+    back = state._replace(
         count=counted,
-        nonfinite=_transformations.increment(jnp.asarray(state.nonfinite)),
+        # Where there is none yet the parameters stay.
+        average=_tree.where(began, state.average, average),
+        nonfinite=jnp.asarray(state.nonfinite) + (~finite).astype(jnp.int32),
+        returns=jnp.asarray(state.returns) + far.astype(jnp.int32),
         balance=cut,
     )
-    return _tree.where(finite, new, skipped), size
+    return _tree.where(finite & ~far, new, back), size
+
+
+def goes_on(before: NoiseBalanceState, after: NoiseBalanceState) -> jax.Array:
+    """Whether the step was one of the direction, and not back to the average."""
+    back = jnp.asarray(after.nonfinite) + jnp.asarray(after.returns)
+    return back == jnp.asarray(before.nonfinite) + jnp.asarray(before.returns)
 
 
 def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:

@@ -43,11 +43,20 @@ def factors(state):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize(("b1", "every"), [(0.0, 1), (0.9, 1), (0.0, 3), (0.9, 3)])
-def test_matrices_agree_with_oracle(b1, every, linear, dtype):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"b1": b1, "every": every, "linear": linear}
+        for b1 in (0.0, 0.9)
+        for every in (1, 3)
+        for linear in (False, True)
+    ]
+    + [{"b1": 0.9, "nesterov": True}],
+    ids=str,
+)
+def test_matrices_agree_with_oracle(options, dtype):
     grads = gradients(dtype=dtype)
-    options = {"b1": b1, "b2": 0.8, "every": every, "linear": linear}
+    options = {"b2": 0.8, **options}
     got, state = run(grads, **options)
     for z, expected in zip(got, oracle.soap(grads, **options), strict=True):
         np.testing.assert_allclose(z, expected, atol=1e-9)
@@ -85,6 +94,18 @@ def test_other_leaves_are_scaled_as_by_adam_from_the_second_gradient_on():
         np.testing.assert_allclose(
             z["embedding"], 0.2 * expected["embedding"], rtol=1e-9
         )
+
+
+def test_other_leaves_look_ahead_as_by_nadam():
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(size=4) for _ in range(5)]
+    got, _ = run(grads, b1=0.5, b2=0.8, nesterov=True)
+    mean, v = 0.0, 0.0
+    for t, (z, g) in enumerate(zip(got, grads, strict=True)):
+        if t:
+            mean, v = 0.5 * mean + 0.5 * g, 0.8 * v + 0.2 * g**2
+            ahead = 0.5 * mean / (1 - 0.5**t) + 0.5 * g
+            np.testing.assert_allclose(z, ahead / np.sqrt(v / (1 - 0.8**t)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7)], ids=str)

@@ -15,17 +15,20 @@ from nlcg_optax import scale_by_noise_balance
 from nlcg_optax.step_sizes import noise_balance
 
 
-def noisy_losses(count, seed=0):
+def noisy_losses(count, seed=0, jump=None):
     rng = np.random.default_rng(seed)
     there = 3 * np.exp(-np.arange(count) / 20) + 1 / np.sqrt(1 + np.arange(count))
     there += 0.05 * rng.normal(size=count)
-    return there + 0.1 * rng.uniform(size=count), there
+    losses = there + 0.1 * rng.uniform(size=count)
+    if jump:
+        losses[jump : jump + 5] += 30
+    return losses, there
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("target", [1.0, 0.5])
-def test_rates_are_those_of_the_formulas(target):
-    losses, theres = noisy_losses(150)
+@pytest.mark.parametrize(("target", "jump"), [(1.0, None), (0.5, None), (1.0, 60)])
+def test_rates_are_those_of_the_formulas(target, jump):
+    losses, theres = noisy_losses(150, jump=jump)
     tx = scale_by_noise_balance(150, first_rate=0.01, target=target)
     x = jnp.zeros([1], jnp.float64)
     state, sizes = tx.init(x), []
@@ -41,9 +44,11 @@ def test_rates_are_those_of_the_formulas(target):
     expected = []
     for pair in zip(losses, theres, strict=True):
         balance.average(0.0)
-        expected.append(balance.step(*pair))
+        expected.append(balance.step(*pair) or 0.0)
     np.testing.assert_allclose(sizes, expected, rtol=1e-12)
-    assert sizes[-1] < sizes[80] / 20
+    assert sizes[-1] < max(sizes) / 20
+    assert state.returns == sum(size == 0 for size in expected)
+    assert state.returns or not jump
 
 
 def test_average_is_of_ten_steps_and_then_of_a_tenth():
@@ -148,6 +153,29 @@ def test_a_loss_that_is_no_number_goes_back_to_the_average_and_cuts_the_rate():
     )
     x, state, *_ = run(tx, state, back, 51, 349)
     assert value_of(x, jnp.zeros(10)) < 0.06
+
+
+def test_a_rate_that_is_far_too_large_goes_back_to_the_average():
+    tx = balanced(0.01)
+    x, state, *_ = run(tx, *start(tx), 0, 50)
+    balance = state[1].balance
+    state = (state[0], state[1]._replace(balance=balance._replace(rate=300.0)))
+    x, after, _, losses = run(tx, state, x, 50, 30)
+    assert losses[1] > 1e5 and losses[2] < losses[0]
+    assert 3 < after[1].returns < 10 and after[1].nonfinite == 0
+    assert losses[-1] < 1 and after[1].balance.rate < 1
+    x, after, *_ = run(tx, after, x, 80, 320)
+    assert value_of(x, jnp.zeros(10)) < 0.1
+
+
+def test_a_first_loss_that_is_no_number_moves_nothing():
+    tx = balanced(0.01)
+    state, x = start(tx)
+    # In a quadratic model the average is that of another time when noise comes to rule.
+    state = (state[0], state[1]._replace(average=jnp.full(10, 7.0)))
+    back, state, *_ = run(tx, state, x, 0, 1, bad=0)
+    np.testing.assert_array_equal(back, x)
+    np.testing.assert_array_equal(state[1].average, x)
 
 
 def test_a_run_resumes_bit_for_bit():
