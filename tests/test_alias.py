@@ -534,3 +534,18 @@ def test_what_each_front_door_takes(make, options, needles):
         make(**options)
     for needle in needles:
         assert needle in str(error.value)
+
+
+def test_where_noise_rules_a_tall_matrix_has_no_basis():
+    shapes = {"words": (2048, 16), "head": (16, 2048), "kernel": (2048, 128)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    (state,) = (
+        node
+        for node in jax.tree.leaves(
+            nlcg_optax.nlcg_auto(100).init(params),
+            is_leaf=lambda node: isinstance(node, nlcg_optax.SoapState),
+        )
+        if isinstance(node, nlcg_optax.SoapState)
+    )
+    kept = {name: isinstance(state.second_moment[name], jax.Array) for name in shapes}
+    assert kept == {"words": True, "head": True, "kernel": False}

@@ -1,8 +1,10 @@
+import dataclasses
 import functools
 import math
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -660,3 +662,50 @@ def test_sharded_parameters():
         timeout=HANGING_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_scipy_names_of_a_result():
+    result = minimize(lambda x: jnp.sum((x - 2.0) ** 2), jnp.zeros(3))
+    pairs = zip("x fun nit nfev njev".split(), (0, 1, 3, 4, 5), strict=True)
+    for name, place in pairs:
+        assert getattr(result, name) is result[place], name
+    with pytest.raises(AttributeError, match=r"'jac': .*jax\.grad\(fun\)"):
+        _ = result.jac
+    with pytest.raises(AttributeError, match="'parms': it has params, value"):
+        _ = result.parms
+
+
+@dataclasses.dataclass
+class Problem:
+    data: Any
+
+    def __call__(self, x):
+        return jnp.sum((x - self.data) ** 2)
+
+    def loss(self, x):
+        return self(x)
+
+
+@pytest.mark.parametrize("kind", ["object", "method", "partial", "jitted"])
+def test_objectives_that_are_objects(kind):
+    problem = Problem(jnp.arange(3.0))
+    fun = {
+        "object": problem,
+        "method": problem.loss,
+        "partial": functools.partial(Problem.loss, problem),
+        "jitted": jax.jit(problem.loss),
+    }[kind]
+    np.testing.assert_allclose(minimize(fun, jnp.zeros(3)).x, problem.data, atol=1e-4)
+    # Another object is another function, though it may be equal.
+    other = Problem(1 + jnp.arange(3.0))
+    np.testing.assert_allclose(minimize(other, jnp.zeros(3)).x, other.data, atol=1e-4)
+
+
+def test_a_start_in_float64_that_becomes_float32_is_told_of():
+    def fun(x):
+        return jnp.sum((x - 2.0) ** 2)
+
+    with pytest.warns(UserWarning, match="jax_enable_x64"):
+        minimize(fun, np.zeros(3))
+    minimize(fun, np.zeros(3, np.float32))  # warnings are errors here
+    minimize(fun, jnp.zeros(3))

@@ -1,4 +1,4 @@
-"""The figures that other documents show: `results/figures.md`, of the recorded rows.
+"""What other documents show: `results/figures.md` and `overview.png`, of the rows.
 
     python benchmarks/large_batch/figures.py
 
@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import matplotlib.pyplot as plt
 import protocol
 import report
 import targets
@@ -49,6 +50,16 @@ SAMPLED = {
     "autoencoder": (32, 128, 512, 1_024),
     "autoencoder_cifar": (256, 1_024, 4_096),
 }
+
+# The lines of the picture on the first page, in colours that most eyes tell apart.
+LINES = {
+    CURVATURE: ("nlcg_auto,\nnothing tuned", "#0072B2"),
+    "muon β=0.8": ("Muon, tuned", "#D55E00"),
+    "soap β=0.8": ("SOAP, tuned", "#009E73"),
+    "adamw": ("AdamW, tuned", "#767676"),
+    "momentum": ("momentum, tuned", "#A0A0A0"),
+}
+APART = 0.055  # two labels, in parts of the axis
 
 
 class Results:
@@ -208,6 +219,47 @@ def figures(folder: pathlib.Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def overview(results: Results, path: pathlib.Path) -> None:
+    """The picture of the first page: accuracy by batch size, a name at each line."""
+    sizes = WORKLOADS["cifar10_jpeg"](None).batch_sizes
+    figure, axes = plt.subplots(figsize=(7, 3.9), layout="constrained")
+    ends = {}
+    for name, (_, colour) in LINES.items():
+        rows = [report.accuracy(results.rows("cifar10_jpeg", name, s)) for s in sizes]
+        points = [
+            (s, 100 * x[0]) for s, x in zip(sizes, rows, strict=True) if x is not None
+        ]
+        width = 3 if name == CURVATURE else 1.5
+        axes.plot(
+            *zip(*points, strict=True), "o-", color=colour, lw=width, ms=width + 2
+        )
+        ends[name] = points[-1][1]
+    low, high = axes.get_ylim()
+    at = math.inf
+    for name in sorted(ends, key=ends.__getitem__, reverse=True):
+        label, colour = LINES[name]
+        at = min(ends[name], at - APART * (high - low))
+        axes.annotate(
+            label,
+            (1.02, at),
+            xycoords=("axes fraction", "data"),
+            color=colour,
+            weight="bold" if name == CURVATURE else "normal",
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set(xlabel="images in a batch, of 5,000", ylabel="test accuracy, %")
+    axes.set_title("A ResNet-8 on CIFAR-10 after 30 epochs", loc="left")
+    figure.savefig(path, dpi=120, facecolor="white")
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     results = pathlib.Path(__file__).resolve().parent / "results"
     (results / "figures.md").write_text(figures(results))
+    overview(Results(results), results / "overview.png")

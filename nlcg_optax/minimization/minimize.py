@@ -4,11 +4,13 @@ import difflib
 import functools
 import inspect
 import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from nlcg_optax import _check, _tree
@@ -199,6 +201,7 @@ def minimize(
         isinstance(x, numbers.Real) and not isinstance(x, bool) for x in params
     ):
         params = jnp.asarray(params, float)
+    _warn_of_less_precision(params)
     params = jax.tree.map(jnp.asarray, params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
@@ -210,7 +213,49 @@ def minimize(
     dtype = _tree.scalar_dtype(params)
     if gtol is None:
         gtol = 1e-5 if dtype == jnp.float32 else 1e-8
+    try:
+        hash(fun)
+    except TypeError:  # a dataclass with `__call__`, say
+        fun = _Itself(fun)
     return _minimize(fun, options, params, args, jnp.asarray(gtol, dtype))
+
+
+class _Itself:
+    """A function that is equal to itself alone, whatever its own class says.
+
+    Of one that changes between two calls what is compiled knows nothing, as of any
+    other function's surroundings.
+    """
+
+    def __init__(self, fun: Callable[..., Any]):
+        self.fun = fun
+
+    def __hash__(self) -> int:
+        return id(self.fun)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.fun is other.fun
+
+    def __call__(self, *args: Any) -> Any:
+        return self.fun(*args)
+
+
+def _warn_of_less_precision(params: Any) -> None:
+    """Warns where NumPy's float64 becomes float32."""
+    wide = (np.float64, np.complex128)
+    if jax.config.read("jax_enable_x64") or not any(
+        isinstance(x, np.ndarray | np.generic) and x.dtype in wide
+        for x in jax.tree.leaves(params)
+    ):
+        return
+    warnings.warn(
+        "The start is in float64, and JAX computes in float32: the solution has six "
+        "digits at most, and gtol is 1e-5. For float64 call "
+        '`jax.config.update("jax_enable_x64", True)` before anything else; for float32 '
+        "pass a start of that dtype.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

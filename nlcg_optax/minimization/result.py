@@ -26,10 +26,22 @@ RUNNING, GTOL, FTOL, MAX_ITER, STUCK, BAD_START, NONFINITE, CALLBACK, UNBOUNDED 
 )
 
 
+# What has no place in a result of ours, for those who come from scipy.
+_INSTEAD = {
+    "jac": "its largest element is `grad_norm`; jax.grad(fun)(result.params) is all",
+    "hess": "jax.hessian(fun)(result.params) is the Hessian there",
+    "hess_inv": "jnp.linalg.inv(jax.hessian(fun)(result.params)) is the inverse, which "
+    "times the residual variance is the covariance of a least-squares fit",
+    "nhev": "no Hessian is evaluated",
+    "maxcv": "there are no constraints",
+}
+
+
 class MinimizeResult(NamedTuple):
     """Where :func:`minimize` stopped and why.
 
-    Under `vmap` every field has a leading axis.
+    Under `vmap` every field has a leading axis. Scipy's names ``x``, ``fun``, ``nit``,
+    ``nfev`` and ``njev`` read the fields that they mean.
 
     Attributes:
       params: the parameters reached.
@@ -69,6 +81,35 @@ class MinimizeResult(NamedTuple):
     def success(self) -> jax.Array:
         """Whether a tolerance was met."""
         return (self.status == GTOL) | (self.status == FTOL)
+
+    @property
+    def x(self) -> Any:
+        """`params`, by scipy's name."""
+        return self.params
+
+    @property
+    def fun(self) -> jax.Array:
+        """`value`, by scipy's name."""
+        return self.value
+
+    @property
+    def nit(self) -> jax.Array:
+        """`iterations`, by scipy's name."""
+        return self.iterations
+
+    @property
+    def nfev(self) -> jax.Array:
+        """`value_evaluations`, by scipy's name."""
+        return self.value_evaluations
+
+    @property
+    def njev(self) -> jax.Array:
+        """`grad_evaluations`, by scipy's name."""
+        return self.grad_evaluations
+
+    def __getattr__(self, name: str) -> Any:
+        told = _INSTEAD.get(name, f"it has {', '.join(self._fields)}")
+        raise AttributeError(f"MinimizeResult has no {name!r}: {told}.")
 
     def __repr__(self) -> str:
         """Why it stopped, where, and after how much work, in a few lines."""

@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import nlcg_optax
+
 DEFAULT_CONFIG = "digits_resnet8"
 
 _DESCRIPTION = """\
@@ -153,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a built-in config, or a file that ends in .py (default: %(default)s); a "
         "wrong --config.FIELD=VALUE lists the fields",
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"nlcg-optax {nlcg_optax.__version__}",
+        help="print the version, and end",
     )
     lists = parser.add_argument_group("lists, instead of training")
     lists.add_argument(

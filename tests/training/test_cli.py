@@ -11,6 +11,7 @@ import pytest
 from tiny import CONFIG, ROOT
 from waiting import HANGING_SECONDS
 
+import nlcg_optax
 from nlcg_optax.training import cli, data
 from nlcg_optax.training.config import builtin_configs
 
@@ -99,6 +100,13 @@ def test_a_wrong_config_file_is_a_sentence_and_exit_code_2(text, tmp_path, capsy
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1, error
     assert not (tmp_path / "run").exists()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"nlcg-optax {nlcg_optax.__version__}\n"
 
 
 def test_help_tells_the_flags_and_the_exit_codes(capsys):
