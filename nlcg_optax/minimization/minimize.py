@@ -243,7 +243,7 @@ class _Itself:
 def _warn_of_less_precision(params: Any) -> None:
     """Warns where NumPy's float64 becomes float32."""
     wide = (np.float64, np.complex128)
-    if jax.config.read("jax_enable_x64") or not any(
+    if jax.dtypes.canonicalize_dtype(np.float64) == np.float64 or not any(
         isinstance(x, np.ndarray | np.generic) and x.dtype in wide
         for x in jax.tree.leaves(params)
     ):
