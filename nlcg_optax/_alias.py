@@ -325,12 +325,8 @@ def _not_tall(path: Any, leaf: Any) -> recognition.Matrix | None:
     matrix = recognition.recognize(path, leaf)
     if matrix is None:
         return None
-    shape = jnp.shape(leaf)
-    rows, columns = (
-        math.prod(shape[axis] for axis in axes)
-        for axes in (matrix.rows, matrix.columns)
-    )
-    long, short = max(rows, columns), min(rows, columns)
+    _, rows, columns = matrix.sides(jnp.shape(leaf))
+    short, long = sorted((rows, columns))
     return None if long > _LONG and long >= _TALL * short else matrix
 
 

@@ -171,8 +171,7 @@ def batches(workload: str, *sizes: int) -> list[tuple[str, int, str]]:
     return [(workload, size, f"batch {size:,}") for size in sizes]
 
 
-def figures(folder: pathlib.Path) -> str:
-    results = Results(folder)
+def figures(results: Results) -> str:
     best = ("soap β=0.8", "muon β=0.8")
     jpeg = batches("cifar10_jpeg", 250, 1_000, 2_500, 5_000)
     ten_times = batches("cifar10_jpeg_all", 50_000)
@@ -260,6 +259,7 @@ def overview(results: Results, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    results = pathlib.Path(__file__).resolve().parent / "results"
-    (results / "figures.md").write_text(figures(results))
-    overview(Results(results), results / "overview.png")
+    folder = pathlib.Path(__file__).resolve().parent / "results"
+    rows = Results(folder)
+    (folder / "figures.md").write_text(figures(rows))
+    overview(rows, folder / "overview.png")

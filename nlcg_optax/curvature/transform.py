@@ -488,11 +488,10 @@ def _by_noise(
     average, excess = seen
     left = _tree.real_scalar(settings.horizon, dtype)
     left = left - jnp.asarray(known.since).astype(dtype)
-    balance, size = noise_balance.follow(
+    balance, size, taken = noise_balance.follow(
         before, average, loss, excess, left, _TARGET, _DELAY
     )
     size = size * settings.factor(counts.count, dtype)
-    taken = noise_balance.goes_on(before, balance)
     output = noise_balance.scaled(direction, given.params, balance.average, size, taken)
     output = _tree.cast_like(output, given.grad)
     # What the gradient does not reach stays, though the average remembers it moving.

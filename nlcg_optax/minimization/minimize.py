@@ -4,6 +4,8 @@ import difflib
 import functools
 import inspect
 import numbers
+import operator
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -216,28 +218,9 @@ def minimize(
     try:
         hash(fun)
     except TypeError:  # a dataclass with `__call__`, say
-        fun = _Itself(fun)
+        # A bound method is equal to another of the same object alone.
+        fun = types.MethodType(operator.call, fun)
     return _minimize(fun, options, params, args, jnp.asarray(gtol, dtype))
-
-
-class _Itself:
-    """A function that is equal to itself alone, whatever its own class says.
-
-    Of one that changes between two calls what is compiled knows nothing, as of any
-    other function's surroundings.
-    """
-
-    def __init__(self, fun: Callable[..., Any]):
-        self.fun = fun
-
-    def __hash__(self) -> int:
-        return id(self.fun)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self.fun is other.fun
-
-    def __call__(self, *args: Any) -> Any:
-        return self.fun(*args)
 
 
 def _warn_of_less_precision(params: Any) -> None:

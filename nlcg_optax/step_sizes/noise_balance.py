@@ -254,8 +254,9 @@ def scale_by_noise_balance(
             excess = excess_of(curvature, loss, params, average)
         else:
             raise ValueError(_VALUE_FN)
-        new, size = follow(state, average, loss, excess, num_steps, target, delay)
-        taken = goes_on(state, new)
+        new, size, taken = follow(
+            state, average, loss, excess, num_steps, target, delay
+        )
         return scaled(updates, params, new.average, size, taken), new
 
     return _transformations.make(init_fn, update_fn)
@@ -381,8 +382,10 @@ def follow(
     num_steps: jax.typing.ArrayLike | None,
     target: jax.typing.ArrayLike,
     delay: jax.typing.ArrayLike,
-) -> tuple[NoiseBalanceState, jax.Array]:
-    """The state after a step, and the rate of this one, with its decay.
+) -> tuple[NoiseBalanceState, jax.Array, jax.Array]:
+    """The state after a step, the rate of this one with its decay, and if it is taken.
+
+    Where it is not, the parameters go back to their average.
 
     Args:
       state: the one before.
@@ -425,13 +428,8 @@ def follow(
         returns=jnp.asarray(state.returns) + far.astype(jnp.int32),
         balance=cut,
     )
-    return _tree.where(finite & ~far, new, back), size
-
-
-def goes_on(before: NoiseBalanceState, after: NoiseBalanceState) -> jax.Array:
-    """Whether the step was one of the direction, and not back to the average."""
-    back = jnp.asarray(after.nonfinite) + jnp.asarray(after.returns)
-    return back == jnp.asarray(before.nonfinite) + jnp.asarray(before.returns)
+    taken = finite & ~far
+    return _tree.where(taken, new, back), size, taken
 
 
 def eval_params(opt_state: Any, params: optax.Params) -> optax.Params:

@@ -305,4 +305,6 @@ def test_every_variant_of_the_ablation_is_an_optimizer_of_its_own():
 
 def test_figures_that_guides_show_are_those_of_the_rows():
     results = FOLDER / "results"
-    assert (results / "figures.md").read_text() == figures.figures(results)
+    assert (results / "figures.md").read_text() == figures.figures(
+        figures.Results(results)
+    )

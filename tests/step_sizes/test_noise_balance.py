@@ -46,7 +46,7 @@ def test_rates_are_those_of_the_formulas(target, jump):
         balance.average(0.0)
         expected.append(balance.step(*pair) or 0.0)
     np.testing.assert_allclose(sizes, expected, rtol=1e-12)
-    assert sizes[-1] < max(sizes) / 20
+    assert sizes[-1] < sizes[80] / 20
     assert state.returns == sum(size == 0 for size in expected)
     assert state.returns or not jump
 
@@ -270,7 +270,7 @@ def test_what_is_missing_is_said():
 def test_numbers_of_a_first_step():
     """From the first loss alone nothing is known, and nothing is steered."""
     state = noise_balance.begin(jnp.ones(2), 0.5)
-    new, size = noise_balance.follow(
+    new, size, _ = noise_balance.follow(
         state, state.average, jnp.float32(2.0), jnp.float32(0.0), None, 1.0, 5.0
     )
     assert (size, new.balance.now, new.balance.past, new.balance.older) == (
