@@ -99,6 +99,25 @@ def write(
     )
 
 
+def replace_newest(memory: Memory, step: Any, taken: jax.Array) -> Memory:
+    """The memory with a step in the place of the last one, where it is taken.
+
+    Args:
+      memory: the memory.
+      step: with its sign turned. Its length is not kept.
+      taken: whether it is taken; if not, nothing changes.
+    """
+    slot = _by_age(memory)[0]
+
+    def replace(array: Any, new: jax.Array) -> jax.Array:
+        array = jnp.asarray(array)
+        new = jnp.where(taken, new.astype(array.dtype), array[slot])
+        return jax.lax.dynamic_update_index_in_dim(array, new, slot, 0)
+
+    updates = jax.tree.map(replace, memory.prev_updates, step)
+    return memory._replace(prev_updates=updates)
+
+
 def _by_age(memory: Memory) -> jax.Array:
     """The slots, that of the newest step first."""
     slots = len(memory.prev_norms)

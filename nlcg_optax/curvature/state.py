@@ -81,6 +81,8 @@ class Noise(NamedTuple):
         alone.
       examples: on how many the curvature was taken so far, in batches.
       since: the count at the hand-over; -1 before.
+      slope: average slope along a step by the gradient that made it, since then.
+      next_slope: the same by the gradient after it.
       direction_state: of what makes the directions after it; None without a horizon.
       balance: what gives their rate, and the average of the parameters; None too.
     """
@@ -90,6 +92,8 @@ class Noise(NamedTuple):
     log_length: jax.Array
     examples: jax.Array
     since: jax.typing.ArrayLike
+    slope: jax.Array
+    next_slope: jax.Array
     direction_state: Any
     balance: NoiseBalanceState | None
 
@@ -248,6 +252,8 @@ def initial(
             log_length=number(),
             examples=number(),
             since=jnp.full([], -1, jnp.int32),
+            slope=number(),
+            next_slope=number(),
             direction_state=direction_state,
             balance=balance,
         ),

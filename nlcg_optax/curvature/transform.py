@@ -476,7 +476,10 @@ def _by_noise(
 ) -> tuple[Any, QuadraticModelState]:
     """A step where noise rules, without a product."""
     dtype, known, counts = given.loss.dtype, state.noise, state.counts
+    next_slope = _slope(given, settings, memory.newest(state.memory))
+    slopes = noise.slopes(known, state.last.prev_slope, next_slope)
     extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
+    extra["mean_weight"] = _xla.compute_once(noise.mean_weight(*slopes))
     direction, direction_state = settings.noise_direction.update(
         given.grad, known.direction_state, given.params, **extra
     )
@@ -504,15 +507,25 @@ def _by_noise(
             prev_curvature=jnp.zeros([], dtype),
         ),
         noise=known._replace(
+            slope=slopes[0],
+            next_slope=slopes[1],
             direction_state=_tree.where(taken, direction_state, known.direction_state),
             balance=balance,
         ),
+        memory=memory.replace_newest(state.memory, output, taken),
         counts=counts._replace(
             count=optax.safe_increment(counts.count),
             nonfinite=jnp.asarray(counts.nonfinite) + skipped,
         ),
     )
     return output, after
+
+
+def _slope(given: _Given, settings: _Settings, direction: Any) -> jax.Array:
+    """The inner product of the gradient with a direction."""
+    stacked = jax.tree.map(lambda x: x[None], direction)
+    dtype, axis_name = given.loss.dtype, settings.axis_name
+    return subspace.slopes_along(given.grad, stacked, dtype, axis_name)[0]
 
 
 def _with_decay(given: _Given, settings: _Settings) -> _Given:

@@ -94,7 +94,7 @@ class _Options(NamedTuple):
     linear: bool
     precision: str
     averaged: bool  # whether there is a mean
-    nesterov: bool
+    weight: Any  # of the mean, where the gradient itself has the rest; None for all
 
 
 def scale_by_soap(
@@ -155,7 +155,9 @@ def scale_by_soap(
       b2: :math:`\beta_2`, decay of the other averages, in [0, 1).
       eps: :math:`\epsilon`, at least 0.
       nesterov: look ahead, as Nadam (and Muon) does: scale ``b1`` of the average and
-        ``1 - b1`` of the gradient itself.
+        ``1 - b1`` of the gradient itself. `update` takes ``mean_weight``, a number or a
+        scalar array in [0, 1], for another part than ``b1`` (quasi-hyperbolic momentum:
+        Ma and Yarats, arXiv:1810.06801).
       every: steps between two renewals of the bases, at least 1, once there were so
         many steps. SOAP's own is 10.
       max_side: a side that is longer has no basis: its Q is the identity.
@@ -218,7 +220,7 @@ def scale_by_soap(
         linear=bool(linear),
         precision=precision,
         averaged=isinstance(b1, jax.Array) or b1 != 0,
-        nesterov=bool(nesterov),
+        weight=b1 if nesterov else None,
     )
 
     def init_fn(params: optax.Params) -> SoapState:
@@ -275,9 +277,14 @@ def scale_by_soap(
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None = None,
+        *,
+        mean_weight: jax.typing.ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         del params, extra_args
+        now = options
+        if mean_weight is not None:
+            now = options._replace(weight=mean_weight)
         check_moments(updates, state.second_moment, axis_name is not None)
         entries, structure = jax.tree_util.tree_flatten_with_path(updates)
         moments = jax.tree.leaves(state.second_moment, is_leaf=is_mask)
@@ -291,13 +298,13 @@ def scale_by_soap(
                 # An embedding is scaled as the matrices beside it.
                 scale = _RMS if results[i].ndim - batch_axes > 1 else 1.0
                 means[i], moments[i], z = _elementwise(
-                    results[i], means[i], v, state.count, options
+                    results[i], means[i], v, state.count, now
                 )
                 results[i] = _scaled(z, scale).astype(results[i].dtype)
         nodes = structure.flatten_up_to(state.factors)
         at = [i for i, node in enumerate(nodes) if node is not None]
         done, after = devices.apply(
-            _work(options, state.count),
+            _work(now, state.count),
             [entry for _, entry in held],
             mesh,
             axis_name,
@@ -379,8 +386,8 @@ def _elementwise(
     if mean is not None:
         mean = jnp.where(first, mean, _average(b1, mean, x))
         scaled = mean / _correction(b1, count, v.dtype).astype(x.dtype)
-        if options.nesterov:
-            scaled = _average(b1, scaled, x)
+        if options.weight is not None:
+            scaled = _average(options.weight, scaled, x)
         scaled = jnp.where(first, x, scaled)
     if options.linear:
         used = jnp.where(first, (square + jnp.mean(square)) / 2, v)
@@ -534,7 +541,10 @@ def _precondition(
         if mean is not None:
             correction = across(_correction(b1, kept.seen, real))
             average = rotate(mean) / correction.astype(x.dtype)
-            inside = _average(b1, average, inside) if options.nesterov else average
+            if options.weight is None:
+                inside = average
+            else:
+                inside = _average(options.weight, average, inside)
         used = moment / across(_correction(b2, kept.seen, real))
         if options.linear:
             used = kept.second_moment

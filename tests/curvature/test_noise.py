@@ -70,6 +70,69 @@ def test_when_noise_rules(expected, change):
     assert bool(noise.rules(**given)) == expected
 
 
+def test_the_newest_gradient_has_less_of_a_direction_the_more_steps_overshoot():
+    def weight(own, after):
+        return noise.mean_weight(jnp.float32(own), jnp.float32(after))
+
+    np.testing.assert_allclose(weight(2.0, -0.2), 1 - np.exp(-0.55), rtol=1e-6)
+    np.testing.assert_allclose(weight(2.0, -1.0), 1 - np.exp(-2.75), rtol=1e-6)
+    np.testing.assert_allclose(weight(2.0, -4.0), 0.99, rtol=1e-6)
+    assert weight(2.0, 0.0) == 0 and weight(2.0, 1.0) == 0  # the minimum is further on
+    # Before anything is known, and where the last steps climbed.
+    for unknown in (weight(0.0, 0.0), weight(-1.0, 3.0)):
+        np.testing.assert_allclose(unknown, 1 - np.exp(-2.75), rtol=1e-6)
+
+
+def test_slopes_are_averaged_from_an_overshoot_of_a_half():
+    known = nlcg_optax.scale_by_quadratic_model(horizon=100).init(np.ones(3)).noise
+    own, after = 4.0, -2.0
+    for last_slope, next_slope in [(4.0, 1.0), (3.0, -3.0), (5.0, 0.0)]:
+        own, after = 0.95 * own + 0.05 * last_slope, 0.95 * after + 0.05 * next_slope
+        slopes = noise.slopes(known, jnp.float32(last_slope), jnp.float32(next_slope))
+        known = known._replace(slope=slopes[0], next_slope=slopes[1])
+        np.testing.assert_allclose(slopes, (own, after), rtol=1e-6)
+    # Without a step, or with a gradient that is no number, they stay.
+    for nothing in [(0.0, 3.0), (4.0, np.nan), (np.inf, 1.0)]:
+        slopes = noise.slopes(known, *map(jnp.float32, nothing))
+        np.testing.assert_allclose(slopes, (own, after), rtol=1e-6)
+
+
+def test_the_direction_is_told_how_far_the_last_step_overshot():
+    given = []
+
+    def update(grads, state, params=None, *, mean_weight, **extra):
+        del params, extra
+        jax.debug.callback(lambda x: given.append(float(x)), mean_weight)
+        return grads, state
+
+    direction = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    tx = scale_by_quadratic_model(horizon=200, history=1, noise_direction=direction)
+    state = tx.init(PARAMS)
+    noisy = state.noise._replace(since=jnp.int32(0))
+    balance = noisy.balance
+    balance = balance._replace(balance=balance.balance._replace(rate=jnp.float32(0.1)))
+    state = state._replace(noise=noisy._replace(balance=balance))
+    batch = batch_of(0)
+    own, after, params, last_step = 0.0, 0.0, PARAMS, None
+    for step in range(3):
+        value, grads, curvature = evaluate(params, batch)
+        updates, state = tx.update(
+            grads, state, params, value=value, curvature=curvature
+        )
+        jax.effects_barrier()
+        if last_step is not None:
+            turned = sum(np.sum(grads[k] * last_step[0][k]) for k in grads)
+            if step == 1:
+                own, after = last_step[1], -last_step[1] / 2
+            own, after = 0.95 * own + 0.05 * last_step[1], 0.95 * after + 0.05 * turned
+            expected = 1 - np.exp(5.5 * after / own)
+            np.testing.assert_allclose(given[-1], expected, rtol=1e-4)
+        slope = sum(np.sum(grads[k] * updates[k]) for k in grads)
+        last_step = updates, slope
+        params = jax.tree.map(lambda w, u: w - u, params, updates)
+    assert len(given) == 3
+
+
 # --- A whole run --------------------------------------------------------------------
 
 RNG = np.random.default_rng(0)

@@ -108,6 +108,33 @@ def test_other_leaves_look_ahead_as_by_nadam():
             np.testing.assert_allclose(z, ahead / np.sqrt(v / (1 - 0.8**t)), rtol=1e-6)
 
 
+def test_the_averages_part_may_change_from_step_to_step():
+    grads = [
+        {"w": g, "b": g[0]} for g in gradients((4, 6))[:5]
+    ]  # a matrix, and what is none
+    ahead = scale_by_soap(0.7, nesterov=True)
+    states = {weight: ahead.init(grads[0]) for weight in (None, 0.7, 1.0, 0.0, 0.4)}
+    plain, without = scale_by_soap(0.7), scale_by_soap()
+    plain_state, without_state = plain.init(grads[0]), without.init(grads[0])
+    for g in grads:
+        z = {}
+        for weight in states:
+            given = {} if weight is None else {"mean_weight": jnp.asarray(weight)}
+            z[weight], states[weight] = ahead.update(g, states[weight], **given)
+        z["average"], plain_state = plain.update(g, plain_state, mean_weight=None)
+        z["gradient"], without_state = without.update(g, without_state, mean_weight=0.3)
+        mixed = jax.tree.map(lambda a, b: 0.4 * a + 0.6 * b, z[1.0], z[0.0])
+        for one, other in (
+            (z[0.7], z[None]),
+            (z[1.0], z["average"]),
+            (z[0.0], z["gradient"]),
+            (z[0.4], mixed),
+        ):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), one, other
+            )
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7)], ids=str)
 def test_it_is_linear_and_symmetric_where_it_is_said_to_be(shape):
     *past, a, b = gradients(shape)
