@@ -181,7 +181,8 @@ def nlcg_auto(
       noise_direction: what makes the direction once noise rules, as for
         :func:`~nlcg_optax.scale_by_quadratic_model`; None for the average of the
         gradients, scaled as by Adam in the basis of their Gram matrices:
-        ``scale_by_soap(0.95, nesterov=True)``, and 0.2 of it for vectors. A matrix with
+        ``scale_by_soap(0.95, nesterov=True)``, and 0.2 of it for vectors. The newest
+        gradient's part in it follows how far the last steps overshot. A matrix with
         a side longer than 1,024, and 32 times the other, has no basis: of an embedding
         a batch touches but a few rows.
       residuals: residual directions, each of which takes a backward pass on the part of

@@ -52,6 +52,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``signal``: average share of the slope along a step that is no noise, which the
         next gradient tells: 1 on the whole data, 0 where all is noise.
       - ``rate``: the rate of the steps once noise rules, before it decays; 0 before.
+      - ``overshoot``: how far these steps go beyond where the next batch has its
+        minimum along them: minus its slope there over their own, averaged.
       - ``bounded_steps``: steps so far that were shortened to the longest allowed.
       - ``rejected_steps``: how often so far the last step was taken back: three
         quarters of it, and where that did not help the rest.

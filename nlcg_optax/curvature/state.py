@@ -109,6 +109,12 @@ class Noise(NamedTuple):
             return jnp.zeros_like(self.signal)
         return jnp.where(self.handed_over, self.balance.balance.rate, 0)
 
+    @property
+    def overshoot(self) -> jax.Array:
+        """How far steps go beyond the next batch's minimum, in parts of their slope."""
+        known = self.slope > 0
+        return jnp.where(known, -self.next_slope / jnp.where(known, self.slope, 1), 0)
+
 
 class Memory(NamedTuple):
     """The last steps.
@@ -178,6 +184,7 @@ class QuadraticModelState(NamedTuple):
             "conjugacy": self.last.conjugacy,
             "signal": self.noise.signal,
             "rate": self.noise.rate,
+            "overshoot": self.noise.overshoot,
             "bounded_steps": self.counts.bounded,
             "rejected_steps": self.counts.rejected,
             "new_levels": self.counts.new_level,

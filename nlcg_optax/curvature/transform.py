@@ -117,6 +117,9 @@ def scale_by_quadratic_model(
         steps of a hard problem without noise can look like noise.
       noise_direction: what makes the direction once noise rules: a transformation that
         averages gradients or steps, as long as its input is when all of it is signal.
+        Its `update` is given ``mean_weight``, the part that an averaged gradient should
+        have beside the newest one: :math:`1 - e^{-5.5 o}`; :math:`-o` is the slope
+        along the last steps by the gradients after them over that by their own.
         None for NLCG's own over the first preconditioner, with β = 0.9 and a look
         ahead, times 0.1. A preconditioner that is linear in the gradient suits it,
         where orthogonalization keeps all of the noise.
