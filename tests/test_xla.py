@@ -46,47 +46,65 @@ def test_matrices_of_one_shape_are_compiled_once(one_device):
     assert counts[0] == counts[1] > 0
 
 
-def test_the_pull_of_convolutions_is_of_the_layout_that_is_fast(one_device):
-    numbers = ("NHWC", "HWIO", "NHWC")
+def layouts(program):
+    """Of the convolutions of a lowered program."""
+    return {
+        line.split("dim_numbers = ")[1].split(", window")[0]
+        for line in program.as_text().splitlines()
+        if "stablehlo.convolution" in line
+    }
 
-    def model(w):
-        @jax.jit
-        def layer(x, w):
-            return jnp.tanh(
-                jax.lax.conv_general_dilated(
-                    x,
-                    w,
-                    (2, 1),
-                    "SAME",
-                    rhs_dilation=(1, 2),
-                    dimension_numbers=numbers,
-                    feature_group_count=2,
-                )
-            )
 
-        return layer(layer(x, w["a"]), w["b"])
+FAST = {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
+
+@jax.jit
+def layer(x, w):
+    y = jax.lax.conv_general_dilated(
+        x,
+        w,
+        (2, 1),
+        "SAME",
+        rhs_dilation=(1, 2),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=2,
+    )
+    return jnp.tanh(y)
+
+
+def model(w, x):
+    return layer(layer(x, w["a"]), w["b"])
+
+
+def mean_square(y, x):
+    return jnp.mean(y**2)
+
+
+@pytest.fixture
+def images():
     key = jax.random.key(0)
     shapes = {"a": (3, 2, 1, 4), "b": (3, 3, 2, 6)}
     w = {k: jax.random.normal(key, s) for k, s in shapes.items()}
-    x = jax.random.normal(key, (5, 8, 6, 2))
-    curvature = nlcg_optax.gauss_newton(model, lambda y: jnp.mean(y**2))
+    return w, jax.random.normal(key, (4, 8, 6, 2))
+
+
+def test_the_pull_of_convolutions_is_of_the_layout_that_is_fast(one_device, images):
+    w, x = images
+    curvature = nlcg_optax.gauss_newton(model, mean_square, x)
 
     def times(w):
         linear = curvature.linearize(w)
         return linear.pull(linear.push(jax.tree.map(lambda x: x[None], w)))
 
     made = lowered(times, w)
-    layouts = {
-        line.split("dim_numbers = ")[1].split(",  ")[0].split(", window")[0]
-        for line in made.as_text().splitlines()
-        if "stablehlo.convolution" in line
-    }
-    assert layouts == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
-    found = jax.jit(times)(w)
-    expected = curvature.times(w, w)
+    assert layouts(made) == FAST
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-        found,
-        expected,
+        made.compile()(w),
+        curvature.times(w, w),
     )
+
+
+def test_so_is_the_gradient_of_microbatches(one_device, images):
+    evaluate = nlcg_optax.value_grad_and_curvature(model, mean_square, microbatches=2)
+    assert layouts(lowered(lambda w, x: evaluate(w, x)[:2], *images)) == FAST
