@@ -3,19 +3,24 @@
     taskset -c 1 python benchmarks/update_cost/compile_time.py --data_dir=DATA
 
 The training steps of `benchmarks/large_batch`, and that of an MLP of six layers, by
-each optimizer in turn; seconds are of the processor, medians over rounds, and ratios to
-the first optimizer's. Kernels are loops that XLA compiles, counted once where several
-are the same: on a CPU these are what the time goes into, 10 ms each and more. Writes
-`results/compile.md`. Needs the data of those workloads that are named.
+each optimizer in turn, each in a process of its own; seconds are of the processor,
+medians over rounds, and ratios to the first optimizer's. Kernels are loops that XLA
+compiles, counted once where several are the same: on a CPU these are what the time goes
+into. Those that are called together are one. With `--before=FOLDER`, another checkout,
+its rows are measured in the same rounds. Adds to `results/compile.jsonl` what was
+measured, and writes `results/compile.md` from the last rows of each kind there. Needs
+the data of those workloads that are named.
 """
 
 import argparse
 import collections
 import functools
+import json
 import pathlib
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +32,8 @@ import optax
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE.parent / "large_batch")]
+if "--checkout" in sys.argv:  # in place of this one's package
+    sys.path.insert(0, sys.argv[sys.argv.index("--checkout") + 1])
 import training_tasks  # noqa: E402
 from workloads import WORKLOADS  # noqa: E402
 
@@ -115,45 +122,71 @@ def measure(step: Callable, arguments: tuple) -> dict[str, float]:
         "total": marks[3] - marks[0],
         "lowered": len(re.findall(r' = "?stablehlo\.', lowered.as_text() or "")),
         "compiled": len(re.findall(r"^ +(?:ROOT )?%?[\w.\-]+ = ", text, re.M)),
-        "kernels": different_loops(text),
+        "kernels": different_kernels(text),
     }
 
 
-def different_loops(text: str) -> int:
-    """The loops of a compiled program that differ by more than their names."""
-    found = set()
-    names = set(re.findall(r"kind=kLoop, calls=%?([\w.\-]+)", text))
-    for name, body in re.findall(
-        r"^%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL
-    ):
-        if name in names:
-            body = re.sub(r", metadata=\{[^}]*\}", "", body)
-            numbers: dict[str, str] = {}
-            found.add(
-                re.sub(
-                    r"%[\w.\-]+",
-                    lambda m, numbers=numbers: numbers.setdefault(
-                        m[0], f"%{len(numbers)}"
-                    ),
-                    body,
-                )
-            )
+def computations(text: str) -> dict[str, str]:
+    """The computations of a compiled program, by name."""
+    found = re.findall(
+        r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL
+    )
+    return dict(found)
+
+
+def different_kernels(text: str) -> int:
+    """The kernels of a compiled program that differ by more than their names.
+
+    A loop is one, and so is what is called as a whole, whatever loops are in it.
+    """
+    bodies = computations(text)
+    calls = r"call\(.*to_apply=%?([\w.\-]+).*xla_cpu_small_call=\"true\""
+    together = set(re.findall(calls, text))
+    found = {_numbered(bodies[name]) for name in together}
+    loop = r"kind=kLoop, calls=%?([\w.\-]+)"
+    for name, body in bodies.items():
+        if name not in together:
+            found |= {_numbered(bodies[each]) for each in re.findall(loop, body)}
     return len(found)
 
 
-def table(rows: dict[tuple[str, str], dict[str, float]]) -> list[str]:
+def _numbered(body: str) -> str:
+    """The text of a computation, with numbers for names."""
+    body = re.sub(r", (?:metadata|frontend_attributes)=\{[^}]*\}", "", body)
+    numbers: dict[str, str] = {}
+    return re.sub(
+        r"%[\w.\-]+", lambda m: numbers.setdefault(m[0], f"%{len(numbers)}"), body
+    )
+
+
+Key = tuple[str, str, str]
+
+
+def measured(key: Key, flags: argparse.Namespace) -> dict[str, float]:
+    """What `--one` prints, in a process of its own."""
+    model, optimizer, checkout = key
+    command = [sys.executable, __file__, "--one", model, optimizer]
+    if flags.data_dir is not None:
+        command += ["--data_dir", flags.data_dir]
+    if checkout == "before":
+        command += ["--checkout", flags.before]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(rows: dict[Key, dict[str, float]]) -> list[str]:
     """The results as lines of Markdown."""
-    names = list(dict.fromkeys(optimizer for _, optimizer in rows))
     lines = [
-        "| model | optimizer | lowered | compiled | kernels | trace | lower | "
+        "| model | optimizer | | lowered | compiled | kernels | trace | lower | "
         "compile | all | ratio |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for (model, optimizer), row in rows.items():
+    for (model, optimizer, checkout), row in rows.items():
         counts = [f"{row[key]:,.0f}" for key in ("lowered", "compiled", "kernels")]
         seconds = [f"{row[key]:.2f}" for key in ("trace", "lower", "compile", "total")]
-        ratio = row["total"] / rows[model, names[0]]["total"]
-        cells = [model, optimizer, *counts, *seconds, f"{ratio:.2f}"]
+        first = rows.get((model, OPTIMIZERS[0], "now"))
+        ratio = f"{row['total'] / first['total']:.2f}" if first else ""
+        cells = [model, optimizer, checkout, *counts, *seconds, ratio]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -164,34 +197,54 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SIZES))
     parser.add_argument("--optimizers", default=",".join(OPTIMIZERS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--before", help="another checkout, measured in turn")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--checkout", help=argparse.SUPPRESS)
     parser.add_argument(
-        "--output", type=pathlib.Path, default=HERE / "results" / "compile.md"
+        "--output", type=pathlib.Path, default=HERE / "results" / "compile"
     )
     flags = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-    results = {}
+    if flags.one is not None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        print(json.dumps(measure(*training_step(*flags.one, flags.data_dir))))
+        return
+    log = flags.output.with_suffix(".jsonl")
     for model in flags.models.split(","):
-        measured = collections.defaultdict(list)
+        keys: list[Key] = [(model, name, "now") for name in flags.optimizers.split(",")]
+        if flags.before is not None:
+            keys = [
+                (*key[:2], at)
+                for key in keys
+                for at in ("before", "now")
+                if at == "now" or key[1] != OPTIMIZERS[0]  # which is Optax's
+            ]
+        rows = collections.defaultdict(list)
         for _ in range(flags.rounds):
-            for optimizer in flags.optimizers.split(","):
-                step = training_step(model, optimizer, flags.data_dir)
-                measured[optimizer].append(measure(*step))
-        for optimizer, rows in measured.items():
-            results[model, optimizer] = {
-                key: statistics.median(row[key] for row in rows) for key in rows[0]
-            }
-        print("\n".join(table(results)[-len(measured) :]), flush=True)
+            for key in keys:
+                rows[key].append(measured(key, flags))
+        with log.open("a") as file:
+            for key, each in rows.items():
+                median = {
+                    name: round(statistics.median(row[name] for row in each), 3)
+                    for name in each[0]
+                }
+                known = {"key": key, "rounds": flags.rounds, "jax": jax.__version__}
+                print(json.dumps({**known, **median}), file=file)
+    recorded = [json.loads(line) for line in log.read_text().splitlines()]
+    results = {tuple(row["key"]): row for row in recorded}
+    order = sorted(results, key=lambda key: (list(SIZES).index(key[0]),))
     lines = [
-        *table(results),
+        *table({key: results[key] for key in order}),
         "",
-        "Instructions of the lowered and of the compiled program, loops that differ, "
-        f"and seconds of one core, medians of {flags.rounds} rounds in which the "
-        "optimizers take turns; the ratio is to the first optimizer of the model. "
-        f"`python benchmarks/update_cost/compile_time.py`, Python "
+        "Instructions of the lowered and of the compiled program, kernels that differ, "
+        f"and seconds of one core, medians of "
+        f"{min(row['rounds'] for row in results.values())} rounds or more in which all "
+        "rows of a model take turns; the ratio is to AdamW's. "
+        "`python benchmarks/update_cost/compile_time.py --before=CHECKOUT`, Python "
         f"{platform.python_version()}, jax {jax.__version__}, optax "
         f"{optax.__version__}, device: {jax.devices()[0].device_kind}.",
     ]
-    flags.output.write_text("\n".join(lines) + "\n")
+    flags.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax import _check, _parallel, _tree
+from nlcg_optax import _check, _parallel, _tree, _xla
 from nlcg_optax.curvature.products import (
     Curvature,
     check_fraction,
@@ -226,7 +226,7 @@ def _mean_in_turn(value_and_grad: Callable[..., Any], params: Any, parts: Any) -
     (value, _), grads = shapes
 
     def add(total: Any, part: Any) -> Any:
-        (value, aux), grads = value_and_grad(params, part)
+        (value, aux), grads = _xla.canonical(value_and_grad)(params, part)
         return jax.tree.map(jnp.add, total, (value, grads)), aux
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (value, grads))

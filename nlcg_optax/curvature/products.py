@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from nlcg_optax import _check, _parallel, _tree
+from nlcg_optax import _check, _parallel, _tree, _xla
 
 
 class Images(NamedTuple):
@@ -407,7 +407,8 @@ class _GaussNewton(Curvature):
             return outputs, lambda direction: push((direction,))[0], pull
         with _forward_mode("outputs_fn"):
             outputs, push_one = jax.linearize(run, params, has_aux=has_aux)[:2]
-            return outputs, push_one, jax.linear_transpose(push_one, params)
+            pull_one = jax.linear_transpose(push_one, params)
+            return outputs, push_one, _xla.canonical(pull_one)
 
     def _push_each(self, outputs: Any, push_one: Any, stacked: Any) -> Images:
         """The images, by a function that pushes one direction."""
@@ -419,7 +420,7 @@ class _GaussNewton(Curvature):
             ]
             tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
         else:
-            tangents = jax.vmap(push_one)(stacked)
+            tangents = _xla.canonical(jax.vmap(push_one))(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = vary((outputs, tangents), self.axis_name)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nlcg_optax import _tree
+from nlcg_optax import _tree, _xla
 from nlcg_optax.curvature.products import Curvature, Images, combine, join, stack
 
 
@@ -79,7 +79,8 @@ def build(
     # is compiled for one size serves all the systems.
     products = jnp.pad(products, (0, size + residuals - known))
     slopes = jnp.pad(slopes, (0, residuals))
-    coefficients = minimize(slopes, products, damping)
+    solve = _xla.compiled_once(minimize)
+    coefficients = solve(slopes, products, damping)
     made = []
     for at in range(size, size + residuals):
         # The gradient of the model at its minimum, preconditioned.
@@ -96,7 +97,7 @@ def build(
         products = products.at[at].set(row).at[:, at].set(row)
         (slope,) = slopes_along(grad, image.directions[0], dtype, axis_name)
         slopes = slopes.at[at].set(slope)
-        coefficients = minimize(slopes, products, damping)
+        coefficients = solve(slopes, products, damping)
         made.append(z)
     own_loss = curvature.value(params, images).astype(dtype)
     return Model(slopes, products, coefficients, made, own_loss)

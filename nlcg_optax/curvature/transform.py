@@ -240,9 +240,8 @@ def scale_by_quadratic_model(
         if settings.horizon is None or not jax.tree.leaves(params):
             return _by_curvature(given, settings, state)
         seen = None
-        if jax.default_backend() == "cpu":
-            # In a branch XLA's CPU compiler leaves aside its library for convolutions,
-            # which then take 17 times as long.
+        if jax.default_backend() == "cpu" and jax.device_count() > 1:
+            # In a branch convolutions may be slow there, see `_xla.canonical`.
             seen = _at_average(given, state)
         return jax.lax.cond(
             state.noise.handed_over,
@@ -467,7 +466,9 @@ def _at_average(given: _Given, state: QuadraticModelState) -> tuple[Any, jax.Arr
     """The averaged parameters, and what the loss is above that there."""
     balance: Any = state.noise.balance
     average = noise_balance.averaged(balance, given.params)
-    excess = noise_balance.excess_of(given.curvature, given.loss, given.params, average)
+    excess = _xla.canonical(noise_balance.excess_of)(
+        given.curvature, given.loss, given.params, average
+    )
     return average, excess
 
 

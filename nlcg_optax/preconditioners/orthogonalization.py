@@ -1,7 +1,6 @@
 """Preconditioning by orthogonalization, matrix by matrix."""
 
 import contextlib
-import functools
 import itertools
 import math
 import operator
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _tree
+from nlcg_optax import _check, _tree, _xla
 from nlcg_optax.matrices import devices, newton_schulz, plan, recognition
 from nlcg_optax.matrices.matrix import Mask, Matrices, is_mask
 from nlcg_optax.preconditioners._second_moment import check_moments, over
@@ -216,19 +215,27 @@ def _normalize(
 
 def work_of(method: newton_schulz.Method) -> plan.Work:
     """Polar factors as work for several devices."""
+    alone = _xla.compiled_once(lambda x: newton_schulz.polar_factors([x], method)[0])
 
     def function(xs: list[jax.Array], share: plan.Share, kept: Any) -> Any:
-        polar_factors = functools.partial(
-            newton_schulz.polar_factors,
-            method=method,
-            largest=share.largest,
-            total=share.total,
-        )
         shape, slots = xs[0].shape, share.slots
         if len(xs) == 1 and math.prod(shape[:3]) == 1:  # one matrix, and no stack
-            (y,) = polar_factors([xs[0].reshape(shape[3:])])
+            x = xs[0].reshape(shape[3:])
+            if share.how == "split":
+                (y,) = newton_schulz.polar_factors(
+                    [x], method, largest=share.largest, total=share.total
+                )
+            else:
+                y = alone(x)
             return [y.reshape(shape)], kept
-        return polar_factors(xs, add=slots.add, pick=slots.pick), kept
+        return newton_schulz.polar_factors(
+            xs,
+            method,
+            add=slots.add,
+            pick=slots.pick,
+            largest=share.largest,
+            total=share.total,
+        ), kept
 
     return plan.Work(function, method.operations)
 
