@@ -116,8 +116,8 @@ class Checkpoints:
     def _set_damaged_aside(self, steps: list[int]) -> int:
         """Step of the newest whole checkpoint; the names of newer ones are changed."""
         damaged: dict[int, str] = {}
-        for step in reversed(steps):
-            problem = self._damage(step)
+        for place, step in reversed([*enumerate(steps)]):
+            problem = self._damage(step, steps[:place])
             if problem is None:
                 break
             damaged[step] = problem
@@ -137,11 +137,15 @@ class Checkpoints:
             )
         return step
 
-    def _damage(self, step: int) -> str | None:
+    def _damage(self, step: int, older: list[int]) -> str | None:
         """What is wrong with the files of a checkpoint, in words; None for nothing."""
         folder = self.path / str(step)
         path = folder / _CHECKSUMS
         if not path.exists():
+            if any((self.path / str(s) / _CHECKSUMS).exists() for s in older):
+                return f"{path} is missing"
+            if not any(file.is_file() for file in folder.rglob("*")):
+                return f"{folder} is empty"
             self.notes.append(
                 f"The checkpoint of step {step:,} has no {_CHECKSUMS}, as those of "
                 "earlier versions, and cannot be verified."
@@ -154,6 +158,8 @@ class Checkpoints:
                     return f"{folder / name} is missing"
                 if _checksum(folder / name) != [size, checksum]:
                     return f"{folder / name} is not what was written"
+            if not expected:
+                return f"{path} lists no file"
         except (OSError, ValueError, TypeError, AttributeError) as error:
             return f"{path} cannot be read ({_shortened(error)})"
         return None

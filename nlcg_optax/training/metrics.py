@@ -130,8 +130,9 @@ def read_metrics(path: pathlib.Path, head: bool = False) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     try:
         text = path.read_text() if path.exists() else ""
-    except UnicodeDecodeError as error:
-        raise MetricsError(f"{path} is no text ({error}). {_WAY_OUT}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        problem = "is no text" if isinstance(error, ValueError) else "cannot be read"
+        raise MetricsError(f"{path} {problem} ({error}). {_WAY_OUT}") from error
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -161,6 +162,10 @@ _WAY_OUT = (
 )
 
 
+# As whole numbers are in floating point.
+_LARGEST = 10**300
+
+
 def _check_row(row: Any) -> None:
     """Raises a ValueError unless this is a row of metrics."""
     if not isinstance(row, dict):
@@ -174,6 +179,8 @@ def _check_row(row: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name != "split" and not number and value not in ("nan", "inf", "-inf"):
             raise ValueError(f"its {name} is no number")
+        if number and isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"its {name} is too large")
 
 
 def plot_curves(

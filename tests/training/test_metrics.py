@@ -1,4 +1,5 @@
 import math
+import os
 
 import pytest
 
@@ -46,3 +47,23 @@ def test_curves_are_drawn_whatever_there_is(tmp_path, rows):
     ]
     metrics.plot_curves(data, tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_flushed_would_outlast_a_power_cut(tmp_path, monkeypatch):
+    """The lines, the events, and the old lines before they replace the file."""
+    synced, fsync = [], os.fsync
+
+    def record(file):
+        number = os.fstat(file).st_ino
+        here = [p for p in tmp_path.rglob("*") if p.stat().st_ino == number]
+        synced.extend((p.name, p.stat().st_size) for p in here)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", record)
+    writer = metrics.MetricsWriter(tmp_path, resume_step=0)
+    assert synced.pop() == ("metrics.jsonl.tmp", 0)
+    writer.write(1, "train", {"loss": 0.5})
+    writer.flush()
+    sizes = {p.name: p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()}
+    assert dict(synced) == sizes and len(sizes) == 2 and min(sizes.values()) > 0
+    writer.close()

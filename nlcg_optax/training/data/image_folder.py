@@ -27,7 +27,8 @@ def load(
 ) -> tuple[Files, Files, tuple[str, ...]]:
     """Training source, test source and class names.
 
-    Whatever is passed over is told in one line.
+    Whatever is passed over is told in one line, and in another what lies or leads
+    where images of a class are not looked for.
     """
     if data_dir is None:
         raise DataError(f"data set 'folder' needs data_dir. {DESCRIPTION}")
@@ -58,14 +59,20 @@ def load(
 
 
 class _Listing:
-    """Files below a folder, and what is passed over, by reasons."""
+    """Files below a folder, what is passed over, and what is odd, by reasons."""
 
     def __init__(self):
         self.passed_over: dict[str, list[pathlib.Path]] = {}
+        self.odd: dict[str, list[pathlib.Path]] = {}
+        self.folders: set[pathlib.Path] = set()
 
     def skip(self, reason: str, path: pathlib.Path) -> None:
         """Notes that something is passed over."""
         self.passed_over.setdefault(reason, []).append(path)
+
+    def note(self, reason: str, path: pathlib.Path) -> None:
+        """Notes that something is read, and may not be meant."""
+        self.odd.setdefault(reason, []).append(path)
 
     def images(self, folder: pathlib.Path) -> tuple[Files, tuple[str, ...]]:
         """All images of a split, class by class, and the names of the classes."""
@@ -79,9 +86,11 @@ class _Listing:
                 self.skip("beside the class folders", path)
         if not classes:
             raise DataError(f"no class folders in {folder}")
+        if len(classes) == 1:
+            self.note("the only class", classes[0])
         found, labels = [], []
         for label, path in enumerate(classes):
-            images = self._below(path, (path.resolve(),))
+            images = self._below(path, ())
             if not images:
                 raise DataError(f"no images ({', '.join(_EXTENSIONS)}) in {path}")
             found += images
@@ -94,15 +103,23 @@ class _Listing:
     ) -> list[pathlib.Path]:
         """The images in a folder, and in those within it."""
         found = []
-        for path in _entries(folder):
+        whole = folder.resolve()
+        if whole in self.folders:
+            self.note("links to a folder that is read elsewhere", folder)
+        self.folders.add(whole)
+        above = (*above, whole)
+        entries = _entries(folder)
+        if not entries:
+            self.skip("empty", folder)
+        for path in entries:
             if path.name.startswith("."):
                 self.skip("hidden", path)
             elif path.is_dir():
-                whole = path.resolve()
-                if whole in above:
+                if path.resolve() in above:
                     self.skip("links to a folder around them", path)
-                else:
-                    found += self._below(path, (*above, whole))
+                elif images := self._below(path, above):
+                    self.note("folders within a class, whose images count to it", path)
+                    found += images
             elif path.exists() and not path.is_file():
                 self.skip("no files", path)
             elif path.suffix.lower().removeprefix(".") in _EXTENSIONS:
@@ -114,19 +131,23 @@ class _Listing:
         return found
 
     def tell(self, root: pathlib.Path) -> None:
-        """Says in one line what is passed over, if anything is."""
-        total = sum(map(len, self.passed_over.values()))
-        if not total:
-            return
-        reasons = []
-        for reason, paths in self.passed_over.items():
-            names = ", ".join(str(path.relative_to(root)) for path in paths[:_NAMED])
-            more = ", ..." if len(paths) > _NAMED else ""
-            reasons.append(f"{len(paths):,} {reason} ({names}{more})")
-        _logger.warning(
-            "%s: %s files or folders are passed over: %s",
-            *(root, f"{total:,}", "; ".join(reasons)),
-        )
+        """Says in a line what is passed over, and in another what is odd."""
+        for kinds, what in (
+            (self.passed_over, "are passed over"),
+            (self.odd, "are read, and may not be meant"),
+        ):
+            total = sum(map(len, kinds.values()))
+            if not total:
+                continue
+            reasons = []
+            for reason, paths in kinds.items():
+                names = ", ".join(str(p.relative_to(root)) for p in paths[:_NAMED])
+                more = ", ..." if len(paths) > _NAMED else ""
+                reasons.append(f"{len(paths):,} {reason} ({names}{more})")
+            _logger.warning(
+                "%s: %s files or folders %s: %s",
+                *(root, f"{total:,}", what, "; ".join(reasons)),
+            )
 
 
 def _entries(folder: pathlib.Path) -> list[pathlib.Path]:

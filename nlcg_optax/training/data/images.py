@@ -17,6 +17,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 # Those that Pillow converts to grey and to RGB as one would expect.
 _MODES = ("1", "L", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+# Tags of TIFF: bits of a value, what is white, and whether values are signed.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
 def read_image(file: Any, description: str, channels: int) -> np.ndarray:
@@ -34,6 +37,8 @@ def read_image(file: Any, description: str, channels: int) -> np.ndarray:
         content = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
         if content.startswith(_PNG):
             _check_png(content)
+        if content.startswith(_JPEG):
+            _check_jpeg(content)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             # Of a camera's MPO, which is a JPEG too, the first is the picture.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
@@ -52,6 +57,7 @@ def _in_8_bits(image: Any) -> Any:
     from PIL import Image
 
     mode = image.mode
+    tags = getattr(image, "tag_v2", {})
     if mode == "P":
         # Pillow warns where it drops a palette's transparency in one go.
         return image.convert("RGBA")
@@ -60,7 +66,10 @@ def _in_8_bits(image: Any) -> Any:
         # and is scaled to 16 by Pillow.
         exif = image.getexif()
         values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        # A TIFF may have 12 bits, and white at 0.
+        values >>= tags.get(_BITS, (16,))[0] - 8
+        values = values if tags.get(_PHOTOMETRIC, 1) else 255 - values
+        image = Image.fromarray(values.astype(np.uint8))
         image.info["exif"] = exif.tobytes() if len(exif) else b""
         return image
     if mode in ("I", "F"):
@@ -68,6 +77,8 @@ def _in_8_bits(image: Any) -> Any:
             f"its values are {'floating-point' if mode == 'F' else '32-bit'} numbers, "
             "of which nobody knows what is white: convert it to 8 or 16 bits"
         )
+    if 2 in tags.get(_SAMPLE_FORMAT, ()):
+        raise ValueError("its values are signed: convert it to 8 or 16 bits without")
     if mode not in _MODES:
         raise ValueError(f"its mode {mode} is not known: convert it to RGB")
     return image
@@ -105,6 +116,16 @@ def _check_png(content: bytes) -> None:
             return
         place = end + 4
     raise ValueError("image file is truncated")
+
+
+def _check_jpeg(content: bytes) -> None:
+    """Raises a ValueError if the pixels of a JPEG have no end.
+
+    As where a download broke off, and zeros fill up the file: Pillow takes them for
+    grey.
+    """
+    if content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN):
+        raise ValueError("image file is truncated")
 
 
 def resize(

@@ -178,3 +178,52 @@ def test_a_stream_reports_broken_images_all_at_once(tmp_path, train, monkeypatch
 
     monkeypatch.setattr("nlcg_optax.training.data.sources._MOST_CHECKED", 3)
     assert "of the 3 images that were looked at cannot be decoded:" in read()
+
+
+def test_what_is_passed_over_or_odd_is_told_in_a_line(tmp_path, caplog):
+    write_folder(tmp_path)
+    train = tmp_path / "train"
+    (train / "ant" / "sub").mkdir()
+    (train / "ant" / "0.png").rename(train / "ant" / "sub" / "0.PNG")
+    (train / "ant" / "nothing").mkdir()
+    (train / "ant" / "notes.txt").write_text("no image")
+    (train / "ant" / ".hidden.png").write_bytes(encode(random_image(0)))
+    (train / "ant" / "round").symlink_to(train / "ant", target_is_directory=True)
+    (train / "ant" / "1.png").rename(train / "ant" / "1.of another kind")
+    (train / "readme").write_text("beside")
+    (tmp_path / "val").mkdir()
+    dataset = data.load("folder", data_dir=tmp_path)
+    assert len(dataset.train) == 12
+    passed_over, odd = caplog.messages
+    assert "6 files or folders are passed over: 1 beside the splits (val); " in (
+        passed_over
+    )
+    for told in (
+        "1 beside the class folders (train/readme)",
+        "1 hidden (train/ant/.hidden.png)",
+        "1 empty (train/ant/nothing)",
+        "1 no images (train/ant/notes.txt)",
+        "1 links to a folder around them (train/ant/round)",
+    ):
+        assert told in passed_over
+    assert "1 folders within a class, whose images count to it (train/ant/sub)" in odd
+
+
+def test_a_split_that_is_the_other_one_is_told(tmp_path, caplog):
+    write_folder(tmp_path, splits=("train",))
+    (tmp_path / "test").symlink_to(tmp_path / "train", target_is_directory=True)
+    data.load("folder", data_dir=tmp_path)
+    (odd,) = caplog.messages
+    assert "2 links to a folder that is read elsewhere (test/ant, test/bee)" in odd
+
+
+def test_images_without_classes_are_told(tmp_path, caplog):
+    """The folder of the images stands one level too low."""
+    write_folder(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split).rename(tmp_path / "all")
+        (tmp_path / split).mkdir()
+        (tmp_path / "all").rename(tmp_path / split / "all")
+    dataset = data.load("folder", data_dir=tmp_path)
+    assert dataset.class_names == ("all",)
+    assert "2 the only class (train/all, test/all)" in caplog.text
