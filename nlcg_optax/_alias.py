@@ -381,7 +381,7 @@ def _decay(
                 "`nlcg(..., weight_decay=0.1, weight_decay_mask=...)`."
             )
         return None
-    if callable(weight_decay):
+    if _check.is_schedule(weight_decay):
         raise ValueError(
             f"weight_decay={weight_decay!r} is not valid: expected a number. The "
             "schedule of the learning rate multiplies it; `optax.inject_hyperparams` "
@@ -426,7 +426,7 @@ def _chain(
     state_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Chains a direction, a step rule, weight decay and the learning rate."""
-    if not callable(learning_rate):
+    if not _check.is_schedule(learning_rate):
         # A negative one would climb: the sign is turned here.
         _check.number("learning_rate", learning_rate, minimum=0, finite=True)
     scale = optax.scale_by_learning_rate(learning_rate)

@@ -83,6 +83,14 @@ def is_function(value: Any) -> bool:
     return callable(value) and jax.tree_util.all_leaves([value])
 
 
+def is_schedule(value: Any) -> bool:
+    """Whether this is a function of the count of steps, in the place of a number.
+
+    Unlike a tree a number cannot be called: a module that can be is a schedule.
+    """
+    return callable(value) and not isinstance(value, type)
+
+
 def mask(name: str, value: Any) -> None:
     """Raises unless this can say of the leaves of a tree whether they are meant.
 

@@ -44,8 +44,8 @@ class Matrix(NamedTuple):
         return batch * self.parts, rows, columns // self.parts
 
 
-# From a leaf's path and the leaf to what it is; None for no matrix.
-Matrices = Callable[[Any, Any], Matrix | None]
+# From a leaf's path and the leaf to what it is, None for no matrix; or a tree of these.
+Matrices = Callable[[Any, Any], Matrix | None] | Any
 
 
 class Mask(tuple):
@@ -98,7 +98,7 @@ def is_kept(x: Any) -> bool:
 
 
 def check(path: Any, leaf: Any, matrix: Any) -> Matrix | None:
-    """What a function gave, with axes counted from the first.
+    """What a function or a tree gave, with axes counted from the first.
 
     Raises:
       ValueError: if it does not fit the leaf.

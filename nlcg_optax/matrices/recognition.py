@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.tree_util import GetAttrKey
 
+from nlcg_optax import _check
 from nlcg_optax.matrices.matrix import Matrices, Matrix, check
 
 
@@ -98,16 +99,42 @@ def decide(path: Any, shape: Sequence[int], batch_axes: int = 0) -> Decision:
     return decision._replace(matrix=matrix)
 
 
+def _looked_up(tree: Any) -> Matrices:
+    """A function of path and leaf that looks up what a tree says."""
+    said = dict(
+        jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda x: x is None or isinstance(x, Matrix)
+        )
+    )
+
+    def matrices(path: Any, leaf: Any) -> Any:
+        del leaf
+        if path not in said:
+            raise ValueError(
+                f"`matrices` is a {type(tree).__name__}, a tree, and has nothing for "
+                f"the parameter '{jax.tree_util.keystr(path)}': expected a tree like "
+                "the parameters of nlcg_optax.Matrix and None, or a function of path "
+                "and leaf. (What can be called and is a tree is the tree: of a module "
+                "that is to be called give the function, `lambda path, leaf: "
+                "module(path, leaf)`.)"
+            )
+        return said[path]
+
+    return matrices
+
+
 def all_of(
     params: Any, matrices: Matrices | None = None, batch_axes: int = 0
 ) -> dict[Any, Matrix | None]:
     """What the leaves of a tree, or of their shapes, are by their paths.
 
-    A function may say so; else :func:`decide` does, and a warning names leaves of which
-    it is not sure. (With `batch_axes` it is to be.)
+    A function or a tree may say so; else :func:`decide` does, and a warning names
+    leaves of which it is not sure. (With `batch_axes` it is to be.)
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if matrices is not None:
+        if not _check.is_function(matrices):
+            matrices = _looked_up(matrices)
         return {path: check(path, x, matrices(path, x)) for path, x in leaves}
     found = {path: decide(path, np.shape(x), batch_axes) for path, x in leaves}
     unsure = [

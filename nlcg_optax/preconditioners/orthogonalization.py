@@ -105,9 +105,10 @@ def scale_by_orthogonalization(
       matrices: a function of a leaf's path (keys, as in `jax.tree_util`) and the leaf
         that returns a :class:`~nlcg_optax.Matrix`, which names the axes of rows, of
         columns and those that count matrices, and the number of parts side by side; or
-        None for a leaf that is no matrix. By default (None) it is
-        :func:`nlcg_optax.matrices.recognize`, with a warning for what that only
-        guesses; :func:`nlcg_optax.describe` prints what went where, and why.
+        None for a leaf that is no matrix; or a tree of these, like the parameters. By
+        default (None) it is :func:`nlcg_optax.matrices.recognize`, with a warning for
+        what that only guesses; :func:`nlcg_optax.describe` prints what went where, and
+        why.
       mesh: the mesh over whose devices the work is shared out under `jit`; None for
         the one that is set (`jax.set_mesh`), if any. Arrays with explicit axes bring
         their own.

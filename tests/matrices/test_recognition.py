@@ -1,5 +1,8 @@
 """Which leaves are matrices by default: those of real layers, and what is told."""
 
+import dataclasses
+from typing import Any
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -11,6 +14,7 @@ from jax.tree_util import DictKey, GetAttrKey
 
 import nlcg_optax
 from nlcg_optax import Matrix, matrices, scale_by_orthogonalization
+from nlcg_optax.matrices import recognition
 from nlcg_optax.matrices.matrix import is_mask
 
 QUERY, OUT = Matrix((0,), (1, 2)), Matrix((0, 1), (2,))
@@ -216,3 +220,30 @@ def test_equinox():
     assert matrices.equinox(weight, jnp.ones((5, 3))) == Matrix((1,), (0,))
     assert matrices.equinox(bias, jnp.ones((5, 1, 1))) is None  # that of a convolution
     assert matrices.equinox(weight, jnp.ones(5)) is None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    """A module, which can be called."""
+
+    kernel: Any
+    bias: Any
+
+    def __call__(self, x):
+        return x @ self.kernel + self.bias
+
+
+def test_a_tree_says_what_is_a_matrix_also_if_it_can_be_called():
+    params = {"first": Layer(jnp.ones((2, 3, 4)), jnp.ones(4)), "empty": None}
+    said = Layer(Matrix(rows=(0, 1), columns=(2,)), None)
+    found = recognition.all_of(params, {"first": said, "empty": None})
+    assert [*found.values()] == [said.kernel, None]
+    by_function = recognition.all_of(params["first"], lambda path, x: None)
+    assert [*by_function.values()] == [None, None]
+    assert [*recognition.all_of(params["first"], said).values()] == [said.kernel, None]
+    # A module that is to be called is a tree all the same, and has nothing to say.
+    with pytest.raises(ValueError, match="is a Layer, a tree, .*nothing for .*first"):
+        recognition.all_of(params, Layer(None, None))
+    with pytest.raises(ValueError, match="`matrices` gave Array"):
+        recognition.all_of(params["first"], Layer(jnp.ones(3), None))
