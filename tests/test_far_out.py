@@ -1,5 +1,6 @@
 """Numbers far out: huge, tiny and zero gradients, and derivatives through all of it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from long_run import rest_long
 
 import nlcg_optax as n
 
 ORTHOGONALIZATION = functools.partial(n.scale_by_orthogonalization, epsilon=0.0)
 # Those that a factor of the loss does not change, but for the last entry's factor:
-# 0: the steps are the same; 1: they are multiplied by it.
+# 0: the steps are the same; 1: they are multiplied by it. (Of diagonal BFGS neither
+# holds: its B begins as 1.)
 INVARIANT = {
     "orthogonalization": (ORTHOGONALIZATION, 0),
     "conjugate direction": (
@@ -39,14 +42,34 @@ INVARIANT = {
         0,
     ),
     "quadratic model": (lambda: n.nlcg_auto(epsilon=0.0), 0),
+    "quadratic model, Gauss-Newton": (
+        lambda: n.nlcg_auto(preconditioner=None, weight_decay=0.0),
+        0,
+    ),
+    "quadratic model, where noise rules": (
+        lambda: n.nlcg_auto(4, preconditioner=None, noise_direction=optax.identity()),
+        0,
+    ),
+    "soap": (lambda: n.scale_by_soap(eps=0.0), 0),
+    "limited-memory BFGS": (lambda: n.scale_by_limited_memory_bfgs(2), 0),
 }
+
+
+def outputs(params):
+    return (
+        jnp.tanh(params["w"]) - 0.3,
+        (params["b"] - 2.0) * params["b"],
+        params["dead"],
+    )
+
+
+def loss_of(y, factor=1.0):
+    return factor * (jnp.sum(y[0] ** 2) + jnp.sum(y[1] ** 2) + 0.0 * jnp.sum(y[2]))
 
 
 def loss(params, factor=1.0):
     """Of a matrix, a vector, and a vector whose gradient is zero."""
-    w, b = params["w"], params["b"]
-    square = jnp.sum((jnp.tanh(w) - 0.3) ** 2) + jnp.sum((b - 2.0) ** 2 * b**2)
-    return factor * (square + 0.0 * jnp.sum(params["dead"]))
+    return loss_of(outputs(params), factor)
 
 
 def start():
@@ -54,32 +77,53 @@ def start():
     return {"w": w, "b": jnp.arange(1.0, 4.0), "dead": jnp.zeros(2)}
 
 
-def steps(tx, factor, count=4):
-    """The updates along the way that the unscaled loss leads."""
-    tx = optax.with_extra_args_support(tx)
-    curvature = n.hessian(functools.partial(loss, factor=factor))
+@functools.cache
+def compiled(name):
+    """A step of which the factor is an argument."""
+    tx = optax.with_extra_args_support(INVARIANT[name][0]())
 
     @jax.jit
-    def update(params, state):
+    def update(params, state, factor):
         value, grads = jax.value_and_grad(loss)(params, factor)
+        curvature = n.hessian(functools.partial(loss, factor=factor))
+        if "Gauss-Newton" in name:
+            final = functools.partial(loss_of, factor=factor)
+            curvature = n.gauss_newton(outputs, final)
         return tx.update(grads, state, params, value=value, curvature=curvature)
 
+    return tx, update
+
+
+def steps(name, factor, count=4):
+    """The updates along the way that the unscaled loss leads."""
+    tx, update = compiled(name)
     params, state, found = start(), tx.init(start()), []
     for _ in range(count):
-        updates, state = update(params, state)
+        updates, state = update(params, state, jnp.float32(factor))
         found.append(updates)
         params = jax.tree.map(lambda p, g: p - 0.03 * g, params, jax.grad(loss)(params))
     return found
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1e-15, 1e15, 1e30])
-@pytest.mark.parametrize("name", INVARIANT)
+# Powers of two, of 15 digits and of 30, so that nothing is rounded in another way.
+FACTORS = {
+    # It takes squares of gradients as they are.
+    "quadratic model, where noise rules": (2.0**-50, 2.0**50),
+    # It keeps averages of squares, of which the smallest are lost first.
+    "soap": (2.0**50,),
+    # A first gradient that is shorter than 1 is taken as it is.
+    "limited-memory BFGS": (2.0**50, 2.0**100),
+}
+ALL = (2.0**-100, 2.0**-50, 2.0**50, 2.0**100)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [(name, x) for name in INVARIANT for x in FACTORS.get(name, ALL)],
+)
 def test_a_factor_of_the_loss_changes_no_step(name, factor):
-    make, power = INVARIANT[name]
-    if name == "quadratic model" and factor in (1e-30, 1e30):
-        pytest.skip("the products of the curvature are sums of their own")
-    scale = np.float32(factor) ** power
-    for got, expected in zip(steps(make(), factor), steps(make(), 1.0), strict=True):
+    scale = np.float32(factor) ** INVARIANT[name][1]
+    for got, expected in zip(steps(name, factor), steps(name, 1.0), strict=True):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a / scale, b, rtol=2e-3, atol=2e-4)
 
@@ -133,6 +177,27 @@ def test_minimize_goes_down_whatever_the_factor(preconditioner, factor):
     assert result.value < 1e-4 * value(x), result
 
 
+@pytest.mark.parametrize("preconditioner", [None, "lbfgs"])
+def test_a_factor_changes_no_step_of_minimize(preconditioner):
+    """Powers of two: each product is then the same to the last bit."""
+
+    def value(x, factor):
+        return factor * jnp.sum(
+            (1 - x[:-1]) ** 2 + 10 * (x[1:] - x[:-1] ** 2) ** 2, dtype=x.dtype
+        )
+
+    x, found = jnp.array([-1.2, 1.0, 3.0]), []
+    # Limited-memory BFGS begins with a step of length 1, or the gradient if shorter.
+    factors = (2.0**40, 2.0**70) if preconditioner else (1.0, 2.0**-50, 2.0**50)
+    for factor in factors:
+        options = {"preconditioner": preconditioner, "gtol": 0.0, "max_iter": 12}
+        result = n.minimize(value, x, jnp.float32(factor), **options)
+        found.append((result.params, result.value_evaluations))
+    for params, evaluations in found[1:]:
+        np.testing.assert_allclose(params, found[0][0], rtol=1e-5)
+        assert evaluations == found[0][1]
+
+
 def test_minimize_starts_where_squares_overflow():
     def value(x):
         return jnp.sum((1 - x[:-1]) ** 2 + 100 * (x[1:] - x[:-1] ** 2) ** 2)
@@ -143,12 +208,19 @@ def test_minimize_starts_where_squares_overflow():
         assert result.value < 1e-3 * value(x)
 
 
-# Of `nlcg_auto` the second step has a derivative that is not finite for this loss.
-@pytest.mark.parametrize("name", sorted({*TRANSFORMATIONS} - {"nlcg_auto"}))
+SMALL = "quadratic model of two directions"
+
+
+@pytest.mark.parametrize(
+    "name",
+    rest_long([*TRANSFORMATIONS, SMALL], {*TRANSFORMATIONS, SMALL} - {"nlcg_auto"}),
+)
 @pytest.mark.usefixtures("x64")
 def test_derivatives_through_two_steps(name):
     """Against differences; with a part whose gradient is zero, and stays so."""
-    tx = optax.with_extra_args_support(TRANSFORMATIONS[name]())
+    small = n.scale_by_quadratic_model(history=1, residuals=0)
+    make = {**TRANSFORMATIONS, SMALL: lambda: optax.chain(small, optax.scale(-1.0))}
+    tx = optax.with_extra_args_support(make[name]())
 
     def unrolled(factor):
         def scaled(params):
@@ -164,10 +236,9 @@ def test_derivatives_through_two_steps(name):
             params = optax.apply_updates(params, updates)
         return loss(params)
 
-    unrolled = jax.jit(unrolled)
-    h = 1e-5
-    expected = (unrolled(1.1 + h) - unrolled(1.1 - h)) / (2 * h)
-    np.testing.assert_allclose(jax.grad(unrolled)(1.1), expected, rtol=1e-4, atol=1e-7)
+    both, h = jax.jit(jax.value_and_grad(unrolled)), 1e-5
+    expected = (both(1.1 + h)[0] - both(1.1 - h)[0]) / (2 * h)
+    np.testing.assert_allclose(both(1.1)[1], expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("track", [True, False])
@@ -231,6 +302,33 @@ def test_a_tree_that_can_be_called_is_a_mask(mask):
     )
     difference = with_penalty(params, [params]) - plain(params, [params])
     np.testing.assert_allclose(difference, 0.5 * 4, rtol=1e-6)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Warmup:
+    start: jax.Array
+    slope: jax.Array
+
+    def __call__(self, count):
+        return self.start + self.slope * count.astype(jnp.float32)
+
+
+@pytest.mark.parametrize("wrapped", [lambda rate: rate, jax.tree_util.Partial])
+def test_a_tree_that_can_be_called_is_a_schedule(wrapped):
+    """In the place of a number nothing is a tree."""
+    rate = wrapped(Warmup(jnp.float32(0.5), jnp.float32(0.25)))
+    params = jnp.ones(3)
+    for make in (n.nlcg, n.nlcg_paper):
+        tx = make(rate, preconditioner=None, step_rule=None)
+        update, state = jax.jit(tx.update), tx.init(params)
+        for expected in (-0.5, -0.75):
+            updates, state = update(params, state, params)
+            np.testing.assert_allclose(updates, expected, rtol=1e-6)
+            state = (tx.init(params)[0], *state[1:])  # no momentum
+    n.nlcg_auto(multiplier=rate)
+    with pytest.raises(ValueError, match="learning_rate=.*Warmup.* is not valid"):
+        n.nlcg(Warmup)
 
 
 def test_a_mask_that_was_taken_for_a_schedule_is_an_error():

@@ -413,14 +413,15 @@ class _GaussNewton(Curvature):
     def _push_each(self, outputs: Any, push_one: Any, stacked: Any) -> Images:
         """The images, by a function that pushes one direction."""
         _check_outputs(outputs)
-        if self.functions.value.in_turn:
-            pushed = [
-                push_one(jax.tree.map(operator.itemgetter(i), stacked))
-                for i in range(len(jax.tree.leaves(stacked)[0]))
-            ]
-            tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
-        else:
-            tangents = _xla.canonical(jax.vmap(push_one))(stacked)
+        with _forward_mode("outputs_fn"):  # outside of `jit` it fails here alone
+            if self.functions.value.in_turn:
+                pushed = [
+                    push_one(jax.tree.map(operator.itemgetter(i), stacked))
+                    for i in range(len(jax.tree.leaves(stacked)[0]))
+                ]
+                tangents = jax.tree.map(lambda *each: jnp.stack(each), *pushed)
+            else:
+                tangents = _xla.canonical(jax.vmap(push_one))(stacked)
         # Every device differentiates its own loss by its own outputs, even where types
         # know that they are the same everywhere: else gradients would be summed here.
         outputs, tangents = vary((outputs, tangents), self.axis_name)

@@ -21,6 +21,8 @@ from nlcg_optax.step_sizes import noise_balance
 _BETA = 0.9
 # How its rate is steered, see `scale_by_noise_balance`.
 _TARGET, _DELAY = 1.0, 5.0
+# Of a direction whose square is zero or infinite, as a power of two.
+_BEYOND = 96
 # The first rate, in best lengths; and where the next batch contradicts those.
 _FIRST, _DOUBTED = 0.3, 0.03
 
@@ -182,7 +184,7 @@ def scale_by_quadratic_model(
     _check.number("noise_damping", noise_damping, minimum=0)
     if horizon is not None and not _endless(horizon):
         _check.number("horizon", horizon, minimum=1, integer=True)
-    if not callable(multiplier):
+    if not _check.is_schedule(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
         if isinstance(multiplier, int | float) and multiplier > 1:
             raise ValueError(
@@ -281,9 +283,9 @@ class _Settings(NamedTuple):
 
     def factor(self, count: jax.typing.ArrayLike, dtype: Any) -> jax.Array:
         """What steps are multiplied by."""
-        factor = (
-            self.multiplier(count) if callable(self.multiplier) else self.multiplier
-        )
+        factor: Any = self.multiplier
+        if _check.is_schedule(factor):
+            factor = factor(count)
         return _tree.real_scalar(factor, dtype)
 
 
@@ -320,6 +322,7 @@ class _Directions(NamedTuple):
         first (and the other way round).
       slopes: of the gradient along all of them, in that order.
       square: of the length of the first one.
+      scale: what that was multiplied by, to be in range.
     """
 
     preconditioned: list[Any]
@@ -330,6 +333,7 @@ class _Directions(NamedTuple):
     order: jax.Array
     slopes: jax.Array
     square: jax.Array
+    scale: jax.Array
 
 
 class _Level(NamedTuple):
@@ -437,7 +441,7 @@ def _hand_over(
         curved = model.products[newest, newest]
     signal = noise.measure(known.fresh_signal, state.last, slope, curved, stored)
     log_length = noise.best_length(
-        known.log_length, model.slopes[0], level.curved, stored
+        known.log_length, found.scale * model.slopes[0], level.curved, stored
     )
     finite = jnp.isfinite(signal) & jnp.isfinite(log_length)
     signal = jnp.where(finite, signal, known.fresh_signal)
@@ -568,13 +572,16 @@ def _precondition(
     if given.raw_grad is not given.grad:
         learns = _tree.is_nonzero(given.raw_grad, settings.axis_name)
 
+    dtype, axis_name = given.loss.dtype, settings.axis_name
+    in_range = [_in_range(_only(moves, z), dtype, axis_name) for z, _ in results]
+    preconditioned = [each.tree for each in in_range]
+
     def precondition(grad: Any) -> Any:
         first = settings.preconditioners[0]
         with jax.named_scope("nlcg_preconditioner"):
             found = first.update(grad, states[0], given.params, **extra)[0]
-        return _only(learns, found)
+        return _times(in_range[0].scale, _only(learns, found))
 
-    preconditioned = [_only(moves, z) for z, _ in results]
     kept, places = memory.stacked(
         state.memory, in_slots=settings.history == settings.slots
     )
@@ -582,13 +589,55 @@ def _precondition(
     order = jnp.concatenate(
         [jnp.arange(settings.kinds, dtype=jnp.int32), settings.kinds + places]
     )
-    dtype, axis_name = given.loss.dtype, settings.axis_name
     slopes = subspace.slopes_along(given.grad, stacked, dtype, axis_name)[order]
-    square = _sum_of_squares(preconditioned[0], dtype, axis_name)
     last = memory.newest(state.memory)
     return _Directions(
-        preconditioned, states, precondition, last, stacked, order, slopes, square
+        *(preconditioned, states, precondition, last, stacked, order, slopes),
+        *(in_range[0].square, in_range[0].scale),
     )
+
+
+class _InRange(NamedTuple):
+    """A direction times a power of two, 1 unless its squares are far out.
+
+    Attributes:
+      tree: the direction.
+      scale: the power of two.
+      square: of the length.
+    """
+
+    tree: Any
+    scale: jax.Array
+    square: jax.Array
+
+
+def _in_range(tree: Any, dtype: jnp.dtype, axis_name: Any) -> _InRange:
+    """A direction of which the products with the curvature are in range.
+
+    A plain gradient is as large as the loss, and those are like its cube.
+    """
+    square = _sum_of_squares(tree, dtype, axis_name)
+    known = (square > 0) & jnp.isfinite(square)
+    # Beyond its range a square tells no more than that.
+    beyond = jnp.where(square == 0, -_BEYOND, jnp.where(jnp.isinf(square), _BEYOND, 0))
+    exponent = _tree.exponent_of(_tree.square_root(jnp.where(known, square, 1)), dtype)
+    exponent = jnp.where(known, exponent, beyond)
+    scale = _xla.compute_once(_tree.power_of_two(-exponent, dtype))
+    scaled = _times(scale, tree)
+    square = jax.lax.cond(
+        exponent == 0,
+        lambda: square,
+        lambda: _sum_of_squares(scaled, dtype, axis_name),
+    )
+    return _InRange(scaled, scale, square)
+
+
+def _times(scale: jax.Array, tree: Any) -> Any:
+    def times(x: jax.Array) -> jax.Array:
+        lifted = _tree.lift(x)
+        return (_tree.scalar_like(scale, lifted) * lifted).astype(x.dtype)
+
+    return jax.tree.map(times, tree)
 
 
 def _stack(past: jax.Array, *new: jax.Array) -> jax.Array:
@@ -629,6 +678,7 @@ def _level(
         state.trust.curvature,
         trust.MAX_DECREASE * given.loss if nonnegative else None,
         verdict.trust.length_factor,
+        (state.last.coefficients[0] != 0) & jnp.all(state.last.coefficients[1:] == 0),
     )
     dtype, count = slope.dtype, jnp.asarray(state.counts.count)
     factor = settings.factor(count, dtype)
@@ -637,9 +687,9 @@ def _level(
     unknown = (last == 0) | (before == 0)
 
     def first() -> jax.Array:
-        square = _sum_of_squares(given.params, dtype, settings.axis_name)
+        norm = _tree.norm(given.params, dtype=dtype, axis_name=settings.axis_name)
         size = sum(jnp.size(x) for x in jax.tree.leaves(given.params))
-        return factor * trust.first_length(square, size)
+        return factor * trust.first_length(norm, size)
 
     def next_one() -> jax.Array:
         ratio = factor / jnp.where(unknown, 1, before)
@@ -883,7 +933,7 @@ def _decay(weight_decay: Any, mask: Any) -> Penalty | None:
                 "`nlcg_auto(weight_decay=1e-4, weight_decay_mask=...)`."
             )
         return None
-    if callable(weight_decay):
+    if _check.is_schedule(weight_decay):
         raise ValueError(
             f"weight_decay={weight_decay!r} is not valid: expected a number, for it is "
             "a term of the loss."

@@ -32,8 +32,10 @@ _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
 _TREND_WEIGHT, _CLIMBS = 0.3, -0.7
 # There is as good as no curvature along the gradient if there is a hundred times less
 # than usually, if the loss would fall by ten times the most that is believed, or if a
-# model that was nearly a straight line did not hold.
-_FLAT, _DOUBTED = 100.0, 10.0
+# model that was nearly a straight line did not hold. Once there was none the next model
+# is asked only if by it the loss falls by no more than itself, or steps along lines and
+# of models would take turns, and undo each other.
+_FLAT, _DOUBTED, _ASKED_AGAIN = 100.0, 10.0, 0.5
 _CURVATURE_WEIGHT = 0.2
 # Then steps are judged by the loss: it has to fall by half of what the slope promises
 # for the next to be longer, and by a quarter for it not to be shorter. A model of this
@@ -236,6 +238,7 @@ def lacks_curvature(
     usual: jax.Array,
     most: jax.Array | None,
     length_factor: jax.Array,
+    after_flat: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Whether there is as good as no curvature along z, and how much there usually is.
 
@@ -246,26 +249,30 @@ def lacks_curvature(
       usual: the curvature for a length of 1, the geometric average; 0 for unknown.
       most: what a loss that is never below zero may fall by; None for any other.
       length_factor: below 1 where the last model was a straight line and did not hold.
+      after_flat: whether the last step was along the gradient alone.
     """
     curved = jnp.abs(curved)
     here = curved / jnp.where(square > 0, square, 1)
     flat = (curved == 0) | (_FLAT * here < usual) | (length_factor < 1)
     if most is not None:
-        flat |= (most > 0) & (0.5 * slope**2 > _DOUBTED * most * curved)
+        # By quotients: the squares of huge losses' slopes are out of range.
+        part = curved / jnp.where(slope > 0, slope, 1)
+        doubted = jnp.where(after_flat, _ASKED_AGAIN, _DOUBTED).astype(part.dtype)
+        flat |= (most > 0) & (0.5 * slope > doubted * most * part)
     known = jnp.where(usual > 0, usual, here)
     logs = [jnp.log(jnp.where(here > 0, x, 1)) for x in (known, here)]
     average = jnp.exp(logs[0] + _CURVATURE_WEIGHT * (logs[1] - logs[0]))
     return flat & (slope > 0), jnp.where(here > 0, average, usual)
 
 
-def first_length(square: jax.Array, size: int) -> jax.Array:
+def first_length(norm: jax.Array, size: int) -> jax.Array:
     """Of a step without curvature, where there was none before.
 
     Args:
-      square: of the length of the parameters.
+      norm: the length of the parameters.
       size: how many they are.
     """
-    return _FIRST_PART * jnp.sqrt(square) + _FIRST_RMS * size**0.5
+    return _FIRST_PART * norm + _FIRST_RMS * size**0.5
 
 
 def shorten(

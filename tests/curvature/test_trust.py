@@ -195,9 +195,9 @@ def test_a_straight_line_is_judged_by_what_came():
 
 
 def test_where_there_is_no_curvature():
-    def flat(slope, curved, usual=0.0, most=None, factor=1.0):
+    def flat(slope, curved, usual=0.0, most=None, factor=1.0, after_flat=False):
         numbers = map(jnp.float32, (slope, curved, 4.0, usual))
-        return trust.lacks_curvature(*numbers, most, factor)
+        return trust.lacks_curvature(*numbers, most, factor, jnp.array(after_flat))
 
     assert flat(1.0, 0.0)[0] and not flat(0.0, 0.0)[0]
     is_flat, usual = flat(1.0, 8.0)
@@ -207,4 +207,8 @@ def test_where_there_is_no_curvature():
     assert not flat(1.0, 8.0, usual=2.0 * 99)[0]
     # By the slope and the curvature the loss would fall by 16.
     assert flat(16.0, 8.0, most=1.5)[0] and not flat(16.0, 8.0, most=1.7)[0]
+    assert flat(16.0, 8.0, most=31.0, after_flat=True)[0]
+    assert not flat(16.0, 8.0, most=33.0, after_flat=True)[0]
+    huge, small = (flat(x * 1e30, x * 0.5e30, most=x * 1.5e30) for x in (1.0, 1e-60))
+    assert not huge[0] and not small[0]
     assert flat(16.0, 8.0, factor=0.5)[0] and not flat(16.0, 8.0, most=-1.0)[0]
