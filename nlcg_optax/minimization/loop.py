@@ -25,8 +25,9 @@ from nlcg_optax.step_sizes.hager_zhang import scale_by_hager_zhang_linesearch
 _FALL = 1e10
 
 # The predicted decrease that is left when the search may stop, in units of gtol times
-# the value or the decrease made so far.
-_PREDICTED = 0.1
+# the value, or of gtol squared times the decrease made so far: something like that is
+# left of a quadratic whose minimum is 0 where the gradient has shrunk to gtol.
+_PREDICTED, _OF_THE_FALL = 0.1, 0.01
 
 # Iterations without a lower value or gradient after which the search starts afresh.
 _PATIENCE = 10
@@ -252,7 +253,8 @@ class _Loop:
         )
         predicted = -0.5 * _tree.slope(state.grad, steps, self.dtype)
         decided = predicted <= _PREDICTED * self.gtol * jnp.maximum(
-            jnp.abs(new.value), first_value - new.value
+            jnp.abs(new.value),
+            _OF_THE_FALL * self.gtol * (first_value - new.value),
         )
         small = new.grad_norm <= self.tolerance
         ftol = self.options.ftol

@@ -71,14 +71,15 @@ def minimize(
             \max(1, \lVert g_0 \rVert_\infty)
         \quad\text{and}\quad
         -\tfrac{1}{2} \alpha\, g^\top d \le 0.1\, \mathrm{gtol} \cdot
-            \max(\lvert f \rvert, f_0 - f),
+            \max(\lvert f \rvert, 0.01\, \mathrm{gtol} \cdot (f_0 - f)),
 
     the second being the decrease that the next step promises if it is as long as the
-    last one; a starting point need only meet the first. Where no lower point is found,
-    or neither the value nor the gradient has fallen for 10 iterations, the direction is
-    started afresh from the gradient, once; if that does not help either the search
-    stops and says so. Nothing raises inside: points where the value or the gradient is
-    not finite are backed off from.
+    last one: from a start far away, where the gradient is huge, much may be left to
+    gain though the first holds. A starting point need only meet that. Where no lower
+    point is found, or neither the value nor the gradient has fallen for 10 iterations,
+    the direction is started afresh from the gradient, once; if that does not help
+    either the search stops and says so. Nothing raises inside: points where the value
+    or the gradient is not finite are backed off from.
 
     The default preconditioner is limited-memory BFGS. Its newest pair makes the
     direction satisfy Perry's condition :math:`d_t^\top y_{t-1} = -g_t^\top s_{t-1}`, so
