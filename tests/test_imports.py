@@ -3,8 +3,10 @@
 import ast
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 from waiting import HANGING_SECONDS
 
@@ -138,3 +140,53 @@ def test_the_promised_names_are_public():
 def test_everything_public_is_documented():
     for name in nlcg_optax.__all__:
         assert getattr(nlcg_optax, name).__doc__
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What packages are called where they are installed, if not as they are imported.
+INSTALLED = {
+    "PIL": "pillow",
+    "ml_collections": "ml-collections",
+    "orbax": "orbax-checkpoint",
+    "sklearn": "scikit-learn",
+    "tensorflow_datasets": "tensorflow-datasets",
+}
+# jax needs the first, and every builder of tensorflow-datasets the second.
+NOT_IMPORTED = {"jaxlib", "importlib_resources"}
+
+
+def declared():
+    """The packages of pyproject.toml with their lowest versions: core, and training."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    kinds = project["dependencies"], project["optional-dependencies"]["train"]
+    return [dict(re.split(">=", text) for text in kind) for kind in kinds]
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    found = {"core": set(), "training": set()}
+    package = pathlib.Path(nlcg_optax.__file__).parent
+    for path in (*package.rglob("*.py"), *(ROOT / "configs").glob("*.py")):
+        training = "training" in path.parts or "configs" in path.parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            for name in {name.partition(".")[0] for name in names}:
+                if name not in {*sys.stdlib_module_names, "nlcg_optax"}:
+                    kind = "training" if training else "core"
+                    found[kind].add(INSTALLED.get(name, name))
+    core, training = declared()
+    assert found["core"] == {*core} - NOT_IMPORTED
+    assert found["training"] - {*core} == {*training} - NOT_IMPORTED
+
+
+def test_the_lowest_versions_are_those_that_ci_tries():
+    core, _ = declared()
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    tried = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert {*tried} == {*core}
+    for name, version in tried.items():
+        assert version in (core[name], f"{core[name]}.0"), name
