@@ -1,11 +1,13 @@
 """What holds for any tree, any numbers and any text, tried on drawn ones.
 
+``FUZZ=1000 pytest tests/test_properties.py`` tries so many of each.
 The draws are the same in every run (`derandomize`), and few: shapes are what compiles.
 """
 
 import functools
 import string
 
+import fuzz
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import nlcg_optax
 from nlcg_optax.training.config import (
@@ -46,7 +50,10 @@ SCALES = (0.0, 1e-30, 1e-6, 1.0, 1e6, 1e15)
 def drawn(examples):
     """Settings: few examples, the same ones always, however slow the machine is."""
     return hypothesis.settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None
+        max_examples=fuzz.cases(examples),
+        derandomize=True,
+        deadline=None,
+        database=None,
     )
 
 
@@ -149,6 +156,89 @@ def test_one_number_that_is_none(name, like, bad, seed):
         np.testing.assert_array_equal(x, y)
 
 
+# --- Devices --------------------------------------------------------------------------
+
+
+def on_two_devices(kind, update):
+    """`update` of parameters, state, gradients and a value, mapped over two devices."""
+    devices = jax.devices()[:2]
+    if kind == "pmap":
+        return jax.pmap(update, "d", devices=devices)
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=devices)
+
+    def one(*args):
+        found = update(*jax.tree.map(lambda x: x[0], args))
+        return jax.tree.map(lambda x: x[None], found)
+
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    return jax.jit(mapped)
+
+
+MAPPED = {
+    "nlcg": lambda: nlcg_optax.nlcg(
+        0.04, preconditioner="diagonal_bfgs", axis_name="d"
+    ),
+    "quadratic_model": lambda: nlcg_optax.scale_by_quadratic_model(
+        history=1, residuals=1, axis_name="d"
+    ),
+    "limited_memory_bfgs": lambda: nlcg_optax.scale_by_limited_memory_bfgs(
+        2, axis_name="d"
+    ),
+    "lars": lambda: nlcg_optax.scale_by_lars(axis_name="d"),
+}
+
+
+def drawn_tree(rng):
+    """Some leaves of any shape and dtype, in a tree, and one that is not empty."""
+    kinds = (jnp.float32, jnp.bfloat16, jnp.complex64)
+    found = [
+        jax.ShapeDtypeStruct(tuple(rng.integers(0, 4, rng.integers(4))), kinds[i])
+        for i in rng.integers(3, size=rng.integers(3))
+    ]
+    return {"a": found, "b": [None, jax.ShapeDtypeStruct((2, 3), jnp.float32)]}
+
+
+# Few by default, for each is compiled for two devices.
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+@pytest.mark.parametrize("seed", range(fuzz.cases(1)))
+def test_shards_of_any_tree_and_any_gradient(kind, seed):
+    """Of a number that is none on one device every device hears."""
+    rng = np.random.default_rng(seed)
+    names = ["lars", "limited_memory_bfgs", "nlcg", "quadratic_model"]
+    name = names[(seed + (kind == "shard_map")) % 4]
+    like, bad = drawn_tree(rng), rng.choice([jnp.nan, jnp.inf, -jnp.inf])
+    tx = optax.with_extra_args_support(MAPPED[name]())
+    curvature = nlcg_optax.hessian(loss_of, axis_name="d")
+
+    def update(params, state, grads, value):
+        return tx.update(grads, state, params, value=value, curvature=curvature)
+
+    params = numbers(like, rng, 1.0)
+    twice = functools.partial(jax.tree.map, lambda x: jnp.stack([x, x]))
+    state = twice(tx.init(params))
+    step, params = on_two_devices(kind, update), twice(params)
+    for scale in (1.0, *rng.choice(SCALES, 2), None):
+        grads = twice(numbers(like, rng, 1.0 if scale is None else scale))
+        value = jnp.full(2, 1.0, jnp.float32)
+        if scale is None:
+            flat, structure = jax.tree.flatten(grads)
+            place = rng.choice([i for i, x in enumerate(flat) if x.size])
+            # On the first device alone.
+            broken = flat[place].reshape(2, -1).at[0, -1].set(bad)
+            flat[place] = broken.reshape(flat[place].shape)
+            grads = jax.tree.unflatten(structure, flat)
+        updates, new = step(params, state, grads, value)
+        for got, wanted in ((updates, params), (new, state)):
+            for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+                assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        if scale is not None:
+            state = new
+            assert all_finite((updates, state)), (scale, state)
+        elif name == "quadratic_model":
+            assert all_finite((updates, new))
+            assert not any(bool(jnp.any(u != 0)) for u in jax.tree.leaves(updates))
+
+
 # --- minimize -----------------------------------------------------------------------
 
 
@@ -156,14 +246,12 @@ def test_one_number_that_is_none(name, like, bad, seed):
 def solver(preconditioner):
     """One compiled program for all problems of five variables."""
 
-    def convex(x, factor, target, quartic):
+    def convex(x, factor, target, quartic, shift):
         r = factor @ (x - target)
-        return jnp.sum(r**2) + quartic * jnp.sum(r**4)
+        return shift + jnp.sum(r**2) + quartic * jnp.sum(r**4)
 
-    def solve(x, factor, target, quartic):
-        return nlcg_optax.minimize(
-            convex, x, factor, target, quartic, preconditioner=preconditioner
-        )
+    def solve(x, *args):
+        return nlcg_optax.minimize(convex, x, *args, preconditioner=preconditioner)
 
     return jax.jit(solve)
 
@@ -173,24 +261,27 @@ def solver(preconditioner):
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
     condition=st.sampled_from([1.0, 10.0, 1e3]),
-    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    scale=st.sampled_from([1e-6, 1.0, 1e6, 1e15]),
     quartic=st.sampled_from([0.0, 1.0]),
+    shift=st.sampled_from([0.0, -1e3, 10.0]),
 )
 def test_minimize_finds_the_minimum_of_any_convex_function(
-    preconditioner, seed, condition, scale, quartic
+    preconditioner, seed, condition, scale, quartic, shift
 ):
     rng = np.random.default_rng(seed)
     basis, _ = np.linalg.qr(rng.normal(size=(5, 5)))
     factor = np.sqrt(scale) * np.geomspace(1, condition**-0.5, 5)[:, None] * basis
     target, start = rng.normal(size=5), rng.normal(size=5) * 10
     with jax.enable_x64(True):
-        result = solver(preconditioner)(start, factor, target, quartic / scale)
+        result = solver(preconditioner)(
+            start, factor, target, quartic / scale, shift * scale
+        )
     assert result.success, result
     # By what is left of the objective (it is 0 at the minimum), and by the place.
     squares = (factor @ (start - target)) ** 2
-    assert float(result.value) < 1e-7 * np.sum(
-        squares + quartic / scale * squares**2
-    ), result
+    fallen = np.sum(squares + quartic / scale * squares**2)
+    told = 1e-9 * abs(shift * scale)  # a tenth of gtol beside the value itself
+    assert float(result.value) - shift * scale < 1e-7 * fallen + told, result
     np.testing.assert_allclose(result.params, target, atol=0.1)
 
 

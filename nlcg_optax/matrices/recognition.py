@@ -133,9 +133,9 @@ def all_of(
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     if matrices is not None:
-        if not _check.is_function(matrices):
-            matrices = _looked_up(matrices)
-        return {path: check(path, x, matrices(path, x)) for path, x in leaves}
+        function = _check.is_function(matrices)
+        says = matrices if function else _looked_up(matrices)
+        return {path: check(path, x, says(path, x)) for path, x in leaves}
     found = {path: decide(path, np.shape(x), batch_axes) for path, x in leaves}
     unsure = [
         f"'{jax.tree_util.keystr(path)}' of shape {tuple(np.shape(x))}"
