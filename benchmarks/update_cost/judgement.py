@@ -117,8 +117,9 @@ def main():
     rounds = parser.parse_args().rounds
     rows = [measure(None, rounds), measure("orthogonalization", rounds // 5)]
     widths = " × ".join(map(str, WIDTHS))
-    text = f"""One step of `nlcg_auto` with it against one without, on a perceptron of {widths} with
-a batch of {BATCH}; paired rounds, the processor's own time, jax {jax.__version__}, one CPU core. By
+    text = f"""One step of `nlcg_auto` with it against one without, on a perceptron of
+{widths} with a batch of {BATCH}; paired rounds, the processor's own time,
+jax {jax.__version__}, one CPU core. By
 `taskset -c 1 python benchmarks/update_cost/judgement.py --rounds={rounds}`.
 
 | preconditioner | rounds | step, ms | time, % | operations, % | bytes, % |
