@@ -43,6 +43,7 @@ LAYERS = (
     ("matrices/exchange", "matrices/eigenbasis"),
     ("matrices/plan",),
     ("matrices/devices",),
+    ("matrices/moving",),
     ("matrices/__init__", "matrices/describe"),
     (
         "preconditioners/_two_loop",
