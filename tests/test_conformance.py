@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from long_run import rest_long
 
 import nlcg_optax
@@ -216,7 +218,17 @@ def rosenbrock(dtype):
     return jnp.zeros(2, dtype), jnp.stack([a, a**2]), objective
 
 
-# One learning rate for all four problems.
+def matrix_and_vector(dtype):
+    end = {"w": jnp.array([[1.0, 0.0], [-1.0, 4.0]], dtype), "b": jnp.ones(3, dtype)}
+    start = jax.tree.map(jnp.zeros_like, end)
+
+    def objective(x):
+        return sum(jnp.sum(abs_sq(x[key] - end[key])) for key in end)
+
+    return start, end, objective
+
+
+# One learning rate for all problems.
 SOLVERS = {
     "paper": nlcg_paper(0.1),
     "online": nlcg_paper(0.1, step_rule="online"),
@@ -224,14 +236,19 @@ SOLVERS = {
     "dai_yuan": nlcg_paper(0.1, beta_rule="dai_yuan"),
     "hager_zhang": nlcg_paper(0.5, beta_rule="hager_zhang"),
     "rms": nlcg_paper(1e-2, preconditioner=optax.scale_by_rms()),
+    "orthogonalization": nlcg(0.01),
+    "soap": nlcg(0.01, preconditioner="soap"),
 }
 
 
 @pytest.mark.standard_promotion  # optax's RMSProp promotes complex leaves
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.complex64])
-@pytest.mark.parametrize("problem", [parabola, rosenbrock])
+@pytest.mark.parametrize("problem", [parabola, rosenbrock, matrix_and_vector])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_reaches_the_minimum(solver, problem, dtype):
+    of_matrices = solver in ("orthogonalization", "soap")
+    if of_matrices != (problem is matrix_and_vector):
+        pytest.skip("another preconditioner")
     tx = SOLVERS[solver]
     start, end, objective = problem(dtype)
 
@@ -240,12 +257,13 @@ def test_reaches_the_minimum(solver, problem, dtype):
         def step(carry, _):
             x, state = carry
             value, grad = jax.value_and_grad(objective)(x)
-            updates, state = tx.update(grad.conj(), state, x, value=value)
+            grad = jax.tree.map(jnp.conj, grad)
+            updates, state = tx.update(grad, state, x, value=value)
             return (optax.apply_updates(x, updates), state), None
 
         return jax.lax.scan(step, (x, tx.init(x)), length=10_000)[0][0]
 
-    np.testing.assert_allclose(run(start), end, rtol=3e-2, atol=3e-2)
+    assert_close(run(start), end, rtol=3e-2, atol=3e-2)
 
 
 @every_transformation
@@ -339,6 +357,45 @@ def test_shapes_and_dtypes_are_stable_through_cond(name, dtype):
         assert shapes_and_dtypes(new_state) == shapes_and_dtypes(state)
         assert shapes_and_dtypes(updates) == shapes_and_dtypes(params)
         assert not any(x.weak_type for x in jax.tree.leaves((updates, new_state)))
+
+
+# They begin with the parameters themselves.
+WITH_AN_AVERAGE = ("noise_balance", "quadratic_model-noise")
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if n not in WITH_AN_AVERAGE])
+def test_init_takes_shapes(name):
+    shapes = jax.eval_shape(simple_params)
+    got = shapes_and_dtypes(make(name).init(shapes))
+    assert got == shapes_and_dtypes(jax.eval_shape(make(name).init, shapes))
+
+
+@each_public
+def test_types_are_stable_on_an_explicit_mesh(name):
+    tx, types = make(name), []
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    curvature = nlcg_optax.hessian(lambda x: jnp.sum(x.astype(jnp.float32) ** 2))
+
+    def take_a_step(params, state):
+        given = {"value": jnp.float32(1), "curvature": curvature}
+        updates, after = tx.update(params, state, params, **given)
+        for tree in (state, after, params, updates):
+            types.append(jax.tree.map(lambda x: str(jax.typeof(x)), tree))
+
+    with jax.set_mesh(mesh):
+        there = NamedSharding(mesh, P("x"))
+        params = jax.ShapeDtypeStruct((8, 4), jnp.float16, sharding=there)
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype,
+                sharding=NamedSharding(mesh, getattr(x.sharding, "spec", P())),
+            ),
+            jax.eval_shape(jax.jit(tx.init), params),
+        )
+        jax.eval_shape(take_a_step, params, state)
+    assert types[0] == types[1]
+    assert types[2] == types[3] == "float16[8@x,4]"
 
 
 @pytest.mark.standard_promotion  # MultiSteps promotes

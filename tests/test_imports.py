@@ -45,6 +45,7 @@ LAYERS = (
     ("matrices/exchange", "matrices/eigenbasis"),
     ("matrices/plan",),
     ("matrices/devices",),
+    ("matrices/moving",),
     ("matrices/__init__", "matrices/describe"),
     (
         "preconditioners/_two_loop",

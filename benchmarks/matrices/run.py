@@ -7,9 +7,11 @@
 `--devices` compiles the optimizer's step (update and apply, donated) for so many forced
 CPU devices, parameters of two and more axes split along their longest axis that the
 devices divide, and reads operations, collectives and temporary memory off the program.
-`--times` runs the step on the CPU, all optimizers in turn. `--device` runs the update
-on the accelerator in each precision: milliseconds, operations a second, and the error
-to the exact polar factor of a matrix with singular values from 1 to 0.01.
+`--times` runs the step on the CPU, all optimizers in turn; SOAP's as after the first
+ones, and with `every=10` the mean of ten, one of which renews the bases. `--device`
+runs the update on the accelerator in each precision: milliseconds, and of
+orthogonalization operations a second and the error to the exact polar factor of a
+matrix with singular values from 1 to 0.01.
 
     python benchmarks/matrices/run.py --report        # results/tables.md
 
@@ -59,6 +61,8 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import nlcg_optax  # noqa: E402
 from nlcg_optax.matrices import newton_schulz  # noqa: E402
+from nlcg_optax.matrices.matrix import is_kept  # noqa: E402
+from nlcg_optax.preconditioners.soap import Factors, SoapState  # noqa: E402
 from nlcg_optax.training import models  # noqa: E402
 
 
@@ -188,6 +192,37 @@ def read_program(tree, name, devices):
     }
 
 
+def settled(state, count):
+    """A state of SOAP as after so many steps, without making them."""
+
+    def follow(basis):
+        if basis is None:
+            return None
+        identity = jnp.eye(basis.shape[-1], dtype=basis.dtype)
+        return jnp.broadcast_to(identity, basis.shape)
+
+    def one(node):
+        if isinstance(node, SoapState):
+            inner = jax.tree.map(one, node.factors, is_leaf=is_kept)
+            return node._replace(count=jnp.int32(count), factors=inner)
+        if not is_kept(node):
+            return node
+        return node._replace(
+            left_basis=follow(node.left_basis),
+            right_basis=follow(node.right_basis),
+            seen=jnp.ones_like(node.seen),
+        )
+
+    known = SoapState, Factors
+    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, known))
+
+
+def steps_of(name):
+    """Counts to take a step at, and how often each of them occurs."""
+    # With `every` the bases are renewed in the tenth step alone, once there were ten.
+    return {10: 1, 11: 9} if name == "soap, every 10" else {10: 1}
+
+
 def measure(tree, names):
     """Rows of the times of a step on this machine, in turn."""
     rng = np.random.default_rng(0)
@@ -207,18 +242,24 @@ def measure(tree, names):
         run = jax.jit(step, donate_argnums=(0, 1))
         run = run.lower(params, state, grads, value).compile()
         subjects[name] = [run, params, state, time.monotonic() - start, []]
-    for _ in range(args.rounds + 1):  # the first one is not counted
-        for subject in subjects.values():
+    for _ in range(args.rounds + 1):  # the first one is not counted, if there are two
+        for name, subject in subjects.items():
             run, params, state, _, seconds = subject
-            start = time.perf_counter()
-            subject[1:3] = jax.block_until_ready(run(params, state, grads, value))
-            seconds.append(time.perf_counter() - start)
+            mean = 0.0
+            for count, times in steps_of(name).items():
+                state = settled(state, count)
+                jax.block_until_ready(state)
+                start = time.perf_counter()
+                params, state = jax.block_until_ready(run(params, state, grads, value))
+                mean += times * (time.perf_counter() - start)
+            subject[1:3] = params, state
+            seconds.append(mean / sum(steps_of(name).values()))
     for name, (*_, compile_seconds, seconds) in subjects.items():
         yield {
             "tree": tree,
             "layers": args.layers,
             "optimizer": name,
-            "milliseconds": 1e3 * statistics.median(seconds[1:]),
+            "milliseconds": 1e3 * statistics.median(seconds[1:] or seconds),
             "compile_seconds": compile_seconds,
             "rounds": args.rounds,
         }
@@ -353,17 +394,24 @@ def report():
         [
             row["device_kind"],
             row["tree"],
+            row.get("optimizer", "orthogonalization"),
             row["precision"],
             f"{row['milliseconds']:.1f}",
-            f"{row['tflop_a_second']:.0f}",
-            f"{row['share_of_one_product']:.0%}",
-            f"{row['error']:.4f}",
+            *(
+                format(row[key], how) if key in row else "–"
+                for key, how in (
+                    ("tflop_a_second", ".0f"),
+                    ("share_of_one_product", ".0%"),
+                    ("error", ".4f"),
+                )
+            ),
         ]
         for row in read("device")
     ]
     columns = [
         "device",
         "tree",
+        "preconditioner",
         "precision",
         "ms",
         "TFLOP/s",

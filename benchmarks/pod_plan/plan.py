@@ -53,12 +53,14 @@ CURVATURE = [
     "optimizer.learning_rate=none",
     "schedule.name=none",
 ]
+SOAP = ["optimizer.name=nlcg", "optimizer.nlcg.preconditioner=soap"]
 SHARDED = ["mesh.fsdp=256"]
 EXACT = ["batch_norm_statistics=batch"]
 CASES = {
     # name: devices and overrides of the config
     "replicated": (POD, []),
     "replicated, momentum": (POD, MOMENTUM),
+    "replicated, SOAP's basis": (POD, SOAP),
     "replicated, by curvature": (POD, CURVATURE),
     "fsdp 256": (POD, SHARDED),
     "fsdp 256, momentum": (POD, SHARDED + MOMENTUM),

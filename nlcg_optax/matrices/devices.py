@@ -46,14 +46,14 @@ def apply(
     leaves, mesh, axes = locate(found, mesh, axis_name)
     values = [leaf.value for leaf in leaves]
 
-    def compute(values: list[jax.Array], kept: Any, mesh: Any) -> Any:
+    def compute(values: list[jax.Array], kept: Any, given: Any, mesh: Any) -> Any:
         here = [leaf._replace(value=x) for leaf, x in zip(leaves, values, strict=True)]
         results, after = {}, []
         if kept is None:
             shares = plan.shares(here, work, mesh, axes)
             parts = [[(s, here, range(len(s.groups)))] for s in shares]
         else:
-            shares = lasting(found, work, axis_name)
+            shares = lasting(found, work, axis_name is not None)
             parts = [_placed(s, here, mesh, axes) for s in shares]
         for n, alike in enumerate(parts):
             stacks: dict[int, jax.Array] = {}
@@ -64,9 +64,9 @@ def apply(
             share = alike[0][0]
             before = kept and kept[n]
             if kept is not None and share.how == "split":
-                before = jax.tree.map(_unsplit, before)
+                before = jax.tree.map(unsplit, before)
             done, then = work.function(
-                [stacks[i] for i in sorted(stacks)], share, before
+                [stacks[i] for i in sorted(stacks)], share, before, given
             )
             if kept is not None:
                 then = jax.tree.map(functools.partial(_as_kept, share), then, kept[n])
@@ -79,17 +79,17 @@ def apply(
 
     explicit = None if axis_name is not None else _explicit_mesh(values)
     if explicit is None:
-        return compute(values, kept, mesh)
+        return compute(values, kept, work.given, mesh)
     # Explicit axes do not say how to multiply or reshape along them: as automatic ones.
     names = _explicit_names(explicit)
 
-    def automatic(values: list[jax.Array], kept: Any) -> Any:
-        return compute(values, kept, jax.sharding.get_abstract_mesh())
+    def automatic(values: list[jax.Array], kept: Any, given: Any) -> Any:
+        return compute(values, kept, given, jax.sharding.get_abstract_mesh())
 
     shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (values, kept))
     with jax.sharding.use_abstract_mesh(explicit):
         run: Any = jax.sharding.auto_axes(automatic, axes=names, out_sharding=shardings)
-        return run(values, kept)
+        return run(values, kept, work.given)
 
 
 def check_arguments(mesh: Any, matrices: Any, batch_axes: int) -> None:
@@ -130,7 +130,7 @@ def number_of(params: Any, mesh: Any, axis_name: _tree.AxisName | None) -> int:
 
 
 def lasting(
-    found: Sequence[tuple[Any, Any, Mask]], work: Work, axis_name: Any
+    found: Sequence[tuple[Any, Any, Mask]], work: Work, mapped: bool
 ) -> list[Share]:
     """The shares of work that keeps something, by whole shapes."""
     shapes = []
@@ -138,7 +138,7 @@ def lasting(
         dtype = _tree.compute_dtype(jnp.result_type(x))
         value: Any = jax.ShapeDtypeStruct(said.shape or (), dtype)
         shapes.append(Leaf(value, said.matrix))
-    if axis_name is not None:
+    if mapped:
         # In a `shard_map` copies on several devices need more than their values say.
         work = dataclasses.replace(work, ways=("spread",))
     return plan.lasting(shapes, work, found[0][2].devices) if found else []
@@ -161,7 +161,7 @@ def create(
       shapes: from the sides of a matrix and the dtype of its arithmetic to a tree of
         `jax.ShapeDtypeStruct`, what is kept for one matrix.
     """
-    shares = lasting(found, work, axis_name)
+    shares = lasting(found, work, axis_name is not None)
     values = [x for _, x, _ in found]
     explicit = None if axis_name is not None else _explicit_mesh(values)
     mesh = explicit or _mesh_of(mesh)
@@ -206,7 +206,7 @@ def create(
     return [(share.first, x) for share, x in zip(shares, made, strict=True)]
 
 
-def _unsplit(x: jax.Array) -> jax.Array:
+def unsplit(x: jax.Array) -> jax.Array:
     """Whole matrices [rows, 1, parts, ...] of the parts that the devices have."""
     if x.shape[1] == 1:
         return x
@@ -265,7 +265,9 @@ def _placed(
         raise ValueError(
             f"What is kept for matrices was planned for {planned} devices, and the "
             f"axes {', '.join(map(repr, axes))} have {number}. Call `init` with "
-            "parameters that are on this mesh, or under `jax.set_mesh(mesh)`."
+            "parameters that are on this mesh, or under `jax.set_mesh(mesh)`; or make "
+            "of a state that other devices left one for these, by "
+            f"`nlcg_optax.matrices.for_devices(state, {number})`."
         )
     ways = dict.fromkeys(w for g in share.groups for *_, w in members(g))
     found = []
@@ -326,6 +328,7 @@ def mask_of(
     mesh: Any,
     axis_name: _tree.AxisName | None,
     number: int = 1,
+    planned_by: Any = None,
 ) -> Mask:
     """The mask of a parameter, which must not be on devices that the mesh lacks."""
     placed = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
@@ -344,7 +347,7 @@ def mask_of(
         with contextlib.suppress(NameError):  # nothing maps them here
             axes = _tree.bound_axes(axis_name)
     whole = _known_whole(x, axes)
-    return mask(matrix, tuple(jnp.shape(x)) if whole else None, number)
+    return mask(matrix, tuple(jnp.shape(x)) if whole else None, number, planned_by)
 
 
 def _mesh_of(mesh: Any) -> Any:

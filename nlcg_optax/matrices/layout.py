@@ -156,7 +156,7 @@ class Group:
             x = x.reshape(count, *x.shape[len(matrix.batch) :])
             stacks.setdefault(x.shape[1:], []).append(x)
         whole = (_concatenate(alike) for alike in stacks.values())
-        return _concatenate([self._resize(x, self.item[-1], together) for x in whole])
+        return _concatenate([self.resize(x, self.item[-1], together) for x in whole])
 
     def leaves(
         self, items: jax.Array, leaves: Sequence[Leaf], together: Callable
@@ -169,7 +169,7 @@ class Group:
         ):
             alike = list(alike)
             total = sum(count for (_, count), _ in alike)
-            x = self._resize(items[start : start + total], long, together)
+            x = self.resize(items[start : start + total], long, together)
             start, first = start + total, 0
             for (i, count), matrix in alike:
                 shape = [leaves[i].value.shape[axis] for axis in matrix.order]
@@ -178,7 +178,7 @@ class Group:
                 yield i, one.reshape(shape).transpose(back)
                 first += count
 
-    def _resize(self, x: jax.Array, long: int, together: Callable) -> jax.Array:
+    def resize(self, x: jax.Array, long: int, together: Callable) -> jax.Array:
         """Makes each of the chunks longer by zeros, or shorter."""
         if x.shape[-1] == long:
             return x

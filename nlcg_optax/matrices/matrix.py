@@ -60,6 +60,7 @@ class Mask(tuple):
       shape: of the whole leaf, by which shards of it are known in a `shard_map`; None
         where `init` saw a shard, or may have.
       devices: for how many of them it was planned what is kept for each matrix.
+      planned_by: what else that plan follows from, and the preconditioner knows.
     """
 
     __slots__ = ()
@@ -67,9 +68,14 @@ class Mask(tuple):
     matrix: ClassVar[Matrix]
     shape: ClassVar[tuple[int, ...] | None]
     devices: ClassVar[int]
+    planned_by: ClassVar[Any]
 
     def __reduce__(self) -> Any:
-        return mask, (self.matrix, self.shape, self.devices)
+        return mask, (self.matrix, self.shape, self.devices, self.planned_by)
+
+    def planned_for(self, devices: int) -> "Mask":
+        """The same for another number of devices."""
+        return mask(self.matrix, self.shape, devices, self.planned_by)
 
     def __repr__(self) -> str:
         text = f"Mask(matrix={self.matrix}, shape={self.shape}"
@@ -77,10 +83,15 @@ class Mask(tuple):
 
 
 @functools.cache
-def mask(matrix: Matrix, shape: tuple[int, ...] | None, devices: int = 1) -> Mask:
+def mask(
+    matrix: Matrix,
+    shape: tuple[int, ...] | None,
+    devices: int = 1,
+    planned_by: Any = None,
+) -> Mask:
     """The mask of a matrix; the same object for the same arguments."""
     said = {"__slots__": (), "matrix": matrix, "shape": shape, "devices": devices}
-    return type("Mask", (Mask,), said)()
+    return type("Mask", (Mask,), said | {"planned_by": planned_by})()
 
 
 def is_mask(x: Any) -> bool:

@@ -43,8 +43,8 @@ class Work:
 
     Attributes:
       function: from stacks of matrices [rows, devices, parts, small side, long side],
-        the :class:`Share` that they are, and what is kept for it, to stacks of the same
-        shapes and what is kept then.
+        the :class:`Share` that they are, what is kept for it, and what is `given`, to
+        stacks of the same shapes and what is kept then.
       operations: from the small side of a matrix, the long one, and whether it is one
         of several, to the operations on what is as small as the small side, and to
         those on the matrix itself.
@@ -52,13 +52,17 @@ class Work:
         needs whole matrices leaves out ``"split"``.
       splits: whether a stack may be split, where some may.
       ragged: whether, in work that keeps something, columns of zeros do no harm to it.
+      given: arrays that the function reads beside, the same on all devices.
     """
 
-    function: Callable[[list[jax.Array], "Share", Any], tuple[list[jax.Array], Any]]
+    function: Callable[
+        [list[jax.Array], "Share", Any, Any], tuple[list[jax.Array], Any]
+    ]
     operations: Callable[[int, int, bool], tuple[float, float]]
     ways: tuple[How, ...] = ("each", "spread", "split")
     splits: Callable[[Stack], bool] = lambda stack: stack.splittable
     ragged: Callable[[Stack], bool] = lambda stack: False
+    given: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -218,7 +218,8 @@ def work_of(method: newton_schulz.Method) -> plan.Work:
     """Polar factors as work for several devices."""
     alone = _xla.compiled_once(lambda x: newton_schulz.polar_factors([x], method)[0])
 
-    def function(xs: list[jax.Array], share: plan.Share, kept: Any) -> Any:
+    def function(xs: list[jax.Array], share: plan.Share, kept: Any, given: Any) -> Any:
+        del given
         shape, slots = xs[0].shape, share.slots
         if len(xs) == 1 and math.prod(shape[:3]) == 1:  # one matrix, and no stack
             x = xs[0].reshape(shape[3:])

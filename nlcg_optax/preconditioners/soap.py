@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from nlcg_optax import _check, _transformations, _tree
-from nlcg_optax.matrices import devices, eigenbasis, newton_schulz, plan, recognition
+from nlcg_optax.matrices import (
+    devices,
+    eigenbasis,
+    moving,
+    newton_schulz,
+    plan,
+    recognition,
+)
 from nlcg_optax.matrices.matrix import Mask, Matrices, is_kept, is_mask
 from nlcg_optax.preconditioners._second_moment import (
     check_moments,
@@ -83,6 +90,41 @@ class SoapState(NamedTuple):
         nodes = jax.tree.leaves(self.factors, is_leaf=is_kept)
         numbers = [jnp.sum(node.fallbacks, dtype=jnp.int32) for node in nodes]
         return {"soap_fallbacks": sum(numbers, jnp.int32(0))}
+
+    def for_devices(self, number: int) -> "SoapState":
+        """For :func:`~nlcg_optax.matrices.for_devices`."""
+        entries, structure = jax.tree_util.tree_flatten_with_path(
+            self.second_moment, is_leaf=is_mask
+        )
+        nodes = structure.flatten_up_to(self.factors)
+        held = [
+            (i, (path, jax.ShapeDtypeStruct(x.shape, x.planned_by.dtype), x))
+            for i, (path, x) in enumerate(entries)
+            if is_mask(x) and 0 not in x.shape
+        ]
+        if not held:
+            return self
+        by = held[0][1][2].planned_by
+        kept = [node for node in nodes if node is not None]
+        found = [entry for _, entry in held]
+        nodes = [None] * len(entries)
+        for first, node in moving.moved(_work(by), found, kept, number, by.mapped):
+            nodes[held[first][0]] = node
+        moments = [x.planned_for(number) if is_mask(x) else x for _, x in entries]
+        return self._replace(
+            second_moment=jax.tree.unflatten(structure, moments),
+            factors=jax.tree.unflatten(structure, nodes),
+        )
+
+
+class _PlannedBy(NamedTuple):
+    """What the plan follows from beside shapes and devices."""
+
+    max_side: int
+    linear: bool
+    averaged: bool
+    mapped: bool
+    dtype: str
 
 
 class _Options(NamedTuple):
@@ -232,7 +274,14 @@ def scale_by_soap(
         def moment(path: Any, x: Any) -> Any:
             if (matrix := found[path]) is None:
                 return jnp.zeros_like(x, dtype=_tree.scalar_dtype(x))
-            said = devices.mask_of(path, x, matrix, mesh, axis_name, number)
+            by = _PlannedBy(
+                options.max_side,
+                options.linear,
+                options.averaged,
+                axis_name is not None,
+                _tree.compute_dtype(jnp.result_type(x)).name,
+            )
+            said = devices.mask_of(path, x, matrix, mesh, axis_name, number, by)
             if said.shape is None:
                 raise ValueError(
                     f"`init` was given a part of the parameter "
@@ -334,7 +383,7 @@ def _matrices(entries: Any, masks: list[Any]) -> list[tuple[int, tuple]]:
     return [
         (i, (path, x, said))
         for i, ((path, x), said) in enumerate(zip(entries, masks, strict=True))
-        if isinstance(said, Mask) and jnp.size(x)
+        if isinstance(said, Mask) and math.prod(jnp.shape(x))
     ]
 
 
@@ -405,14 +454,18 @@ def _elementwise(
     )
 
 
-def _work(options: _Options, count: jax.typing.ArrayLike = 0) -> plan.Work:
+def _work(
+    options: "_Options | _PlannedBy", count: jax.typing.ArrayLike = 0
+) -> plan.Work:
     """The preconditioning of matrices as work for several devices, at this step."""
 
-    def function(xs: list[jax.Array], share: plan.Share, kept: Factors) -> Any:
+    def function(
+        xs: list[jax.Array], share: plan.Share, kept: Factors, count: Any
+    ) -> Any:
         x = share.slots.add(jnp.add, xs)
         step = functools.partial(
             _precondition,
-            options=options,
+            options=cast(Any, options),
             count=count,
             total=share.total,
             size=math.prod(x.shape[-2:-1]) * share.groups[0].stack.long,
@@ -446,7 +499,7 @@ def _work(options: _Options, count: jax.typing.ArrayLike = 0) -> plan.Work:
         # Where `linear` it takes a mean over all elements.
         return stack.long > options.max_side and not options.linear
 
-    return plan.Work(function, operations, splits=splits, ragged=ragged)
+    return plan.Work(function, operations, splits=splits, ragged=ragged, given=count)
 
 
 def _precondition(

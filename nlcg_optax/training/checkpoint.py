@@ -1,7 +1,9 @@
 """Checkpoints of a run, by Orbax."""
 
 import contextlib
+import functools
 import json
+import math
 import os
 import pathlib
 import socket
@@ -15,7 +17,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from nlcg_optax.matrices import for_devices
+from nlcg_optax.matrices.matrix import is_kept
 from nlcg_optax.training.config import ConfigError, differing, modern, to_json
 from nlcg_optax.training.run_config import RunConfig
 
@@ -185,6 +191,8 @@ class Checkpoints:
     def restore(self, like: Any) -> Any:
         """Restores the newest whole checkpoint, shaped and placed as `like`.
 
+        Another number of devices may have written it (`matrices.for_devices`).
+
         Args:
           like: a state, or one of `jax.ShapeDtypeStruct` with shardings.
 
@@ -196,10 +204,11 @@ class Checkpoints:
         if newest is None:
             raise CheckpointError(f"There is no checkpoint in {self.path}.")
         try:
-            state = self._manager.restore(
-                newest, args=ocp.args.StandardRestore(abstract)
-            )
-            _check_fits(state, abstract)
+            shapes = self._as_written(newest, abstract)
+            state = self._manager.restore(newest, args=ocp.args.StandardRestore(shapes))
+            _check_fits(state, shapes)
+            if shapes is not abstract:
+                state = _moved(state, abstract)
         except Exception as error:  # Orbax documents none
             steps = [step for step in self._manager.all_steps() if step < newest]
             older = f", from step {max(steps):,}" if steps else ", from the start"
@@ -210,6 +219,41 @@ class Checkpoints:
                 f"and the same command goes on{older}."
             ) from error
         return state
+
+    def _as_written(self, step: int, abstract: Any) -> Any:
+        """The abstract state as it was on the devices that wrote the checkpoint."""
+        mesh = _mesh_of(abstract)
+        if mesh is None or not any(map(is_kept, _kept_and_others(abstract))):
+            return abstract
+        folder: Any = self.path.absolute() / str(step) / "default"
+        told = jax.tree.leaves(ocp.StandardCheckpointHandler().metadata(folder))
+        sizes = [getattr(x.sharding, "shape", None) for x in told]
+        devices = math.prod(next((s for s in sizes if s is not None), (1,)))
+        if devices == mesh.size:
+            return abstract
+        there = jax.eval_shape(
+            functools.partial(for_devices, devices=devices), abstract
+        )
+        others = (x for x in _kept_and_others(abstract) if not is_kept(x))
+
+        def placed(node: Any) -> Any:
+            if not is_kept(node):
+                return next(others)
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape,
+                    x.dtype,
+                    sharding=NamedSharding(
+                        mesh,
+                        P(None, mesh.axis_names)
+                        if x.shape[1] % mesh.size == 0
+                        else P(),
+                    ),
+                ),
+                node,
+            )
+
+        return jax.tree.map(placed, there, is_leaf=is_kept)
 
     def save(self, step: int, state: Any) -> None:
         """Starts to save a state, unless that step is saved already."""
@@ -271,6 +315,23 @@ def _checksum(path: pathlib.Path) -> list[int]:
         while chunk := file.read(2**22):
             checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
     return [size, checksum]
+
+
+def _kept_and_others(state: Any) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=is_kept)
+
+
+def _mesh_of(abstract: Any) -> Any:
+    """The mesh that a state is to be on; None for none."""
+    placed = [getattr(x, "sharding", None) for x in jax.tree.leaves(abstract)]
+    return next((s.mesh for s in placed if isinstance(s, NamedSharding)), None)
+
+
+def _moved(state: Any, abstract: Any) -> Any:
+    """A state as on the devices of the abstract one."""
+    move = functools.partial(for_devices, devices=_mesh_of(abstract).size)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(move, out_shardings=shardings)(state)
 
 
 def _check_fits(state: Any, abstract: Any) -> None:

@@ -201,7 +201,7 @@ def test_a_state_for_another_number_of_devices():
         in_specs=(specs, jax.tree.map(lambda _: P(), where)),
         out_specs=(specs, where),
     )
-    with pytest.raises(ValueError, match="planned for 4 devices.* have 8"):
+    with pytest.raises(ValueError, match="planned for 4 devices.* have 8.*for_devices"):
         update(params, state)
 
 

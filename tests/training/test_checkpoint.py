@@ -15,9 +15,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import Mesh
 from test_distributed import rows, start_two
 from waiting import wait_for
 
+import nlcg_optax
+from nlcg_optax.matrices import for_devices, plan
 from nlcg_optax.training import loop
 from nlcg_optax.training.checkpoint import (
     CheckpointError,
@@ -33,6 +36,8 @@ from nlcg_optax.training.config import (
     load_config,
     typed,
 )
+from nlcg_optax.training.mesh import state_shardings
+from nlcg_optax.training.run_config import MeshConfig
 
 # Runs of one config compile once, and some tests share one: xdist leaves them together.
 pytestmark = pytest.mark.xdist_group("runs")
@@ -143,6 +148,33 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="checkpoint of step 3, .*3, cannot"):
             checkpoints.restore(like)
     checkpoints.close()
+
+
+def test_what_is_spread_over_devices_is_restored_on_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "OPERATIONS_PER_BYTE", 0)
+    monkeypatch.setattr(plan, "OPERATIONS_PER_COLLECTIVE", 0)
+    tx = nlcg_optax.scale_by_soap()
+    grads = {k: np.ones((4, 6), np.float32) for k in "abc"}
+    _, first = jax.jit(tx.update)(grads, tx.init(grads))  # as one device would
+    for count, number in enumerate((8, 2, 1)):
+        mesh = Mesh(np.array(jax.devices()[:number])[:, None], ("data", "fsdp"))
+        like = jax.eval_shape(lambda n=number: for_devices(first, n))
+        shardings = state_shardings(like, mesh, MeshConfig())
+        checkpoints = Checkpoints(tmp_path, keep=1)
+        if count:
+            like = jax.tree.map(
+                lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+                like,
+                shardings,
+            )
+            state = checkpoints.restore(like)
+        else:
+            state = jax.device_put(for_devices(first, number), shardings)
+        assert state.factors["a"].left.shape[1] == number
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+        checkpoints.save(count, state)
+        checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, state, first)
 
 
 def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(complete, tmp_path):
