@@ -163,7 +163,8 @@ def written(params, prompt, length):
         window[: len(text[-CONTEXT:])] = text[-CONTEXT:]
         last = min(len(text), CONTEXT) - 1
         text.append(int(follow(window, jax.random.key(i), last)))
-    return "".join(map(chr, text))
+    characters = map(chr, text)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in characters)
 
 
 def main():

@@ -66,7 +66,7 @@ def loss_fn(outputs, batch):
 
 def grid(points):
     """Points [points², 2] within the square."""
-    line = (jnp.arange(points) + 0.5) / points
+    line = jnp.arange(0.5, points) / points
     return jnp.stack(jnp.meshgrid(line, line), -1).reshape(-1, 2)
 
 

@@ -22,6 +22,7 @@ def run(name, monkeypatch, capsys, *args, **changed):
     return capsys.readouterr().out
 
 
+@pytest.mark.long  # it compiles for most of a minute
 @pytest.mark.standard_promotion  # optax's schedules promote
 def test_finetune_text(monkeypatch, capsys, tmp_path):
     text = tmp_path / "text.txt"
@@ -33,7 +34,7 @@ def test_finetune_text(monkeypatch, capsys, tmp_path):
     before, after, theirs = re.findall(r"held out ([\d.]+)", out)
     assert float(after) < float(before) - 0.5 and float(theirs) < float(before)
     assert f"fine-tuned from {before} to {after} without a learning rate" in out
-    assert "The " in out.splitlines()[-1]
+    assert "\nThe " in out
 
 
 def test_physics_informed(monkeypatch, capsys):
@@ -48,6 +49,7 @@ def test_physics_informed(monkeypatch, capsys):
     assert re.search(r"^(nlcg_auto|L-BFGS) ends nearer to the solution", out, re.M)
 
 
+@pytest.mark.long
 def test_digits_mlp(monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     out = run("digits_mlp", monkeypatch, capsys, STEPS=12)

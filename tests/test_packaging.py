@@ -12,12 +12,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Every example, the file that runs or imports it, and by which words.
 RUN_BY = {
-    "digits_mlp.py": ("tests/test_examples.py", 'run("digits_mlp"'),
-    "finetune_text.py": ("tests/test_examples.py", 'run("finetune_text"'),
+    "digits_mlp.py": ("tests/test_examples.py", '"digits_mlp", '),
+    "finetune_text.py": ("tests/test_examples.py", '"finetune_text", '),
     "mesh_jit.py": ("tests/test_front_doors.py", '("mesh_jit", '),
     "mesh_pmap.py": ("tests/test_front_doors.py", '("mesh_pmap", '),
     "mesh_shard_map.py": ("tests/test_front_doors.py", '("mesh_shard_map", '),
-    "physics_informed.py": ("tests/test_examples.py", 'run("physics_informed"'),
+    "physics_informed.py": (
+        "tests/test_examples.py",
+        '"physics_informed", monkeypatch',
+    ),
     "train.py": ("tests/training/test_main_job.py", '"examples" / "train.py"'),
 }
 
