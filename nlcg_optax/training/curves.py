@@ -47,7 +47,7 @@ def plot_curves(
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     loss, accuracy, *lower = figure.subplots(2, 2, sharex=True).flat
     runs = [OtherRun(label, {}, rows), *others]
     others = others if rows else ()
@@ -55,6 +55,7 @@ def plot_curves(
         _compare_losses(loss, runs)
         _compare_accuracies(accuracy, runs)
         loss.set_xscale("log")
+        loss.xaxis.set_major_formatter("{x:,.0f}")
     else:
         splits = sorted({r["split"] for r in rows}, key=lambda s: (s != "train", s))
         names = {split: "training" if split == "train" else split for split in splits}
@@ -123,12 +124,13 @@ def _compare_accuracies(axis: Any, runs: Sequence[OtherRun]) -> None:
         )
     axis.set_yscale("log")
     axis.invert_yaxis()
+    axis.set_ylim(bottom=2.5 * axis.get_ylim()[0])  # below them is what is said
     low, high = sorted(axis.get_ylim())
     shown = [percent for percent in _PERCENT if low <= 1 - percent / 100 <= high]
     axis.set_yticks([1 - percent / 100 for percent in shown], map(str, shown))
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right", frameon=False)
+    axis.legend(loc="upper left", frameon=False)
     for step in early_and_end(runs[0].rows, runs[1:]):
         ours, *theirs = [
             f"{100 * evaluated(run.rows)[1][step]['accuracy']:.1f}%" for run in runs
