@@ -1,4 +1,7 @@
-"""The examples that are no tests of meshes, with tiny settings."""
+"""The examples that are no tests of meshes, with tiny settings.
+
+They compile for most of a minute each, on a busy core: `make test-all` runs them.
+"""
 
 import importlib.util
 import pathlib
@@ -22,7 +25,7 @@ def run(name, monkeypatch, capsys, *args, **changed):
     return capsys.readouterr().out
 
 
-@pytest.mark.long  # it compiles for most of a minute
+@pytest.mark.long
 @pytest.mark.standard_promotion  # optax's schedules promote
 def test_finetune_text(monkeypatch, capsys, tmp_path):
     text = tmp_path / "text.txt"
@@ -37,6 +40,7 @@ def test_finetune_text(monkeypatch, capsys, tmp_path):
     assert "\nThe " in out
 
 
+@pytest.mark.long
 def test_physics_informed(monkeypatch, capsys):
     small = "--points=5 --width=4 --steps=9".split()
     out = run("physics_informed", monkeypatch, capsys, *small)
