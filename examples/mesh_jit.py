@@ -61,6 +61,8 @@ def main():
             params, opt_state, loss = step(params, opt_state, batch)
             if i % 10 == 0:
                 print(f"jit: step {i}, loss {jax.device_get(loss):.5f}")
+    share = digits_mlp.share(params, opt_state)
+    print(f"jit: each of {devices} devices holds {share:.0%} of parameters and state")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,10 @@ def train(name, min_size):
             params, opt_state, loss = step(params, opt_state, batch)
             if i % 10 == 0:
                 print(f"{name}: step {i}, loss {jax.device_get(loss):.5f}")
+    share, devices = digits_mlp.share(params, opt_state), jax.device_count()
+    print(
+        f"{name}: each of {devices} devices holds {share:.0%} of parameters and state"
+    )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ the import path.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -78,6 +81,16 @@ def minimizes():
     assert jnp.abs(result.params - 1).max() < 1e-2, result.params
 
 
+def runs_its_readme():
+    """The example of the README, as PyPI shows it, runs as it stands."""
+    text = importlib.metadata.metadata("nlcg-optax")["Description"]
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(example, "README.md", "exec"), {})
+    assert re.fullmatch(r"loss 0\.00\d\d\n", printed.getvalue()), printed.getvalue()
+
+
 def has_training():
     """All of the extra [train] can be imported, and its programs answer."""
     training = importlib.import_module("nlcg_optax.training")
@@ -92,7 +105,7 @@ def has_training():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Tries the installed nlcg-optax.")
     parser.add_argument("--train", action="store_true", help="with the extra [train]")
-    checks = [is_installed, trains, minimizes]
+    checks = [is_installed, runs_its_readme, trains, minimizes]
     checks.append(has_training if parser.parse_args().train else is_alone)
     for check in checks:
         check()

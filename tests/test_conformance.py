@@ -4,6 +4,7 @@ The demands of optax's own alias tests are among them, restated.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -472,6 +473,29 @@ def test_scan_is_a_loop(name):
         return jax.lax.scan(body, (params, tx.init(params)), length=4)[0]
 
     assert_close(run(params), trained(name), 1e-4, 1e-5)
+
+
+@each_public
+def test_the_strict_modes_of_jax_find_nothing(name):
+    """Beside strict promotion of dtypes, which is on in all tests."""
+    tx = make(name)
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(jax.enable_checks(True))
+        modes.enter_context(jax.checking_leaks())
+        modes.enter_context(jax.numpy_rank_promotion("raise"))
+        state = tx.init(simple_params())
+        # Which check what is traced, so that nothing need be compiled anew.
+        jax.eval_shape(functools.partial(step, name, tx), simple_params(), state)
+    with jax.debug_nans(True):
+        train(name, tx, simple_params(), 3)
+
+
+@each_public
+def test_a_step_goes_without_jit(name):
+    tx, before = make(name), trained(name)
+    with jax.disable_jit():
+        found = step(name, tx, *before)[:2]
+    assert_close(found, stepper(name, tx)(*before)[:2], 1e-4, 1e-5)
 
 
 @every_transformation

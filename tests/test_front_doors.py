@@ -763,7 +763,13 @@ def printed(run_on_devices):
     def run(example, devices):
         out = run_on_devices(EXAMPLES / f"{example}.py", devices).stdout
         lines = re.findall(r"^(.*): step (\d+), loss ([\d.]+)$", out, re.MULTILINE)
-        assert len(lines) == len(out.splitlines())
+        # At its end each tells what it shows.
+        told = re.findall(r"^(.*): each of (\d+) devices holds (\d+)% of", out, re.M)
+        assert len(lines) + len(told) == len(out.splitlines())
+        for name, count, share in told:
+            assert int(count) == devices
+            split = {"jit": min(2, devices), "sharded": devices}.get(name, 1)
+            assert 100 / split <= int(share) < 110 / split, (name, share)
         losses = {}
         for name, step, loss in lines:
             losses.setdefault(name, []).append((int(step), float(loss)))

@@ -12,10 +12,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Every example, the file that runs or imports it, and by which words.
 RUN_BY = {
-    "digits_mlp.py": ("examples/mesh_jit.py", "import digits_mlp"),
+    "digits_mlp.py": ("tests/test_examples.py", '"digits_mlp", '),
+    "finetune_text.py": ("tests/test_examples.py", '"finetune_text", '),
     "mesh_jit.py": ("tests/test_front_doors.py", '("mesh_jit", '),
     "mesh_pmap.py": ("tests/test_front_doors.py", '("mesh_pmap", '),
     "mesh_shard_map.py": ("tests/test_front_doors.py", '("mesh_shard_map", '),
+    "physics_informed.py": (
+        "tests/test_examples.py",
+        '"physics_informed", monkeypatch',
+    ),
     "train.py": ("tests/training/test_main_job.py", '"examples" / "train.py"'),
 }
 
@@ -24,6 +29,8 @@ def test_every_example_is_run_by_a_test():
     examples = ROOT / "examples"
     found = {str(path.relative_to(examples)) for path in examples.rglob("*.py")}
     assert found == set(RUN_BY), "run each example in a test, and name it in RUN_BY"
+    readme = (examples / "README.md").read_text()
+    assert not [name for name in RUN_BY if f"`{name}`" not in readme]
     for user, words in RUN_BY.values():
         assert words in (ROOT / user).read_text(), (user, words)
 

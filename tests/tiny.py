@@ -5,18 +5,22 @@ from a file, since scikit-learn and Matplotlib take longer to import than all th
 `python tiny.py --workdir=FOLDER [--config.FIELD=VALUE ...]`.
 """
 
+import contextlib
+import io
 import os
 import pathlib
 import resource
 import subprocess
 import sys
+from unittest import mock
 
 import flax.linen as nn
 import numpy as np
 import xla
 from waiting import HANGING_SECONDS
 
-from nlcg_optax.training import cli, loop, metrics, models
+from nlcg_optax.training import cli, curves, loop, models
+from nlcg_optax.training.config import apply_overrides, load_config
 from nlcg_optax.training.data import digits, load
 from nlcg_optax.training.data.sources import Arrays
 
@@ -25,6 +29,7 @@ CONFIG = ROOT / "configs" / "digits_resnet8.py"
 
 TRAIN_EXAMPLES = 96
 OVERRIDES = (
+    "compare_with=none",
     f"dataset.max_train_examples={TRAIN_EXAMPLES}",
     "batch_size=40",  # no divisor of 96: batches straddle epochs
     "num_epochs=5",  # 12 steps
@@ -35,7 +40,10 @@ OVERRIDES = (
     "mesh.min_size_to_split=8",
     # State enough to be split and saved; and rounding stays rounding: orthogonalization
     # amplifies that of small singular values, which a tiny model's gradient has.
+    "optimizer.name=nlcg",
     "optimizer.learning_rate=0.4",
+    "schedule.name=cosine",
+    "schedule.warmup_epochs=5",
     "optimizer.nlcg.preconditioner=diagonal_bfgs",
 )
 _LIMIT = "TINY_FILE_SIZE_LIMIT"
@@ -93,6 +101,24 @@ def train(*args):
     return loop.train_and_evaluate(*args, create_model=tiny_model)
 
 
+def run(workdir, *overrides, devices=1):
+    """A run in this process on so many of its devices, without curves.
+
+    It is what :func:`start` begins, without the seconds that a process takes for its
+    imports. Returns what it printed.
+    """
+    config = load_config(CONFIG)
+    apply_overrides(config, [*OVERRIDES, *overrides])
+    printed = io.StringIO()
+    with (
+        mock.patch("jax.device_count", lambda: devices),
+        mock.patch.object(curves, "plot_curves"),
+        contextlib.redirect_stdout(printed),
+    ):
+        train(config, workdir)
+    return printed.getvalue()
+
+
 def start(workdir, *args, devices=1, process=None, limit=None):
     """Starts this program on so many CPU devices.
 
@@ -136,7 +162,7 @@ def main():
     if _LIMIT in os.environ:
         limit = int(os.environ[_LIMIT])
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    metrics.plot_curves = lambda *args, **options: None
+    curves.plot_curves = lambda *args, **options: None
     digits.load = load_saved
     overrides = [f"--config.{override}" for override in OVERRIDES]
     return cli.main([f"--config={CONFIG}", *overrides, *sys.argv[1:]], train)

@@ -31,7 +31,11 @@ OVERRIDES = (
     "model.filters=4",
     "batch_size=64",
     "num_epochs=1e6",
+    "optimizer.name=nlcg",
+    "optimizer.learning_rate=0.01",
     "schedule.name=constant",
+    "schedule.warmup_epochs=5",
+    "compare_with=none",
     "eval_every_epochs=10",
     "checkpoint_every_epochs=10",
 )

@@ -40,7 +40,8 @@ def run(state_dtype: Any, seed: int) -> tuple[dict, float, float]:
     config = load_config(CONFIG)
     apply_overrides(config, [f"seed={seed}", "eval_every_epochs=60"])
     apply_overrides(config, ["optimizer.name=nlcg", "optimizer.learning_rate=0.4"])
-    apply_overrides(config, ["checkpoint_every_epochs=60"])
+    apply_overrides(config, ["schedule.name=cosine", "schedule.warmup_epochs=5"])
+    apply_overrides(config, ["checkpoint_every_epochs=60", "compare_with=none"])
     with tempfile.TemporaryDirectory() as workdir:
         result = loop.train_and_evaluate(config, workdir)
     arrays = [x for x in jax.tree.leaves(result.state.opt_state) if x.ndim]

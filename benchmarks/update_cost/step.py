@@ -43,7 +43,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     config = load_config(CONFIG)
-    apply_overrides(config, [f"batch_size={args.batch_size}"])
+    nlcg = ["optimizer.name=nlcg", "optimizer.learning_rate=0.01"]
+    apply_overrides(config, [f"batch_size={args.batch_size}", *nlcg])
+    apply_overrides(config, ["schedule.name=cosine"])
     config = typed(config)
     mesh = create_mesh(config.mesh)
     rng = np.random.default_rng(0)

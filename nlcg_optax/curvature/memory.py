@@ -90,7 +90,7 @@ def write(
         # Where one is not finite its factor is 0, and the product has to be.
         new = _tree.lift(_xla.finite(new).astype(array.dtype))
         taken, left = (_tree.scalar_like(w, old).reshape(shape) for w in weights)
-        return (left * old + taken * new).astype(array.dtype)
+        return (left * old + taken * new[None]).astype(array.dtype)
 
     return Memory(
         stored=jnp.asarray(memory.stored) + stored.astype(jnp.int32),

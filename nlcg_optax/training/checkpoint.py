@@ -390,8 +390,14 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
+def check_config(config: RunConfig, workdir: pathlib.Path) -> float | None:
     """Checks that a folder is new, or holds a run with the same config.
+
+    It may have more epochs than that run, if nothing before depended on their number: a
+    cosine schedule does.
+
+    Returns:
+      The number of epochs that the run in the folder had, if this one has more.
 
     Raises:
       ConfigError: if it holds a run with another config; names the fields that differ.
@@ -399,7 +405,7 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
     path = workdir / "config.json"
     try:
         if not path.exists():
-            return
+            return None
         saved = json.loads(path.read_text())
         if not isinstance(saved, dict):
             raise ValueError(f"expected an object of fields, found {saved!r:.60}")
@@ -410,15 +416,26 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> None:
             "that file if you know that the run in its folder had this config."
         ) from error
     new = modern(to_json(config))
-    changed = [
-        f"{name}={new.get(name)!r} (was {old.get(name)!r})"
-        for name in differing(old, new, FREE_FIELDS, ("mesh.",))
-    ]
-    if changed:
+    names = differing(old, new, FREE_FIELDS, ("mesh.",))
+    longer = "num_epochs" in names and new["num_epochs"] > old["num_epochs"]
+    by_cosine = new["schedule.name"] == "cosine"
+    if longer and not by_cosine:
+        names.remove("num_epochs")
+    if names:
+        changed = [
+            f"{name}={new.get(name)!r} (was {old.get(name)!r})" for name in names
+        ]
+        why = ""
+        if longer and by_cosine:
+            why = (
+                "With schedule.name='cosine' a longer run has other learning rates "
+                "from its start on. "
+            )
         raise ConfigError(
             f"{str(workdir)!r} holds a run with another config: "
-            f"{', '.join(changed)}. Choose another --workdir, or remove that one."
+            f"{', '.join(changed)}. {why}Choose another --workdir, or remove that one."
         )
+    return old["num_epochs"] if longer else None
 
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:

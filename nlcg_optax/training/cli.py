@@ -27,7 +27,7 @@ on where the run in its folder stopped.
   %(prog)s --workdir=runs/b --config=cifar10_resnet32
       another config: --list-configs
   %(prog)s --workdir=runs/c --config.optimizer.name=momentum \\
-      --config.optimizer.learning_rate=0.3
+      --config.optimizer.learning_rate=0.3 --config.schedule.name=cosine
       with other values: any field of the config can be set so
 """
 
@@ -280,7 +280,8 @@ def _list_datasets() -> None:
   your own images, JPEG or PNG
   needs --config.dataset.data_dir=DIR, and --config.dataset.image_size=PIXELS where
   their sizes differ; read from DIR/train/<class>/ and DIR/test/<class>/ (or val/,
-  validation/)
+  validation/), or with --config.dataset.test_fraction=0.2 from DIR/<class>/, of which
+  a fifth is then held out to test on
 
 {heading("any image classification set of TensorFlow Datasets, by its name there")}
   needs a network for the first run, which downloads and prepares it (for many that

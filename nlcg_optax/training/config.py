@@ -169,11 +169,10 @@ def _what_failed(error: BaseException, path: pathlib.Path) -> str:
     lines = [f.lineno for f in frames if f.filename == str(path)]
     where = f"{path}, line {lines[-1]}" if lines else str(path)
     if isinstance(error, SyntaxError):
-        if error.filename != str(path):  # of a module that it imports
-            where += f", imports {error.filename}, whose line {error.lineno}"
-        else:
-            where = f"{path}, line {error.lineno}"
-        return f"{where} is no Python: {error.msg}; {_CONTRACT}."
+        fault = f"{error.filename}, line {error.lineno} is no Python: {error.msg}"
+        if error.filename != str(path):
+            return f"{fault}. ({where} imports it.)"
+        return f"{fault}; {_CONTRACT}."
     # ConfigDict's own messages contain the whole config, or name the field alone.
     if field := _field_in_error(error, lines[-1] if lines else None, path):
         return f"{where}: {_wrong_field(field)}"
@@ -295,11 +294,21 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
             raise ConfigError(f"--config.{name} needs a value: --config.{name}=VALUE.")
         group, last = _within(config, name)
         try:
-            group[last] = _parse(text, group.get_type(last))
+            missing = text == "none" and _optional(name)
+            group[last] = None if missing else _parse(text, group.get_type(last))
         except (TypeError, ValueError, KeyError) as error:
             raise ConfigError(
                 f"--config.{name}={text} does not fit: expected {_kind(group, last)}."
             ) from error
+
+
+def _optional(name: str) -> bool:
+    """Whether a field may have no value."""
+    *groups, last = name.split(".")
+    within: Any = RunConfig
+    for group in groups:
+        within = fields_of(within)[group][0]
+    return fields_of(within)[last][1]
 
 
 def _parse(text: str, kind: type) -> Any:
@@ -309,7 +318,7 @@ def _parse(text: str, kind: type) -> Any:
     if kind is bool:
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     try:
-        value = ast.literal_eval("None" if text == "none" else text)
+        value = ast.literal_eval(text)
         if kind is float and isinstance(value, int):
             value = float(value)
     except (SyntaxError, MemoryError, RecursionError, OverflowError) as error:

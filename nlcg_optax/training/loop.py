@@ -22,6 +22,7 @@ from nlcg_optax.curvature import advice as curvature_advice
 from nlcg_optax.training import (
     checkpoint,
     comparison,
+    curves,
     data,
     distributed,
     metrics,
@@ -46,6 +47,8 @@ from nlcg_optax.training.run_config import (
     ScheduleConfig,
 )
 
+# What a batch whose size is not set may hold.
+_BATCH_PIXELS = 2**21
 # By the step after so many a device has warmed up.
 _PROFILED = 2
 
@@ -139,13 +142,14 @@ class _Run:
             distributed.check_same_config(config)
         mesh = create_mesh(config.mesh)
         _check_without_data(config, mesh, create_model)
-        name = config.compare_with
-        other = comparison.load_run(name) if name else None
-        self.differing = comparison.differing_fields(config, other) if other else []
-        checkpoint.check_config(config, workdir)
+        others = comparison.load_runs(config.compare_with)
+        differing = [comparison.differing_fields(config, other) for other in others]
+        longer_than = checkpoint.check_config(config, workdir)
         # The first process may have to prepare the data for all.
         load = functools.partial(load_dataset, config.dataset)
         dataset = distributed.first_alone(load, "load the data") or load()
+        asked = config
+        config = _with_batch_size(config, dataset)
         steps_per_epoch, total_steps = _count_steps(config, len(dataset.train))
         schedule = optimizers.create_schedule(config, steps_per_epoch)
         # Noise comes to rule where each step has other images.
@@ -158,13 +162,16 @@ class _Run:
         def begin() -> None:
             held.enter_context(checkpoint.locked(workdir))
             # Another run may have been here meanwhile.
-            checkpoint.check_config(config, workdir)
-            checkpoint.save_config(config, workdir)
+            checkpoint.check_config(asked, workdir)
+            checkpoint.save_config(asked, workdir)
 
         distributed.first_alone(begin, "begin in --workdir")
         checkpoint.check_shared(workdir)
 
-        self.config, self.workdir, self.told, self.other = config, workdir, told, other
+        self.config, self.workdir, self.told = config, workdir, told
+        pairs = list(zip(others, differing, strict=True))
+        self.others = [other for other, fields in pairs if not fields]
+        self.incomparable = [(other.label, fields) for other, fields in pairs if fields]
         self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
         self.checkpoints = Checkpoints(workdir, config.keep_checkpoints)
         start = self.checkpoints.latest_step() or 0
@@ -195,6 +202,11 @@ class _Run:
         rows = report.summary(
             config, dataset, mesh, state, steps_per_epoch, total_steps, start, workdir
         )
+        self.title = report.title(config, total_steps, [x.label for x in self.others])
+        if not asked.batch_size:
+            rows.insert(1 + [name for name, _ in rows].index("batch"), _CHOSEN)
+        if longer_than is not None:
+            rows.append(report.longer_row(config, longer_than, sampled))
         told.start(rows, total_steps, start, steps_per_epoch, config.batch_size)
 
     def train(self) -> None:
@@ -320,12 +332,13 @@ class _Run:
 
     def _draw_curves(self) -> None:
         if distributed.is_first():
-            config, other = self.config, self.other
-            metrics.plot_curves(
-                metrics.read_metrics(self.workdir / "metrics.jsonl"),
+            rows = metrics.read_metrics(self.workdir / "metrics.jsonl")
+            curves.plot_curves(
+                rows,
                 self.workdir / "curves.png",
-                f"{config.model.name}, {config.dataset.name}, {config.optimizer.name}",
-                (other.label, other.rows) if other and not self.differing else None,
+                self.title,
+                self.config.optimizer.name,
+                self.others,
             )
 
     def _rescue(self, error: BaseException) -> None:
@@ -358,12 +371,14 @@ class _Run:
             self.results = self.evaluate(self.state)
             told.evaluation(step, None, self.results)
         if distributed.is_first():
-            rows, compared = metrics.read_metrics(self.workdir / "metrics.jsonl"), None
-            if self.other and self.differing:
-                compared = f"not with {self.other.label}, which had another "
-                compared += ", ".join(self.differing)
-            elif self.other:
-                compared = comparison.in_words(rows, self.other)
+            rows = metrics.read_metrics(self.workdir / "metrics.jsonl")
+            compared = [
+                f"not with {label}, which had another {', '.join(fields)}"
+                for label, fields in self.incomparable
+            ]
+            if self.others:
+                name = self.config.optimizer.name
+                compared += comparison.in_words(name, rows, self.others)
             path = self.checkpoints.path
             told.end(self.results, rows, self.workdir, path, compared)
         return Result(step, None, self.results, self.state)
@@ -401,7 +416,7 @@ def _check_without_data(
 ) -> None:
     """Raises for what is wrong whatever the data are, before they are downloaded."""
     parts = config.microbatches
-    if config.batch_size // parts < mesh.size:
+    if config.batch_size and config.batch_size // parts < mesh.size:
         raise ConfigError(
             f"batch_size={config.batch_size} in {parts} microbatch(es) is less than "
             f"one image for each of {mesh.size} devices: raise batch_size, lower "
@@ -413,13 +428,30 @@ def _check_without_data(
     create_model(config.model, 2, remat=config.remat)
 
 
+_CHOSEN = (
+    "",
+    "(chosen by the images' number and size: --config.batch_size=N sets another)",
+)
+
+
+def _with_batch_size(config: RunConfig, dataset: data.Dataset) -> RunConfig:
+    """The config with a batch that fits, if it has none: all images, if they fit."""
+    if config.batch_size:
+        return config
+    pixels = math.prod(dataset.image_shape[:2])
+    size = min(len(dataset.train), max(1, _BATCH_PIXELS // pixels))
+    size = max(size // config.microbatches, 1) * config.microbatches
+    return dataclasses.replace(config, batch_size=size)
+
+
 def _count_steps(config: RunConfig, num_train: int) -> tuple[float, int]:
     """Steps of an epoch (a fraction, mostly) and of the run; raises if none fits."""
     batch_size = config.batch_size
     if batch_size > num_train:
         raise ConfigError(
             f"batch_size={batch_size} does not fit: expected 1 to {num_train}, "
-            f"the number of training images of {config.dataset.name!r}."
+            f"the number of training images of {config.dataset.name!r}, or 0, where "
+            "a batch is chosen by their number and size."
         )
     steps_per_epoch = num_train / batch_size
     total_steps = round(config.num_epochs * steps_per_epoch)

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: metrics and curves."""
+"""The metrics that a run leaves behind."""
 
 import contextlib
 import json
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -68,10 +67,10 @@ class MetricsWriter:
         """Writes the metrics of one step or evaluation."""
         with _naming(self.path):
             self._file.write(_line({"step": step, "split": split, **metrics}))
+        # Not by tensorboardX's function, which warns of numbers that are not finite.
         values = [
-            value
+            _Summary.Value(tag=f"{split}/{name}", simple_value=number)
             for name, number in metrics.items()
-            for value in summary.scalar(f"{split}/{name}", number).value
         ]
         self._write_event(step, summary=_Summary(value=values))
 
@@ -181,124 +180,3 @@ def _check_row(row: Any) -> None:
             raise ValueError(f"its {name} is no number")
         if number and isinstance(value, int) and abs(value) > _LARGEST:
             raise ValueError(f"its {name} is too large")
-
-
-def plot_curves(
-    rows: list[dict[str, Any]],
-    path: pathlib.Path,
-    title: str,
-    other: tuple[str, list[dict[str, Any]]] | None = None,
-) -> None:
-    """Draws loss, accuracy, step size and β against the step, as a PNG.
-
-    Where the curvature chose the steps, their coefficients and λ take the place of
-    the learning rate and of β.
-
-    Args:
-      rows: of ``metrics.jsonl``.
-      path: the PNG.
-      title: of the figure.
-      other: name and rows of a run whose loss and accuracy are drawn too.
-    """
-    # Figure and not pyplot: no window system, no global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    def series(split: str, name: str, rows: Any = rows) -> tuple[list[int], list[Any]]:
-        points = [
-            (r["step"], r[name]) for r in rows if r["split"] == split and name in r
-        ]
-        return [p[0] for p in points], [p[1] for p in points]
-
-    splits = sorted({row["split"] for row in rows}, key=lambda s: (s != "train", s))
-    shown = {"train": "training"}
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    panels: dict[str, dict[str, Any]] = {
-        name: {str(shown.get(s, s)): series(s, name) for s in splits}
-        for name in ("loss", "accuracy")
-    }
-    by_curvature = bool(series("train", "damping")[0])
-    for name, curves in (_BY_CURVATURE if by_curvature else _BY_RATE).items():
-        panels[name] = {key: series("train", words) for key, words in curves.items()}
-    axes = figure.subplots(2, 2, sharex=True).flat
-    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
-        _draw(axis, name, {label: xy for label, xy in curves.items() if xy[0]})
-        if other and name in ("loss", "accuracy"):
-            label, other_rows = other
-            for style, split in zip(("--", ":", "-."), splits, strict=False):
-                x, y = series(split, name, other_rows)
-                axis.plot(
-                    *(x, y, style),
-                    color="0.35",
-                    linewidth=1,
-                    label=f"{label}, {shown.get(split, split)}",
-                )
-        _tell_curves(axis)
-    losses = [v for _, ys in panels["loss"].values() for v in ys if math.isfinite(v)]
-    if losses and min(losses) > 0:
-        figure.axes[0].set_yscale("log")
-    for axis in figure.axes[2:]:
-        axis.set_xlabel("step")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(path, dpi=120)
-
-
-# The lower panels of the curves: names in the legend, and those of the metrics.
-_BY_RATE = {
-    "learning rate, and what the base step makes of it": {
-        "learning rate": "learning_rate",
-        "times the base step": "step_size",
-    },
-    "share of the last direction (β), and angle to the gradient": {
-        "β": "beta",
-        "cosine of direction and -gradient": "cosine",
-    },
-}
-_BY_CURVATURE = {
-    "coefficients of the step": {
-        "a, of the gradient": "coefficient_gradient",
-        "of the first residual": "coefficient_residual_1",
-        "b, of the last step": "coefficient_past_1",
-    },
-    "damping, signal and conjugacy": {
-        "λ": "damping",
-        "share of signal": "signal",
-        "conjugacy": "conjugacy",
-    },
-}
-
-
-def _draw(axis: Any, name: str, curves: Mapping[str, Any]) -> None:
-    """Draws the curves of a panel."""
-    # Between title and plot, where it covers no curve, is the legend.
-    axis.set_title(name, fontsize="medium", pad=24)
-    axis.grid(alpha=0.3)
-    for label, (x, y) in curves.items():
-        wide = label == "learning rate"  # to be seen below the other
-        axis.plot(
-            *(x, y),
-            marker="." if len(x) < 200 and not wide else "",
-            markersize=4,
-            linewidth=5.0 if wide else 1.0,
-            alpha=0.4 if wide else 1,
-            label=label,
-        )
-
-
-def _tell_curves(axis: Any) -> None:
-    """The legend of a panel, or that nothing is in it."""
-    if not axis.lines:
-        axis.text(0.5, 0.5, "not used", ha="center", transform=axis.transAxes)
-        return
-    axis.legend(
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=4,
-        fontsize="x-small",
-        frameon=False,
-        columnspacing=1.2,
-        handlelength=1.6,
-    )

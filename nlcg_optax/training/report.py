@@ -191,6 +191,37 @@ def curvature_row(
     return "curvature", text
 
 
+def longer_row(config: RunConfig, before: float, sampled: bool) -> tuple[str, str]:
+    """The row that tells what becomes of a run with more epochs than it had before.
+
+    Args:
+      config: of now.
+      before: the epochs that it had.
+      sampled: whether a batch is less than all images.
+    """
+    if config.optimizer.name != "nlcg_auto":
+        then = "the learning rates are those of a run that was to be so long"
+    elif sampled:
+        then = (
+            "where noise rules, nlcg_auto now plans for the new end: its rate, which "
+            "had fallen, rises again and falls to 0 over the last 45% of all steps"
+        )
+    else:
+        then = "nlcg_auto goes on as a run would that was to be so long"
+    return "longer", f"{config.num_epochs:g} epochs in place of {before:g}: {then}"
+
+
+def title(config: RunConfig, total_steps: int, others: Sequence[str]) -> str:
+    """What the picture of a run shows, in words."""
+    name, rate = config.optimizer.name, config.optimizer.learning_rate
+    rated = "no learning rate" if rate is None else f"learning rate {rate:g}"
+    beside = f", beside {' and '.join(others)}" if others else ""
+    return (
+        f"{config.model.name} on {config.dataset.name}, {total_steps:,} steps of "
+        f"{config.batch_size:,} images: {name} ({rated}){beside}"
+    )
+
+
 class Report:
     """Tells about a run: with colours and a bar on a terminal, plainly in a log.
 
@@ -340,7 +371,7 @@ class Report:
         self._seconds += seconds
         if metrics is not None:
             self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.4f}, "
+                f"loss {_loss(metrics):.4f}, accuracy {metrics['accuracy']:.4f}, "
                 f"{_speed(self._batch_size, seconds)}, "
                 f"input {waited / max(seconds, 1e-9):.0%}",
                 refresh=False,
@@ -365,7 +396,7 @@ class Report:
     def _at(self, step: int, results: Results) -> str:
         """Where the run is, with the metrics of some splits, and the speed."""
         parts = [
-            f"{name} loss {row['loss']:.4f}, accuracy "
+            f"{name} loss {_loss(row):.4f}, accuracy "
             + self.paint(f"{row['accuracy']:.4f}", "bold")
             for name, row in results.items()
         ]
@@ -393,11 +424,11 @@ class Report:
         rows: Sequence[Mapping[str, Any]],
         workdir: pathlib.Path,
         checkpoints: pathlib.Path,
-        compared: str | None = None,
+        compared: Sequence[str] = (),
     ) -> None:
         """Says how a complete run ended, by its last evaluation and all its rows.
 
-        And where everything is, and in `compared` how it compares with another run.
+        And where everything is, and in `compared` how it compares with other runs.
         """
         parts = []
         for split, last in results.items():
@@ -418,7 +449,7 @@ class Report:
         self.line(f"{done}: {'; '.join(parts)}; all in {workdir}", "quiet")
         self.table(
             [
-                *([("compared", compared)] if compared else []),
+                *(("compared", sentence) for sentence in compared),
                 ("curves", str(workdir / "curves.png")),
                 ("metrics", str(workdir / "metrics.jsonl")),
                 ("checkpoints", f"{checkpoints}, the last of step {self._total:,}"),
@@ -441,6 +472,11 @@ def _number(number: float) -> str:
 
 def _count(number: float, one: str, many: str) -> str:
     return f"{_number(number)} {one if number == 1 else many}"
+
+
+def _loss(row: Mapping[str, float]) -> float:
+    """The cross-entropy alone, as evaluations have it."""
+    return row.get("cross_entropy", row["loss"])
 
 
 def _speed(images: int, seconds: float) -> str:

@@ -87,6 +87,7 @@ class DatasetConfig(Group, at="dataset."):
     in_memory: str = "auto"  # auto, yes, no (stream)
     validation_fraction: float = 0.0  # of the training split, held out
     split_seed: int = 0
+    test_fraction: float | None = None  # of a folder that has no test split
     max_train_examples: int | None = None
     normalization: Literal["per_image", "imagenet"] = "per_image"
     # Of no effect where images are streamed with image_size: those have other crops.
@@ -209,7 +210,8 @@ class RunConfig(Group):
     model: ModelConfig = ModelConfig()
     dataset: DatasetConfig = DatasetConfig()
 
-    batch_size: Positive = 128  # the global batch
+    # The global batch; 0: all training images, or as many as hold two million pixels.
+    batch_size: Natural = 128
     microbatches: int = 1  # parts of a batch, one after the other, to save memory
     # With several microbatches BatchNorm normalizes by the statistics of each
     # ("microbatch"), or by the whole batch's ("batch": more memory and time).
@@ -235,7 +237,7 @@ class RunConfig(Group):
     eval_every_epochs: Interval = 1.0
     checkpoint_every_epochs: Interval = 1.0
     keep_checkpoints: Positive = 2
-    # A run of the same length to draw beside this one: its folder.
+    # Runs of the same length to draw beside this one: their folders, by commas.
     compare_with: str | None = None
 
     def __post_init__(self):

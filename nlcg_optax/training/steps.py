@@ -182,7 +182,7 @@ class _TrainStep:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
         with jax.named_scope("nlcg_gradient"):
             result = self._whole_batch(state, batch, key)
-        (loss, (accuracy, batch_stats)), grads = result
+        (loss, (cross_entropy, accuracy, batch_stats)), grads = result
         given = {"curvature": self._curvature(state, batch, key)} if auto else {}
         # The devices over which orthogonalization may share out its work.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
@@ -199,6 +199,7 @@ class _TrainStep:
         )
         metrics = {
             "loss": loss,
+            "cross_entropy": cross_entropy,
             "accuracy": accuracy,
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
@@ -262,7 +263,7 @@ class _TrainStep:
         return result, self._constrain(self._whole(grads))
 
     def _whole_batch(self, state: TrainState, batch: Batch, key: jax.Array):
-        """Loss, accuracy, BatchNorm statistics and gradient of the whole batch."""
+        """Loss and gradient; cross-entropy, accuracy and BatchNorm statistics."""
         places, parts = self._places(batch), self.config.microbatches
         params = self._whole(state.params)
         if self.config.at_once:
@@ -291,12 +292,12 @@ class _TrainStep:
         return self._add_penalty(params, ((loss, (accuracy, batch_stats)), grads))
 
     def _add_penalty(self, params, result):
-        (loss, rest), grads = result
+        (cross_entropy, rest), grads = result
         penalty, penalty_grads = jax.value_and_grad(
             lambda params: self.config.l2_penalty * l2_loss(params)
         )(params)
         grads = jax.tree.map(jnp.add, grads, self._constrain(penalty_grads))
-        return (loss + penalty, rest), grads
+        return (cross_entropy + penalty, (cross_entropy, *rest)), grads
 
     def _curvature(
         self, state: TrainState, batch: Batch, key: jax.Array

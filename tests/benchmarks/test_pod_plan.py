@@ -68,6 +68,8 @@ def test_tiny_step():
     command = [sys.executable, str(PLAN), "--one", "--devices=8"]
     command += ["--config", str(ROOT / "configs" / "digits_resnet8.py")]
     command += ["--image_shape=8x8x1", "--classes=10", "--config.batch_size=64"]
+    command += ["--config.optimizer.name=nlcg", "--config.optimizer.learning_rate=0.01"]
+    command += ["--config.schedule.name=cosine"]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
         command,

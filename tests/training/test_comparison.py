@@ -25,7 +25,7 @@ def test_recorded_runs_are_those_of_a_config_but_for_the_optimizer(path):
     users = [
         config
         for config in builtin_configs()
-        if load_config(config.name).compare_with == path.stem
+        if path.stem in (load_config(config.name).compare_with or "")
     ]
     assert users, "nothing compares itself with it"
     other = comparison.load_run(path.stem)
@@ -35,6 +35,7 @@ def test_recorded_runs_are_those_of_a_config_but_for_the_optimizer(path):
     command = comparison.metrics.read_metrics(path, head=True)[0]["command"]
     rate = f"--config.optimizer.learning_rate={other.config['optimizer.learning_rate']}"
     assert rate in command and f"--config={users[0].name} " in command
+    assert f"{other.config['optimizer.learning_rate']:g}" in other.label
     steps = [row["step"] for row in other.rows if row["split"] == "train"]
     assert steps == list(range(1, len(steps) + 1))
 
@@ -43,6 +44,7 @@ def test_fields_beside_the_optimizer_are_compared():
     config = load_config("digits_resnet8")
     other = comparison.load_run(RECORDED[0].stem)
     config.optimizer.name = "adamw"
+    config.schedule.update(name="cosine", warmup_epochs=5.0)
     config.seed = 3
     assert comparison.differing_fields(config, other) == []
     config.model.filters = 8
@@ -72,13 +74,24 @@ def test_a_comparison_that_is_lost_is_told_too():
     theirs = rows([9.0, 8.0]) + rows([2.0, 0.1], "test")
     other = comparison.OtherRun("adamw at 0.01", {}, theirs)
     worse = [{**row, "accuracy": 0.25} for row in rows([3.0, 0.2], "test")]
-    assert comparison.in_words(rows([1.0, 0.0]) + worse, other) == (
-        "test accuracy of adamw at 0.01: 0.5000 after 1 steps and 0.5000 (loss 0.1000) "
-        "at the end; of this run: 0.2500 and 0.2500 (loss 0.2000)"
-    )
+    third = comparison.OtherRun("sgd", {}, rows([1.0, 1.0, 1.0], "test"))
+    ours = rows([1.0, 0.0]) + worse
+    assert comparison.in_words("ours", ours, [other, third]) == [
+        f"after {steps} steps 25.0% of the test images are right with ours, 50.0% with "
+        "adamw at 0.01, 50.0% with sgd"
+        for steps in (1, 2)
+    ]
     elsewhere = [{**row, "step": 10 + row["step"]} for row in worse]
-    text = comparison.in_words(elsewhere, other)
-    assert text == "not with adamw at 0.01, which was evaluated at other steps"
+    (text,) = comparison.in_words("ours", elsewhere, [other, third])
+    assert text == "not with adamw at 0.01, sgd, evaluated at other steps"
+
+
+def test_several_runs_are_named_with_commas():
+    names = [path.stem for path in RECORDED]
+    assert len(names) > 1
+    found = comparison.load_runs(f" {', '.join(names)},")
+    assert found == [comparison.load_run(name) for name in names]
+    assert comparison.load_runs(None) == []
 
 
 def test_a_record_is_the_run_in_short(tmp_path):
@@ -91,9 +104,9 @@ def test_a_record_is_the_run_in_short(tmp_path):
         '{"step": 1, "split": "train", "loss": 0.123456789, "accuracy": 1, "beta": 0}\n'
     )
     whole = comparison.load_run(str(run))
-    comparison.record(run, tmp_path / "short.jsonl", "nlcg-train ...")
+    comparison.record(run, tmp_path / "short.jsonl", "nlcg-train ...", "tuned SGD")
     short = comparison.load_run(str(tmp_path / "short.jsonl"))
-    assert short.label == whole.label == "sgd at 0.5"
+    assert whole.label == "sgd at 0.5" and short.label == "tuned SGD"
     assert short.config == whole.config
     (row,) = short.rows
     assert row == {"step": 1, "split": "train", "loss": 0.12346, "accuracy": 1}

@@ -171,12 +171,23 @@ def test_a_wrong_file_is_told_in_one_sentence(text, said, tmp_path):
     assert len(message.removeprefix(str(path))) < 250
 
 
-def test_a_wrong_file_that_is_imported_names_both(tmp_path, monkeypatch):
+def test_a_wrong_file_that_is_imported_is_the_one_at_fault(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_module.py").write_text("x = 1\nx = = 1\n")
     (tmp_path / "mine.py").write_text("import broken_module\n")
-    with pytest.raises(ConfigError, match=r"mine.py, line 1, imports .*, whose line 2"):
+    said = r"broken_module.py, line 2 is no Python: .*mine.py, line 1 imports it"
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/{said}"):
         config_lib.load_config(tmp_path / "mine.py")
+
+
+def test_none_takes_a_value_away_where_there_need_be_none():
+    config = config_lib.load_config("digits_resnet8")
+    assert config.compare_with
+    names = ("compare_with", "dataset.data_dir", "optimizer.learning_rate")
+    config_lib.apply_overrides(config, [f"{name}=none" for name in names])
+    assert config.compare_with is None and config.dataset.data_dir is None
+    with pytest.raises(ConfigError, match="num_epochs=none does not fit"):
+        config_lib.apply_overrides(config, ["num_epochs=none"])
 
 
 def test_every_committed_config_loads(request):

@@ -14,13 +14,22 @@ from nlcg_optax.training import metrics
 # Runs of one config compile once, and some tests share one: xdist leaves them together.
 pytestmark = pytest.mark.xdist_group("runs")
 
-SPLIT_IN_TWO = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+SPLIT_IN_TWO = ("mesh.data=2", "mesh.fsdp=2")
+
+
+_HELD = []
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
+    """A port that nobody else is given until these tests end.
+
+    The coordinator, which allows others on its port as gRPC does, can still take it.
+    """
+    held = socket.socket()
+    _HELD.append(held)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("localhost", 0))
+    return held.getsockname()[1]
 
 
 def start_two(workdir, *args, devices=2):
@@ -54,7 +63,7 @@ def assert_same_run(workdir, expected, rtol=1e-4, of_direction=None):
 @pytest.fixture(scope="module")
 def four_devices(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("four")
-    tiny.finish(tiny.start(workdir, devices=4))
+    tiny.run(workdir, devices=4)
     return workdir
 
 
@@ -76,13 +85,8 @@ def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
     states = []
     for epochs, devices, args in ((2, 8, ()), (4, 4, SPLIT_IN_TWO), (5, 1, ())):
         # Each part ends where a shorter run would have: the schedule is constant.
-        args = (*args, f"--config.num_epochs={epochs}")
-        (tmp_path / "config.json").unlink(missing_ok=True)
-        (output,) = tiny.finish(
-            tiny.start(
-                tmp_path, *args, "--config.schedule.name=constant", devices=devices
-            )
-        )
+        args = (*args, f"num_epochs={epochs}", "schedule.name=constant")
+        output = tiny.run(tmp_path, *args, devices=devices)
         axes = (
             "data=2, fsdp=2" if args[0] in SPLIT_IN_TWO else f"data={devices}, fsdp=1"
         )
@@ -94,7 +98,7 @@ def test_a_run_goes_on_with_fewer_devices(four_devices, tmp_path):
     # The middle part had it split in two, but for what two do not divide.
     assert states[0] == states[2] and 0.5 < states[1] / states[0] < 0.6
     whole = tmp_path / "whole"
-    tiny.finish(tiny.start(whole, "--config.schedule.name=constant"))
+    tiny.run(whole, "schedule.name=constant")
     assert len(rows(tmp_path)) > 12
 
     def losses(workdir):

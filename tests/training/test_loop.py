@@ -328,8 +328,11 @@ def test_another_run_is_drawn_and_told_of(uninterrupted, tmp_path, capsys):
     shutil.copytree(ours, tmp_path / "ours")
     train(tiny_config(f"compare_with={theirs}"), tmp_path / "ours")
     printed = capsys.readouterr().out
-    told = f"test accuracy of momentum at 0.05: {accuracies[0]:.4f} after 6 steps and "
-    assert f"{told}{accuracies[-1]:.4f} (loss " in printed
+    for step, accuracy in zip((6, 12), accuracies, strict=True):
+        right = f"{100 * accuracy:.1f}% with momentum at 0.05\n"
+        assert re.search(
+            f"after {step} steps .* with nlcg, {re.escape(right)}", printed
+        )
     curves = [(w / "curves.png").read_bytes() for w in (ours, tmp_path / "ours")]
     assert curves[0] != curves[1]
     # Not with a run of another length.
@@ -345,6 +348,47 @@ def test_another_config_in_the_same_folder_is_refused(uninterrupted):
         train(tiny_config("batch_size=48"), workdir)
     # What does not change the result may change.
     train(tiny_config("eval_batch_size=180"), workdir)
+
+
+def test_a_finished_run_can_be_trained_longer(tmp_path):
+    """By a schedule that does not know the end the bits are those of one long run."""
+    steps = "schedule.name=step", "schedule.warmup_epochs=0", "schedule.boundaries=2.0"
+    tiny.run(tmp_path / "longer", *steps, "num_epochs=1.25")
+    longer = *steps, "num_epochs=2.5"
+    printed = tiny.run(tmp_path / "longer", *longer)
+    assert "2.5 epochs in place of 1.25: the learning rates are those of a" in printed
+    tiny.run(tmp_path / "whole", *longer)
+    found, expected = (
+        [
+            row
+            for row in metrics.read_metrics(tmp_path / name / "metrics.jsonl")
+            if (row["split"], row["step"]) != ("test", 3)  # at the first end alone
+        ]
+        for name in ("longer", "whole")
+    )
+    assert found == expected and found[-1]["step"] == 6
+    # From now on that is its length.
+    with pytest.raises(ConfigError, match=r"num_epochs=1.25 \(was 2.5\)"):
+        tiny.run(tmp_path / "longer", *steps, "num_epochs=1.25")
+
+
+def test_not_where_the_rate_has_come_to_its_end(uninterrupted):
+    workdir, _ = uninterrupted
+    with pytest.raises(ConfigError, match="'cosine' a longer run has other learning"):
+        train(tiny_config("num_epochs=6"), workdir)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "images", "parts", "size"),
+    [(8, 96, 1, 96), (8, 97, 2, 96), (512, 96, 1, 8), (4096, 96, 1, 1)],
+)
+def test_a_batch_size_of_0_is_one_that_fits(pixels, images, parts, size):
+    config = typed(tiny_config("batch_size=0", f"microbatches={parts}"))
+    split = data.Split(Subset(None, np.arange(images)))
+    dataset = data.Dataset("any", 2, ("a", "b"), (pixels, pixels, 3), split, split)
+    assert loop._with_batch_size(config, dataset).batch_size == size
+    given = typed(tiny_config("batch_size=40"))
+    assert loop._with_batch_size(given, dataset) is given
 
 
 def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
@@ -367,7 +411,7 @@ def test_a_loss_that_is_not_finite_saves_what_came_before(tmp_path):
     [
         ("num_epochs=0.1", "num_epochs=0.1 .* no step"),
         ("batch_size=97", "batch_size=97 .* expected 1 to 96"),
-        ("batch_size=0", "batch_size=0 .* expected 1 or more"),
+        ("batch_size=-1", "batch_size=-1 .* expected 0 or more"),
         ("microbatches=3", "microbatches=3 does not divide batch_size=40; .* 2, 4"),
         ("microbatches=0", "microbatches=0 does not divide"),
         ("batch_norm_statistics=none", "'none' is unknown: .*'microbatch', 'batch'"),
@@ -462,8 +506,7 @@ def test_streamed_images_train_and_resume(tmp_path):
         "batch_size=5",
         "num_epochs=2.5",
     )
-    config = load_config(CONFIG)
-    apply_overrides(config, [o for o in overrides if not o.endswith("=none")])
+    config = tiny_config(*overrides)
     result = train(config, tmp_path / "run")
     assert result.step == 6
     assert set(result.metrics) == {"test"}

@@ -14,7 +14,7 @@ from nlcg_optax.training import metrics
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("steps", [15, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("steps", [10, pytest.param(60, marks=pytest.mark.long)])
 def test_the_default_config_reaches_97_percent_in_full_batch_steps(tmp_path, steps):
     # Not from the repository: the config is a built-in one.
     program = ROOT / "examples" / "train.py"
@@ -42,8 +42,9 @@ def test_the_default_config_reaches_97_percent_in_full_batch_steps(tmp_path, ste
     assert tests[-1]["accuracy"] >= 0.97
     # By BatchNorm's running averages it would rise to 3 at the second.
     first, *later = [row["loss"] for row in tests]
-    assert len(later) == {15: 1, 60: 5}[steps] and max(later) < first
-    assert train[-1]["loss"] < 0.2 * train[0]["loss"]
+    assert len(later) == {10: 1, 60: 11}[steps] and max(later) < first
+    assert train[-1]["cross_entropy"] < 0.1 * train[0]["cross_entropy"]
+    assert all(row["loss"] > row["cross_entropy"] for row in train)  # and the penalty
     assert (tmp_path / "curves.png").exists()
     printed = done.stdout
     for text in (
@@ -53,6 +54,10 @@ def test_the_default_config_reaches_97_percent_in_full_batch_steps(tmp_path, ste
         f"{steps}: {steps} epochs of 1 step",
         f"done: test accuracy {rows[-1]['accuracy']:.4f} (best ",
         f"{tmp_path / 'checkpoints'}, the last of step {steps}",
+        # How it compares; not if the others took more steps.
+        f"after 60 steps {100 * rows[-1]['accuracy']:.1f}% of the test images"
+        if steps == 60
+        else "not with tuned Muon",
     ):
         assert text in printed, printed
     assert "\033" not in printed + done.stderr  # no colours in a log

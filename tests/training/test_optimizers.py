@@ -244,7 +244,7 @@ def test_what_does_not_go_with_nlcg_auto(override, needles):
         assert needle in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["digits_resnet8", "imagenet_resnet50"])
+@pytest.mark.parametrize("name", ["cifar10_resnet32", "imagenet_resnet50"])
 def test_the_error_tells_how_to_run_a_built_in_config_by_curvature(name):
     with pytest.raises(ConfigError, match=r"learning_rate=.*schedule.name=") as error:
         overridden(name=name)

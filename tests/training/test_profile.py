@@ -48,7 +48,8 @@ def test_a_profile_finds_the_parts_of_a_program():
 def short_run(tmp_path, *words):
     config = load_config(CONFIG)
     small = ["dataset.max_train_examples=60", "batch_size=20", "num_epochs=1"]
-    apply_overrides(config, [*small, "precise_batch_norm_batches=0", *words])
+    small += ["precise_batch_norm_batches=0", "compare_with=none"]
+    apply_overrides(config, [*small, *words])
     return loop.train_and_evaluate(config, tmp_path / "run", create_model=tiny_model)
 
 
@@ -65,6 +66,7 @@ def test_a_run_tells_it_once(tmp_path, capsys):
 
 def test_another_profile_is_no_obstacle(tmp_path, capsys):
     with jax.profiler.trace(str(tmp_path / "own")):
-        result = short_run(tmp_path, "optimizer.name=sgd")
+        sgd = ["optimizer.name=sgd", "optimizer.learning_rate=0.01"]
+        result = short_run(tmp_path, *sgd, "schedule.name=constant")
     assert "a step: not measured" in capsys.readouterr().out
     assert result.step == 3

@@ -8,11 +8,12 @@ import numpy as np
 
 from nlcg_optax.training.data.errors import DataError
 from nlcg_optax.training.data.images import FORMATS
-from nlcg_optax.training.data.sources import Files
+from nlcg_optax.training.data.sources import Files, split_indices, take
 
 DESCRIPTION = (
     "folder: images in <data_dir>/train/<class>/ and <data_dir>/test/<class>/ "
-    "(or val/, validation/), JPEG, PNG or another common format"
+    "(or val/, validation/), or in <data_dir>/<class>/ with test_fraction, JPEG, PNG "
+    "or another common format"
 )
 
 _EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "webp")
@@ -24,25 +25,44 @@ _logger = logging.getLogger(__name__)
 
 def load(
     data_dir: str | os.PathLike[str] | None,
+    test_fraction: float | None = None,
+    split_seed: int = 0,
 ) -> tuple[Files, Files, tuple[str, ...]]:
     """Training source, test source and class names.
 
-    Whatever is passed over is told in one line, and in another what lies or leads
+    With `test_fraction` the folder has no test split, and may have its classes at the
+    top. Whatever is passed over is told in one line, and in another what lies or leads
     where images of a class are not looked for.
     """
     if data_dir is None:
         raise DataError(f"data set 'folder' needs data_dir. {DESCRIPTION}")
     root = pathlib.Path(data_dir).expanduser()
-    for path in (root, root / "train"):
-        if not path.is_dir():
-            raise DataError(f"no folder {path}. {DESCRIPTION}")
+    if not root.is_dir():
+        raise DataError(f"no folder {root}. {DESCRIPTION}")
     test_folders = [root / split for split in _EVAL_SPLITS if (root / split).is_dir()]
-    if not test_folders:
+    listing = _Listing()
+    if test_fraction is not None:
+        if test_folders:
+            raise DataError(
+                f"test_fraction={test_fraction} is for a folder without a test split, "
+                f"and {root} has {test_folders[0].name}/: leave it out"
+            )
+        splits = [path.name for path in _entries(root) if path.is_dir()] == ["train"]
+        found, class_names = listing.images(root / "train" if splits else root)
+        listing.tell(root)
+        count = max(1, round(test_fraction * len(found)))
+        train, test = split_indices(len(found), count, found.labels, split_seed)
+        return take(found, train), take(found, test), class_names
+    wanted = None if (root / "train").is_dir() else f"no folder {root / 'train'}"
+    if not (wanted or test_folders):
+        wanted = "no test split: "
+        wanted += f"{root} has none of the folders {', '.join(_EVAL_SPLITS)}"
+    if wanted:
         raise DataError(
-            f"no test split: {root} has none of the folders {', '.join(_EVAL_SPLITS)}"
+            f"{wanted}. {DESCRIPTION}. --config.dataset.test_fraction=0.2 would hold "
+            "out a fifth of every class"
         )
     test_folder = test_folders[0]
-    listing = _Listing()
     for path in _entries(root):
         if path.name not in ("train", test_folder.name):
             listing.skip("beside the splits", path)

@@ -29,6 +29,7 @@ def load(
     image_size: int | None = None,
     in_memory: str | bool = "auto",
     max_train_examples: int | None = None,
+    test_fraction: float | None = None,
 ) -> Dataset:
     """Loads a data set by its name.
 
@@ -51,6 +52,8 @@ def load(
       in_memory: ``"auto"`` (decoded training and test images under 1 GiB), ``"yes"`` or
         ``"no"``; also a bool.
       max_train_examples: keep only so many training examples, after those held out.
+      test_fraction: how much of a folder that has no test split is held out as one, by
+        ``split_seed``; of every class its share.
 
     Returns:
       The data set.
@@ -71,6 +74,10 @@ def load(
         raise DataError(
             f"validation_fraction must lie in [0, 1), not {validation_fraction}"
         )
+    if test_fraction is not None and not 0 < test_fraction < 1:
+        raise DataError(f"test_fraction must lie in (0, 1), not {test_fraction}")
+    if test_fraction is not None and name != "folder":
+        raise DataError(f"test_fraction is for the data set 'folder', not {name!r}")
     sizes = {"max_train_examples": max_train_examples, "image_size": image_size}
     for option, value in sizes.items():
         if value is not None and value < 1:
@@ -79,7 +86,9 @@ def load(
     if name == "digits":
         train, test, class_names = digits.load(split_seed)
     elif name == "folder":
-        train, test, class_names = image_folder.load(data_dir)
+        train, test, class_names = image_folder.load(
+            data_dir, test_fraction, split_seed
+        )
     else:
         train, test, class_names = tfds.load(
             name, data_dir, "known: " + "; ".join(DATASETS)

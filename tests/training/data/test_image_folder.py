@@ -105,6 +105,40 @@ def test_folder_errors_name_the_path(tmp_path):
     assert "differ: cat, dog" in error()
 
 
+def test_a_folder_without_a_test_split_is_split_on_request(tmp_path):
+    write_folder(tmp_path / "both", splits=("train",))  # six of each of two classes
+    (tmp_path / "both" / "train").rename(tmp_path / "classes")
+
+    def load(**options):
+        return data.load("folder", data_dir=tmp_path / "classes", **options)
+
+    with pytest.raises(data.DataError, match="no folder.*test_fraction=0.2"):
+        load()
+    found = load(test_fraction=0.3)
+    assert found.class_names == ("ant", "bee")
+    assert np.bincount(found.test.labels).tolist() == [2, 2]
+    assert np.bincount(found.train.labels).tolist() == [4, 4]
+    everything = np.concatenate([found.train.images, found.test.images])
+    assert len(np.unique(everything, axis=0)) == 12  # none twice
+    np.testing.assert_array_equal(
+        load(test_fraction=0.3).test.images, found.test.images
+    )
+    other = load(test_fraction=0.3, split_seed=1)
+    assert not np.array_equal(other.test.images, found.test.images)
+    # Below train/ too, if that is all there is.
+    (tmp_path / "classes").rename(tmp_path / "both" / "train")
+    (tmp_path / "classes").symlink_to(tmp_path / "both")
+    np.testing.assert_array_equal(
+        load(test_fraction=0.3).test.images, found.test.images
+    )
+    (tmp_path / "both" / "val").mkdir()
+    with pytest.raises(data.DataError, match="test_fraction=0.3 .* has val/: leave it"):
+        load(test_fraction=0.3)
+    for name, fraction in (("digits", 0.3), ("folder", 1.0)):
+        with pytest.raises(data.DataError, match="test_fraction"):
+            data.load(name, data_dir=tmp_path, test_fraction=fraction)
+
+
 @pytest.mark.parametrize("damage", [lambda b: b"text", lambda b: b[: len(b) // 2]])
 def test_broken_image_is_named(tmp_path, damage):
     write_folder(tmp_path)
