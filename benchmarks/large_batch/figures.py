@@ -167,6 +167,20 @@ def whole(results: Results, what: str) -> Iterable[str]:
     return table("all data in every step", [head for *_, head in WHOLE], rows)
 
 
+def beside_the_best(results: Results) -> Iterable[str]:
+    """Our loss and the best tuned peer's, by workload and batch, and how they differ."""
+    cells = []
+    for workload, sizes in SAMPLED.items():
+        for size in sizes:
+            ours, loss = results.loss(workload, CURVATURE, size)
+            best, least = results.best_peer("loss", workload, size)
+            difference = f"{100 * (loss / least - 1):+.1f}%".replace("-", "−")
+            cells.append([f"`{workload}`, {size:,}", ours, best, difference])
+    return report.table(
+        ["sampled batches", SHOWN[CURVATURE], "best tuned peer", ""], cells
+    )
+
+
 def batches(workload: str, *sizes: int) -> list[tuple[str, int, str]]:
     return [(workload, size, f"batch {size:,}") for size in sizes]
 
@@ -215,6 +229,11 @@ def figures(results: Results) -> str:
             (CURVATURE, NLCG, "soap", *best), results.loss, batches(workload, *sizes)
         )
         add(f"sampled {workload}", f"The loss of `{workload}` at the end.", rows)
+    add(
+        "beside the best",
+        "The loss at the end, beside that of the best tuned peer.",
+        beside_the_best(results),
+    )
     return "\n".join(lines).rstrip() + "\n"
 
 
