@@ -55,8 +55,9 @@ def fit_covariance(
     ...     return jnp.sum(residuals(p, t, y) ** 2)
     >>> fit = nlcg_optax.minimize(loss, jnp.zeros(2), t, y).params
     >>> covariance = nlcg_optax.fit_covariance(residuals, fit, t, y)
-    >>> print(fit.round(2), jnp.sqrt(jnp.diag(covariance)).round(2))
-    [1.94 1.09] [0.09 0.17]
+    >>> errors = jnp.sqrt(jnp.diag(covariance))
+    >>> print([f"{x:.2f} ± {e:.2f}" for x, e in zip(fit, errors)])
+    ['1.94 ± 0.09', '1.09 ± 0.17']
     """
     flat, unravel = ravel_pytree(params)
 
