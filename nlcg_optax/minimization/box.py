@@ -1,9 +1,10 @@
 """Bounds of variables: what they are, and a search along what they leave."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -146,7 +147,7 @@ def projected_search(box: Box) -> optax.GradientTransformationExtraArgs:
     def init_fn(params: Any) -> ProjectedSearchState:
         return _state(params, params, 0, 0, 0)
 
-    def _state(params, grad, value, step, count, nonfinite=0):
+    def _state(params, grad, value, step, count, nonfinite: Any = 0):
         dtype = _tree.scalar_dtype(params)
         return ProjectedSearchState(
             params=params,
@@ -208,4 +209,4 @@ def projected_search(box: Box) -> optax.GradientTransformationExtraArgs:
         state = _tree.where(accepted, tried, kept)
         return difference(state.params), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))

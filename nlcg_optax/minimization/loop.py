@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,7 @@ class _Loop:
         )
         params = optax.apply_updates(last.params, steps)
         if self.box is not None:  # rounded sums would miss the bounds
-            params = line_search_state.params
+            params = cast(Any, line_search_state).params
         value = optax.tree.get(line_search_state, "value")
         grad = optax.tree.get(line_search_state, "grad")
         evaluations = optax.tree.get(line_search_state, "num_linesearch_steps", 0)
@@ -343,7 +343,7 @@ def _make_line_search(
 
 # What callbacks raised, while somebody waits for the result. Through the compiled
 # program it would come as a page of JAX's own.
-_raised: dict[Callable[[IterationInfo], Any], list[Exception]] = {}
+_raised: dict[Any, list[Exception]] = {}
 
 
 @contextlib.contextmanager
