@@ -1,8 +1,10 @@
 """Configuration of Sphinx: `make docs`."""
 
 import base64
+import importlib.resources
 import inspect
 import json
+import logging
 import math
 import os
 import pathlib
@@ -10,8 +12,12 @@ import re
 import shutil
 import struct
 
+import jax
 import latex2mathml.converter
+import optax
 from docutils import nodes
+from fontTools import subset
+from sphinx.util.typing import stringify_annotation
 
 import nlcg_optax
 
@@ -34,6 +40,7 @@ exclude_patterns = ["_build"]
 templates_path = ["_templates"]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # furo's own underlines modules, like links
 html_title = f"nlcg-optax {version}"
 html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
@@ -47,14 +54,19 @@ nb_ipywidgets_js = {}
 default_role = "code"
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings say what arguments are; signatures stay short
+# Signatures have the types, each argument on a line of its own where there are many.
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 70
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
 napoleon_use_ivar = True
 
 # References that cannot be resolved are warnings, but for other projects' names.
 nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r"(jax|optax|flax|numpy|ml_collections|signal)\..*")]
+nitpick_ignore_regex = [
+    (r"py:.*", r"(jax|optax|flax|numpy|ml_collections|signal|collections|pathlib)\..*")
+]
 
 myst_enable_extensions = ["amsmath", "dollarmath", "substitution"]
 myst_heading_anchors = 3
@@ -64,6 +76,15 @@ copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = "\\"
 
 linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*"]  # made by JavaScript
+
+UNIONS = {
+    name: stringify_annotation(union, "smart")
+    for name, union in {
+        "jax.typing.ArrayLike": jax.typing.ArrayLike,
+        "optax.Params": optax.Params,
+        "optax.ScalarOrSchedule": optax.ScalarOrSchedule,
+    }.items()
+}
 
 # Pages that show a file from elsewhere in the repository. Links to the file lead there.
 SHOWN = {
@@ -209,19 +230,93 @@ def relink(text: str, source: pathlib.Path, page: pathlib.Path) -> str:
     return re.sub(r"(\[[^\]]*\]\()([^)\s:#]*)(#[^)\s]*)?(\))", new_link, text)
 
 
+def mathml(formula: str, display: str = "inline") -> str:
+    """A formula as MathML, which browsers show by themselves."""
+    text = latex2mathml.converter.convert(formula, display=display)
+    # Bars stay of one height, with an index or without, and beside what is in them.
+    bar = r"<mo>(&#x02016;|&#x0007C;|\|)</mo>"
+    text = re.sub(bar, r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', text)
+    around = r'(<mo stretchy="true" fence="true" form="\w+")(>&#x0007C;)'
+    text = re.sub(around, r'\1 lspace="0.1em" rspace="0.1em"\2', text)
+    # A sign after "=", and no space before "(".
+    equal = r"(<mo>(?:&#x0003D;|&#x02190;)</mo>)<mo>(&#x02212;</mo>)"
+    text = re.sub(equal, r'\1<mo form="prefix">\2', text)
+    return re.sub(r"<mo>(max|min)</mo>", r"<mi>\1</mi>", text)
+
+
+def without_types(function) -> str:
+    """The signature of a function, method or class: names and defaults."""
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    return str(inspect.Signature(parameters))
+
+
 def inline_formula(self, node) -> None:
-    """Writes a formula as MathML, which browsers show by themselves."""
-    formula = latex2mathml.converter.convert(node.astext())
-    self.body.append(f'<span class="math">{formula}</span>')
+    """Writes a formula into a line."""
+    self.body.append(f'<span class="math">{mathml(node.astext())}</span>')
     raise nodes.SkipNode
+
+
+def parts(formula: str) -> list[str]:
+    """A formula cut at its wide spaces, where a line may break."""
+    depth, cut = 0, [""]
+    for token in re.split(
+        r"(\\q?quad\b|\\left\b|\\right\b|\\begin\b|\\end\b|[{}])", formula
+    ):
+        depth += token in ("{", r"\left", r"\begin")
+        depth -= token in ("}", r"\right", r"\end")
+        if token in (r"\quad", r"\qquad") and depth == 0:
+            cut.append("")
+        else:
+            cut[-1] += token
+    return [part for part in cut if part.strip()]
 
 
 def formula_of_its_own(self, node) -> None:
-    """Writes a formula on a line of its own."""
-    formula = latex2mathml.converter.convert(node.astext(), display="block")
+    """Writes a formula on a line of its own, or on several where it is too long."""
     self.body.append(self.starttag(node, "div", CLASS="math"))
-    self.body.append(f"{formula}</div>\n")
+    for part in parts(node.astext()):
+        self.body.append(mathml(part, display="block"))
+    self.body.append("</div>\n")
     raise nodes.SkipNode
+
+
+# What a formula may have: letters, Greek and mathematical ones, signs, brackets.
+MATH_CHARACTERS = (
+    (0x20, 0x7E),
+    (0xA0, 0xFF),
+    (0x370, 0x3FF),
+    (0x2010, 0x204F),
+    (0x2100, 0x22FF),
+    (0x2308, 0x230B),
+    (0x27E8, 0x27E9),
+    (0x1D434, 0x1D467),
+    (0x1D6E2, 0x1D71B),
+)
+
+
+def write_math_font(app, exception) -> None:
+    """Puts a font beside the pages: without one many systems cannot set formulas.
+
+    It is STIX Two Math, under the SIL Open Font License, as ziamath brings it.
+    """
+    if exception is not None or app.builder.format != "html":
+        return
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
+    source = importlib.resources.files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
+    options = subset.Options(flavor="woff", layout_features=["ssty", "dtls", "flac"])
+    with importlib.resources.as_file(source) as path:
+        font = subset.load_font(path, options)
+    subsetter = subset.Subsetter(options)
+    subsetter.populate(
+        unicodes=[c for a, b in MATH_CHARACTERS for c in range(a, b + 1)]
+    )
+    subsetter.subset(font)
+    subset.save_font(font, app.outdir / "_static" / "math.woff", options)
 
 
 def setup(app) -> None:
@@ -241,12 +336,34 @@ def setup(app) -> None:
         page = DOCS / app.env.doc2path(app.env.docname, base=False)
         content[0] = relink(content[0], source, page)
 
+    def find(app, env, node, contnode):
+        # Types in signatures have the name of the module where they are defined.
+        name = node.get("reftarget", "").split(".")[-1]
+        if node.get("refdomain") != "py" or name not in nlcg_optax.__all__:
+            return None
+        target = f"nlcg_optax.{name}"
+        arguments = app.builder, node["reftype"], target, node, contnode
+        return env.domains["py"].resolve_xref(env, node["refdoc"], *arguments)
+
+    def name_types(app, what, name, obj, options, signature, returns):
+        # Fields of states, and the trainer, say in words what they are.
+        if what == "class" or name.startswith("nlcg_optax.training."):
+            return signature and without_types(obj), None
+        # Unions that JAX and Optax have names for are written by these.
+        for alias, union in sorted(UNIONS.items(), key=lambda item: -len(item[1])):
+            signature = signature and signature.replace(union, f"~{alias}")
+            returns = returns and returns.replace(union, f"~{alias}")
+        return signature, returns
+
     def skip(app, what, name, obj, skip, options):
         # The fields of a NamedTuple, which its docstring describes.
         return True if type(obj).__name__ == "_tuplegetter" else None
 
+    app.connect("build-finished", write_math_font)
+    app.connect("missing-reference", find)
     app.connect("source-read", read)
     app.connect("include-read", include)
+    app.connect("autodoc-process-signature", name_types)
     app.connect("autodoc-skip-member", skip)
 
 

@@ -18,6 +18,7 @@ from nlcg_optax.directions.conjugate import (
 )
 from nlcg_optax.matrices.describe import describe
 from nlcg_optax.matrices.matrix import Matrix
+from nlcg_optax.minimization.covariance import fit_covariance
 from nlcg_optax.minimization.minimize import minimize
 from nlcg_optax.minimization.result import IterationInfo, MinimizeResult
 from nlcg_optax.preconditioners.diagonal_bfgs import (
@@ -72,6 +73,7 @@ __all__ = [
     "diagnostics",
     "eval_params",
     "explain",
+    "fit_covariance",
     "gauss_newton",
     "hessian",
     "matrices",

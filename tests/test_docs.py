@@ -34,10 +34,41 @@ def test_snippets_run_in_order(name):
 
 
 def test_pages_have_snippets():
-    assert {"algorithm", "checkpoints", "equinox", "flax_linen", "flax_nnx"} <= set(
+    assert {"algorithm", "checkpoints", "meshes", "quickstart", "tuning"} <= set(
         WITH_SNIPPETS
     )
-    assert {"meshes", "quickstart", "tuning"} <= set(WITH_SNIPPETS)
+
+
+@pytest.mark.parametrize(
+    "name", ["flax_nnx", "flax_linen", "equinox", "haiku", "plain_jax"]
+)
+def test_guides_of_frameworks_have_all_that_a_loop_has(name):
+    """What the common page promises of each; that it runs is tested above."""
+    page = PAGES[name].read_text()
+    code = "".join(snippets.snippets(page))
+    assert "your_loop.md" in page and f"({name}.md)" in PAGES["your_loop"].read_text()
+    for needed in (
+        "nlcg_optax.value_grad_and_curvature(",
+        "nlcg_optax.nlcg_auto()",
+        "has_aux=True, microbatches=2",
+        "bfloat16",
+        "jax.random.fold_in(",
+        "restored = checkpointer.restore(",
+    ):
+        assert needed in code, needed
+    for needed in ("dropout", "BatchNorm", "mixed precision"):
+        assert needed in page, needed
+
+
+def test_the_lines_that_change_are_those_of_the_first_example():
+    table = PAGES["your_loop"].read_text().split("with `nlcg_auto` | lines |")[1]
+    rows = [line.split(" | ") for line in table.split("\n\n")[0].splitlines()]
+    written = [code for row in rows if len(row) > 3 for code in row[2].split("`")[1::2]]
+    assert len(written) == 6
+    (example,) = snippets.snippets((ROOT / "README.md").read_text())
+    example = example.replace("**given", "value=loss, curvature=curvature")
+    for code in written:
+        assert code in example, code
 
 
 def test_the_chain_called_equal_to_nlcg_is():
@@ -108,6 +139,16 @@ def test_sphinx_builds_without_warnings(tmp_path):
     assert 'class="math' in text and "fletcher_reeves" in text
     # Formulas are there without a script, and none is left as TeX.
     assert "<math" in text and "<mfrac>" in text and "\\frac" not in text
+    # They break at wide spaces, and have a font that the site brings.
+    assert text.count("<math") > text.count('class="math') and "qquad" not in text
+    font = (html / "_static" / "math.woff").read_bytes()
+    assert font[:4] == b"wOFF" and len(font) < 250_000
+    assert "math.woff" in (html / "_static" / "site.css").read_text()
+    # Signatures have types.
+    signature = (
+        (html / "api" / "index.html").read_text().split('id="nlcg_optax.nlcg"')[1]
+    )
+    assert "ScalarOrSchedule" in signature.split("</dt>")[0]
     # The site works offline: no page fetches anything from elsewhere.
     fetched = r"<(?:script|img|iframe|source)[^>]* src=\"(?:https?:)?//[^\"]*\""
     fetched += (

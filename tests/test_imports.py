@@ -70,7 +70,7 @@ LAYERS = (
     ("curvature/memory", "curvature/advice"),
     ("curvature/transform", "curvature/objective", "curvature/checkup"),
     ("beta", "_alias"),
-    ("minimization/result",),
+    ("minimization/result", "minimization/box", "minimization/covariance"),
     ("minimization/loop",),
     ("minimization/implicit",),
     ("minimization/minimize",),

@@ -499,7 +499,6 @@ def test_a_callback_without_a_wish_changes_nothing():
     [
         ("args", "behind params: minimize(fun, params, a, b)"),
         ("method", "preconditioner, beta_rule and line_search choose it"),
-        ("bounds", "lower + (upper - lower) * jnp.sin(y)**2"),
         ("constraints", "variables that are free"),
         ("tol", "gtol, of the gradient, and ftol"),
         ("options", "arguments themselves: max_iter, gtol"),
@@ -508,7 +507,7 @@ def test_a_callback_without_a_wish_changes_nothing():
         ("maxiter", "it is called max_iter"),
         ("disp", "progress=True"),
         ("max_iters", "did you mean max_iter?"),
-        ("xyz", "did you mean max_iter, gtol, ftol, has_aux, "),
+        ("xyz", "did you mean max_iter, gtol, ftol, bounds, has_aux, "),
     ],
 )
 def test_arguments_of_scipy_are_told_what_stands_in_their_place(name, instead):
@@ -567,10 +566,19 @@ def test_a_result_is_printed_in_a_few_lines():
     assert f"value {result.value:.8g}, " in second
     assert f"{result.iterations} iterations, {result.value_evaluations} eval" in third
     assert fourth == "  params: float32[2]"
-    # Batches and traced results are printed as the tuples that they are.
-    batch = jax.vmap(lambda x: minimize(rosenbrock, x))(jnp.zeros((2, 2)))
-    assert repr(batch).startswith("MinimizeResult(Array(")
-    jax.jit(lambda x: print(repr(minimize(rosenbrock, x))))(jnp.zeros(2))
+    starts = jnp.array([[0.0, 0.0], [1.0, 1.0], [jnp.nan, 0.0]], jnp.float32)
+    batch = jax.vmap(lambda x: minimize(rosenbrock, x))(starts)
+    first, reasons = repr(batch).splitlines()[0], repr(batch).splitlines()[1:-3]
+    assert first == "MinimizeResult of 3 problems"
+    assert [line.split()[:2] for line in reasons] == [
+        ["2", "converged:"],
+        ["1", "stopped:"],
+    ]
+    assert repr(batch).endswith("  params: float32[3, 2]")
+    # A traced one has its fields' names.
+    told = []
+    jax.jit(lambda x: told.append(repr(minimize(rosenbrock, x))))(jnp.zeros(2))
+    assert told[0].startswith("MinimizeResult(params=JitTracer")
 
 
 def test_callback_of_a_batch_hears_of_the_running_problems():
@@ -709,3 +717,161 @@ def test_a_start_in_float64_that_becomes_float32_is_told_of():
         minimize(fun, np.zeros(3))
     minimize(fun, np.zeros(3, np.float32))  # warnings are errors here
     minimize(fun, jnp.zeros(3))
+
+
+def test_a_steep_start_does_not_loosen_success(x64):
+    """By the first value and gradient alone it would stop at 85 and at 19,882."""
+
+    @jax.jit
+    @jax.vmap
+    def solve(far):
+        start = jnp.array([75.0, 95.0, 22.0, 118.0, 0.02]), far[None]
+        return minimize(rosenbrock, jnp.concatenate(start), max_iter=20_000)
+
+    found = solve(jnp.array([1e2, 1e4]))
+    assert found.success.all()
+    # Rosenbrock's chain has a second minimum, of value 4.
+    lowest = jnp.minimum(found.value, jnp.abs(found.value - 3.973940500930295))
+    np.testing.assert_array_less(lowest, 1e-8)
+
+
+def test_a_steep_start_in_float32():
+    found = minimize(rosenbrock, jnp.full(10, -1.2, jnp.float32))
+    assert found.success
+    np.testing.assert_allclose(found.x, 1, atol=1e-3)
+
+
+def test_scipys_callback_and_what_it_raises():
+    points = []
+
+    def callback(xk):
+        points.append(xk)
+        if len(points) == 3:
+            raise KeyError("the third")
+
+    with pytest.raises(KeyError, match="the third") as info:
+        minimize(rosenbrock, jnp.zeros(2), callback=callback)
+    assert [point.shape for point in points] == [(2,)] * 3
+    assert "is called with an IterationInfo" in info.value.__notes__[0]
+
+
+def test_bounds_lead_where_scipy_goes(x64):
+    optimize = pytest.importorskip("scipy.optimize")
+
+    def exponential(x):  # free, held below, held above, and on the way out of a bound
+        return jnp.sum(jnp.exp(x) - jnp.arange(1.0, x.size + 1) * x) + x[0] * x[1]
+
+    def scaled(x):  # curvatures of 1 to 1e6
+        weights = 10.0 ** jnp.arange(float(x.size))
+        return jnp.sum(weights * (x - 1) ** 2) + 100 * jnp.sum(x) ** 2
+
+    box = [(0.0, None), (None, 0.5), (0.5, 0.6), (1.5, 1.5), (None, None), (-1, 0.9)]
+    cases = (
+        (rosenbrock, [-1.2, 1.0], [(-2.0, 0.8), (None, 2.0)]),
+        (exponential, [0.0, 0.5, 9.0, 9.0, 0.0, -1.0], box),
+        (scaled, [3.0] * 7, [(k / 8 - 0.5, 2.0) for k in range(7)]),
+    )
+    for fun, start, bounds in cases:
+        start = np.asarray(start)
+        found = minimize(fun, start, bounds=bounds)
+        by_scipy = optimize.minimize(
+            jax.jit(fun),
+            start,
+            jac=jax.jit(jax.grad(fun)),
+            bounds=bounds,
+            options={"ftol": 1e-15, "gtol": 1e-9},
+        )
+        assert found.success, found
+        np.testing.assert_allclose(found.fun, by_scipy.fun, rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(found.x, by_scipy.x, atol=1e-5)
+        assert found.nfev <= 2 * by_scipy.nfev + 10, (found.nfev, by_scipy.nfev)
+
+
+def test_forms_of_bounds(x64):
+    optimize = pytest.importorskip("scipy.optimize")
+    target = jnp.array([-1.0, 0.5, 3.0])
+
+    def tree_loss(p):
+        return jnp.sum((p["a"] - target) ** 2) + (p["b"] + 2) ** 2
+
+    start = {"a": jnp.zeros(3), "b": jnp.zeros([])}
+    for bounds in (
+        (0, 1),
+        ({"a": jnp.zeros(3), "b": 0}, {"a": jnp.ones(3), "b": jnp.ones([])}),
+        ({"a": 0, "b": -0.0}, 1.0),
+    ):
+        found = minimize(tree_loss, start, bounds=bounds)
+        np.testing.assert_allclose(found.x["a"], [0, 0.5, 1], atol=1e-6)
+        assert found.x["b"] == 0 and found.success
+    found = minimize(tree_loss, start, bounds=(None, 1)).x
+    np.testing.assert_allclose(found["a"], [-1, 0.5, 1], atol=1e-6)
+
+    def loss(x):
+        return jnp.sum((x - target) ** 2)
+
+    scipys = optimize.Bounds([0, -np.inf, -np.inf], 2)
+    found = minimize(loss, np.zeros(3), bounds=scipys).x
+    np.testing.assert_allclose(found, [0, 0.5, 2], atol=1e-6)
+    for bounds, said in (
+        ([(0, 1)], "for each of the 3 variables"),
+        ([(0, 1), (0, 1), (1, 0)], "upper one is below"),
+        (optimize.Bounds([0, 0], 1), "trees like the parameters"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            minimize(loss, np.zeros(3), bounds=bounds)
+    with pytest.raises(ValueError, match="leave preconditioner"):
+        minimize(loss, np.zeros(3), bounds=[(0, 1)] * 3, preconditioner=None)
+
+
+def test_implicit_derivatives_within_bounds(x64):
+    weights = jnp.array([1.0, -2.0, 0.3])
+
+    def scalar(theta):
+        def fun(x, c):
+            return jnp.sum(jnp.cosh(x - c)) + jnp.sum(x[:2] * x[1:])
+
+        bounds = [(None, theta[3]), (theta[4], 9.0), (-9.0, 9.0)]
+        result = minimize(fun, jnp.zeros(3), theta[:3], bounds=bounds, gtol=1e-13)
+        return weights @ result.params**2 + 5 * result.value
+
+    theta = jnp.array([2.0, -3.0, 0.5, 1.1, -0.7])  # both bounds hold
+    steps = 1e-5 * np.concatenate([np.eye(5), -np.eye(5)])
+    values, grad = jax.jit(
+        lambda theta: (jax.vmap(scalar)(theta + steps), jax.grad(scalar)(theta))
+    )(theta)
+    np.testing.assert_allclose(grad, (values[:5] - values[5:]) / 2e-5, rtol=1e-5)
+
+
+def test_the_covariance_of_a_fit_is_that_of_curve_fit(x64):
+    optimize = pytest.importorskip("scipy.optimize")
+    draw = np.random.default_rng(0)
+    t = np.linspace(0, 4, 30)
+    sigma = 0.05 + 0.02 * t
+    y = 2.5 * np.exp(-1.3 * t) + 0.5 + sigma * draw.normal(size=t.size)
+
+    def curve(t, a, b, c):
+        return a * jnp.exp(-b * t) + c
+
+    def residuals(p, t, y, sigma):
+        return (curve(t, p["a"], *p["bc"]) - y) / sigma
+
+    def loss(p, *data):
+        return 0.5 * jnp.sum(residuals(p, *data) ** 2)
+
+    start = {"a": jnp.ones([]), "bc": jnp.array([1.0, 0.0])}
+    fit = minimize(loss, start, t, y, sigma)
+    for absolute in (False, True):
+        options = {"sigma": sigma, "absolute_sigma": absolute, "p0": [1.0, 1.0, 0.0]}
+        best, expected = optimize.curve_fit(curve, t, y, **options)
+        found = nlcg_optax.fit_covariance(
+            residuals, fit.x, t, y, sigma, absolute_sigma=absolute
+        )
+        np.testing.assert_allclose([fit.x["a"], *fit.x["bc"]], best, rtol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+    def doubled(p, t):  # only the sum of the two is determined
+        return (p[0] + p[1]) * t
+
+    assert jnp.isinf(nlcg_optax.fit_covariance(doubled, jnp.ones(2), t)).all()
+    few = nlcg_optax.fit_covariance(doubled, jnp.ones(2), t[:1])
+    assert few.shape == (2, 2) and jnp.isinf(few).all()

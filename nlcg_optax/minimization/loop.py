@@ -1,8 +1,9 @@
 """The iteration of a minimization: search, direct, judge."""
 
+import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from nlcg_optax import _transformations, _tree
 from nlcg_optax.directions import beta as beta_rules
 from nlcg_optax.directions.conjugate import scale_by_conjugate_direction
 from nlcg_optax.minimization import result
+from nlcg_optax.minimization.box import Box, projected_search
 from nlcg_optax.minimization.result import IterationInfo, MinimizeResult
 from nlcg_optax.preconditioners.diagonal_bfgs import scale_by_diagonal_bfgs
 from nlcg_optax.preconditioners.limited_memory_bfgs import (
@@ -72,7 +74,11 @@ class _State(NamedTuple):
 
 
 def solve(
-    objective: Callable[[Any], Any], options: Options, params: Any, gtol: jax.Array
+    objective: Callable[[Any], Any],
+    options: Options,
+    params: Any,
+    gtol: jax.Array,
+    box: Box | None,
 ) -> MinimizeResult:
     """Runs the loop."""
 
@@ -80,7 +86,7 @@ def solve(
         out = objective(x)
         return out[0] if options.has_aux else out
 
-    loop = _Loop(value_fn, options, params, gtol)
+    loop = _Loop(value_fn, options, params, gtol, box)
     final = jax.lax.while_loop(
         lambda state: state.reached.status == result.RUNNING,
         loop.iterate,
@@ -97,17 +103,32 @@ class _Loop:
     """What stays the same in all iterations, and what is done in each."""
 
     def __init__(
-        self, value_fn: Callable, options: Options, params: Any, gtol: jax.Array
+        self,
+        value_fn: Callable,
+        options: Options,
+        params: Any,
+        gtol: jax.Array,
+        box: Box | None,
     ):
-        self.value_fn, self.options = value_fn, options
+        self.value_fn, self.options, self.box = value_fn, options, box
         self.direction = _make_direction(options)
-        self.line_search = _make_line_search(options)
+        self.line_search = _make_line_search(options, box)
+        if box is not None:
+            params = box.project(params)
         self.start, self.dtype = params, _tree.scalar_dtype(params)
         value, self.first_grad = jax.value_and_grad(value_fn)(params)
         self.first_value = value.astype(self.dtype)
-        self.first_norm = _tree.max_abs(self.first_grad, dtype=self.dtype)
+        self.first_norm = self._size(params, self.first_grad)
         self.gtol, self.tolerance = gtol, gtol * jnp.maximum(1, self.first_norm)
         self.size = jnp.maximum(1, _tree.max_abs(params, dtype=self.dtype))
+
+    def _free(self, params: Any, grad: Any) -> Any:
+        """The gradient of what no bound holds."""
+        return grad if self.box is None else self.box.reduced(params, grad)
+
+    def _size(self, params: Any, grad: Any) -> jax.Array:
+        """Its largest element."""
+        return _tree.max_abs(self._free(params, grad), dtype=self.dtype)
 
     def first_state(self) -> _State:
         """The state at the starting point."""
@@ -186,6 +207,8 @@ class _Loop:
             value_fn=self.value_fn,
         )
         params = optax.apply_updates(last.params, steps)
+        if self.box is not None:  # rounded sums would miss the bounds
+            params = cast(Any, line_search_state).params
         value = optax.tree.get(line_search_state, "value")
         grad = optax.tree.get(line_search_state, "grad")
         evaluations = optax.tree.get(line_search_state, "num_linesearch_steps", 0)
@@ -194,7 +217,7 @@ class _Loop:
             value, grad = jax.value_and_grad(self.value_fn)(params)
             evaluations, grad_evaluations = evaluations + 1, 1
         value = value.astype(self.dtype)
-        grad_norm = _tree.max_abs(grad, dtype=self.dtype)
+        grad_norm = self._size(params, grad)
         moved = _tree.max_abs(steps, dtype=self.dtype) != 0
         # Where it did not move, or to where something is not finite.
         failed = ~(moved & jnp.isfinite(value) & jnp.isfinite(grad_norm))
@@ -216,12 +239,15 @@ class _Loop:
 
     def _direct(self, state: _State) -> _State:
         """The state with the direction in which to search next."""
+        params = state.reached.params
         updates, direction_state = self.direction.update(
-            jax.tree.map(jnp.conj, state.grad),
+            jax.tree.map(jnp.conj, self._free(params, state.grad)),
             state.direction,
-            state.reached.params,
+            params,
             value=state.reached.value,
         )
+        if self.box is not None:
+            updates = self.box.descent(params, state.grad, updates)
         updates = jax.tree.map(jnp.negative, updates)
         return state._replace(updates=updates, direction=direction_state)
 
@@ -252,6 +278,7 @@ class _Loop:
             state.updates,
         )
         predicted = -0.5 * _tree.slope(state.grad, steps, self.dtype)
+        # The decrease so far says little of the accuracy where the start was steep.
         decided = predicted <= _PREDICTED * self.gtol * jnp.maximum(
             jnp.abs(new.value),
             _OF_THE_FALL * self.gtol * (first_value - new.value),
@@ -303,12 +330,41 @@ def _make_direction(options: Options) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def _make_line_search(options: Options) -> optax.GradientTransformationExtraArgs:
+def _make_line_search(
+    options: Options, box: Box | None
+) -> optax.GradientTransformationExtraArgs:
+    if box is not None:
+        return projected_search(box)
     line_search = options.line_search
     if isinstance(line_search, str):
         initial_step = "one" if options.preconditioner == "lbfgs" else "quadratic"
         line_search = scale_by_hager_zhang_linesearch(initial_step=initial_step)
     return optax.with_extra_args_support(line_search)
+
+
+# What callbacks raised, while somebody waits for the result. Through the compiled
+# program it would come as a page of JAX's own.
+_raised: dict[Any, list[Exception]] = {}
+
+
+@contextlib.contextmanager
+def heard(callback: Callable[[IterationInfo], Any] | None) -> Iterator[None]:
+    """Raises what a callback raises until the end, by which the result is there."""
+    if callback is None:
+        yield
+        return
+    _raised[callback] = errors = []
+    try:
+        yield
+    finally:
+        _raised.pop(callback, None)
+    if errors:
+        errors[0].add_note(
+            "The callback of `minimize` raised it. It is called with an IterationInfo, "
+            "which has params, value and grad_norm; one whose parameter is named xk "
+            "is called with the parameters."
+        )
+        raise errors[0]
 
 
 def _report(options: Options, active: jax.Array, reached: MinimizeResult) -> Any:
@@ -326,9 +382,16 @@ def _report(options: Options, active: jax.Array, reached: MinimizeResult) -> Any
                 f"gradient {info.grad_norm:.3g}  "
                 f"evaluations {info.value_evaluations}"
             )
+        callback = options.callback
         try:
-            wish = options.callback(info) if options.callback is not None else None
+            wish = callback(info) if callback is not None else None
         except StopIteration:
+            wish = True
+        except Exception as error:
+            waiting = _raised.get(callback)
+            if waiting is None:
+                raise
+            waiting.append(error)
             wish = True
         # Not whatever is true: many callbacks return something by chance.
         wish = np.asarray(wish)

@@ -1,5 +1,6 @@
 """Minimization of smooth functions without noise."""
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -17,15 +18,14 @@ import optax
 
 from nlcg_optax import _check, _tree
 from nlcg_optax.directions import beta as beta_rules
+from nlcg_optax.minimization.box import make as make_box
 from nlcg_optax.minimization.implicit import solution
-from nlcg_optax.minimization.loop import Options
+from nlcg_optax.minimization.loop import Options, heard
 from nlcg_optax.minimization.result import IterationInfo, MinimizeResult
 
 # What stands in the place of an argument of scipy.optimize.minimize.
 _INSTEAD = {
     "args": "pass them one by one behind params: minimize(fun, params, a, b)",
-    "bounds": "minimize over y in params = lower + (upper - lower) * jnp.sin(y)**2, "
-    "which cannot leave them and reaches them",
     "constraints": "express params by variables that are free, or add a penalty",
     "disp": "progress=True prints a line after each iteration",
     "fprime": "leave it out: JAX differentiates fun, written in jax.numpy",
@@ -49,13 +49,14 @@ def minimize(
     max_iter: int = 3_000,
     gtol: jax.typing.ArrayLike | None = None,
     ftol: float = 0.0,
+    bounds: Any | None = None,
     has_aux: bool = False,
     beta_rule: str | beta_rules.BetaFunction | None = "auto",
     preconditioner: str | optax.GradientTransformation | None = "lbfgs",
     line_search: str | optax.GradientTransformation = "hager_zhang",
     memory_size: int = 10,
     restart_every: int | None = None,
-    callback: Callable[[IterationInfo], Any] | None = None,
+    callback: Callable[[Any], Any] | None = None,
     progress: bool = False,
     **unknown: Any,
 ) -> MinimizeResult:
@@ -97,8 +98,8 @@ def minimize(
     Args:
       fun: the objective, called as ``fun(params, *args)``; returns a real scalar, or,
         with `has_aux`, a scalar and any tree of arrays. Outside `jit` the compiled
-        solver is kept for the function object and the options: pass what varies
-        through `args`.
+        solver is kept for the function object and the options: a new ``lambda`` in each
+        call compiles each time. Pass what varies through `args`.
       params: where to start, any tree of real or complex floating-point arrays. The
         result is sharded like them. A list of numbers is one array of them, as for
         scipy.
@@ -107,6 +108,13 @@ def minimize(
       gtol: tolerance of the gradient; None for 1e-8 in float64 and 1e-5 in float32.
       ftol: stops too where an iteration lowers the value by no more than this times
         the larger of the value's size and 1; 0 for never.
+      bounds: what each variable may be, as for scipy: of one vector a pair
+        ``(lower, upper)`` for each element, with None for no bound, or a
+        ``scipy.optimize.Bounds``; of any other tree a pair of numbers or of trees like
+        it. Every point that is evaluated is within them: the direction is that of
+        limited-memory BFGS for the variables that no bound holds, and the search goes
+        along its projection. The gradient in the stopping rule is that of these
+        variables. What is at a bound moves with it in derivatives.
       has_aux: whether the objective returns something beside the value. It is evaluated
         once more, at the solution, for it.
       beta_rule: see :func:`~nlcg_optax.scale_by_conjugate_direction`; β is not clipped.
@@ -123,8 +131,9 @@ def minimize(
       restart_every: β = 0 every so many iterations; None for never. Nothing to do where
         β is 0 in all of them.
       callback: called on the host after each iteration with an
-        :class:`IterationInfo`; under `vmap` once for each problem still running. The
-        search stops where it returns True or raises StopIteration.
+        :class:`IterationInfo`, or, if its parameter is named ``xk`` as scipy's, with
+        the parameters; under `vmap` once for each problem still running. The search
+        stops where it returns True or raises StopIteration.
       progress: prints a line after each iteration.
       **unknown: refused; for the arguments of ``scipy.optimize.minimize`` the error
         says what stands in their place.
@@ -136,7 +145,8 @@ def minimize(
     Raises:
       TypeError: for parameters that are not floating-point numbers, an unknown
         argument, or an objective that does not return what it should.
-      ValueError: for an unknown name or an argument out of range.
+      ValueError: for an unknown name, an argument out of range, or bounds that do not
+        fit the parameters.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -154,13 +164,11 @@ def minimize(
     >>> print(jax.jacobian(solution)(2.0).round(2))
     [1. 4.]
 
-    Bounds are kept by a transformation of variables that can reach them:
+    Within bounds:
 
-    >>> lower, upper = jnp.array([-1.0, -1.0]), jnp.array([1.5, 3.0])
-    >>> def inside(y):
-    ...     return lower + (upper - lower) * jnp.sin(y) ** 2
-    >>> result = nlcg_optax.minimize(lambda y: rosenbrock(inside(y), 2.0), jnp.ones(2))
-    >>> print(inside(result.params).round(2))
+    >>> within = [(-1.0, 1.5), (None, 3.0)]
+    >>> result = nlcg_optax.minimize(rosenbrock, jnp.zeros(2), 2.0, bounds=within)
+    >>> print(result.params.round(2))
     [1.5  2.25]
     """
     for name in unknown:
@@ -188,6 +196,13 @@ def minimize(
     if not isinstance(line_search, optax.GradientTransformation):
         known, otherwise = ("hager_zhang",), " or a gradient transformation"
         _check.one_of("line_search", line_search, known, otherwise)
+    if bounds is not None and (
+        preconditioner != "lbfgs" or beta_rule or line_search != "hager_zhang"
+    ):
+        raise ValueError(
+            "bounds are kept by limited-memory BFGS and a search of their own: leave "
+            "preconditioner, beta_rule and line_search out."
+        )
     options = Options(
         max_iter=int(max_iter),
         ftol=float(ftol),
@@ -197,7 +212,7 @@ def minimize(
         line_search=line_search,
         memory_size=memory_size,
         restart_every=restart_every,
-        callback=callback,
+        callback=_told(callback),
         progress=progress,
     )
     if isinstance(params, list) and all(
@@ -221,7 +236,33 @@ def minimize(
     except TypeError:  # a dataclass with `__call__`, say
         # A bound method is equal to another of the same object alone.
         fun = types.MethodType(operator.call, fun)
-    return _minimize(fun, options, params, args, jnp.asarray(gtol, dtype))
+    box = None if bounds is None else make_box(bounds, params)
+    with heard(options.callback):
+        found = _minimize(fun, options, params, args, jnp.asarray(gtol, dtype), box)
+        return found if options.callback is None else jax.block_until_ready(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfParams:
+    """Scipy's form of a callback; equal to another of the same function."""
+
+    function: Callable[[Any], Any]
+
+    def __call__(self, info: IterationInfo) -> Any:
+        return self.function(info.params)
+
+
+def _told(
+    callback: Callable[[Any], Any] | None,
+) -> Callable[[IterationInfo], Any] | None:
+    """The callback, which may ask for the parameters alone by its parameter's name."""
+    if callback is None:
+        return None
+    try:
+        names = list(inspect.signature(callback).parameters)
+    except (TypeError, ValueError):  # some of those that are built in have none
+        names = []
+    return _OfParams(callback) if names == ["xk"] else callback
 
 
 def _warn_of_less_precision(params: Any) -> None:
@@ -243,7 +284,7 @@ def _warn_of_less_precision(params: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _minimize(fun, options, params, args, gtol):
+def _minimize(fun, options, params, args, gtol, box):
     @functools.wraps(fun)
     def checked(*given):
         # Before JAX sees it, whose messages about what is no array are not clear.
@@ -252,7 +293,7 @@ def _minimize(fun, options, params, args, gtol):
         return out
 
     fun, closed_over = jax.closure_convert(checked, params, *args)
-    return solution(fun, options, params, (*args, *closed_over), gtol)
+    return solution(fun, options, params, (*args, *closed_over), gtol, box)
 
 
 def _check_output(out: Any, has_aux: bool) -> None:

@@ -30,8 +30,8 @@ RUNNING, GTOL, FTOL, MAX_ITER, STUCK, BAD_START, NONFINITE, CALLBACK, UNBOUNDED 
 _INSTEAD = {
     "jac": "its largest element is `grad_norm`; jax.grad(fun)(result.params) is all",
     "hess": "jax.hessian(fun)(result.params) is the Hessian there",
-    "hess_inv": "jnp.linalg.inv(jax.hessian(fun)(result.params)) is the inverse, which "
-    "times the residual variance is the covariance of a least-squares fit",
+    "hess_inv": "jnp.linalg.inv(jax.hessian(fun)(result.params)) is the inverse; "
+    "nlcg_optax.fit_covariance(residuals, result.params) is a fit's covariance",
     "nhev": "no Hessian is evaluated",
     "maxcv": "there are no constraints",
 }
@@ -46,7 +46,8 @@ class MinimizeResult(NamedTuple):
     Attributes:
       params: the parameters reached.
       value: the objective there.
-      grad_norm: the largest modulus of the gradient's elements there.
+      grad_norm: the largest modulus of the gradient's elements there, without those
+        that a bound holds.
       iterations: directions searched along, int32.
       value_evaluations: how often the objective was evaluated, int32.
       grad_evaluations: how often its gradient was, always at such a point, int32.
@@ -113,21 +114,36 @@ class MinimizeResult(NamedTuple):
 
     def __repr__(self) -> str:
         """Why it stopped, where, and after how much work, in a few lines."""
-        told = (self.value, self.grad_norm, self.iterations, self.value_evaluations)
-        if any(
-            isinstance(x, jax.core.Tracer) or jnp.ndim(x) for x in (*told, self.status)
-        ):
-            return f"MinimizeResult{tuple(self)!r}"
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tuple(self))):
+            fields = (f"{k}={v!r}" for k, v in zip(self._fields, self, strict=True))
+            return f"MinimizeResult({', '.join(fields)})"
         shapes = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", self.params)
-        return (
-            f"{self.message}\n"
-            f"  value {self.value:.8g}, largest element of the gradient "
-            f"{self.grad_norm:.3g}\n"
-            f"  {self.iterations} iterations, {self.value_evaluations} evaluations of "
-            f"the objective, {self.grad_evaluations} of its gradient, "
-            f"{self.restarts} restarts\n"
-            f"  params: {shapes}"
-        )
+        if jnp.ndim(self.status):
+            found, counts = np.unique(np.asarray(self.status), return_counts=True)
+            head = [f"MinimizeResult of {self.status.size} problems"]
+            head += [
+                f"  {count:6d} {_MESSAGES[status]}"
+                for status, count in zip(found, counts, strict=True)
+            ]
+        else:
+            head = [self.message]
+        lines = [
+            *head,
+            f"  value {_range(self.value, '.8g')}, largest element of the gradient "
+            f"{_range(self.grad_norm, '.3g')}",
+            f"  {_range(self.iterations)} iterations, "
+            f"{_range(self.value_evaluations)} evaluations of the objective, "
+            f"{_range(self.grad_evaluations)} of its gradient, "
+            f"{_range(self.restarts)} restarts",
+            f"  params: {shapes}",
+        ]
+        return "\n".join(lines)
+
+
+def _range(x: jax.Array, form: str = "") -> str:
+    """A number, or the least and the greatest of a batch."""
+    least, greatest = np.min(x), np.max(x)
+    return f"{least:{form}}" + (f" to {greatest:{form}}" if jnp.ndim(x) else "")
 
 
 class IterationInfo(NamedTuple):
@@ -139,6 +155,8 @@ class IterationInfo(NamedTuple):
       value: the objective.
       grad_norm: the largest modulus of the gradient's elements.
       value_evaluations: evaluations of the objective so far.
+
+    Of scipy's ``intermediate_result`` it has ``x`` and ``fun``.
     """
 
     iteration: Any
@@ -146,3 +164,13 @@ class IterationInfo(NamedTuple):
     value: Any
     grad_norm: Any
     value_evaluations: Any
+
+    @property
+    def x(self) -> Any:
+        """`params`, by scipy's name."""
+        return self.params
+
+    @property
+    def fun(self) -> Any:
+        """`value`, by scipy's name."""
+        return self.value

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import figures
 import optax
@@ -307,4 +308,57 @@ def test_figures_that_guides_show_are_those_of_the_rows():
     results = FOLDER / "results"
     assert (results / "figures.md").read_text() == figures.figures(
         figures.Results(results)
+    )
+
+
+def test_what_documents_quote_by_hand_is_what_was_generated():
+    """Tables are included; a sentence, and the README, have to repeat a number."""
+    tables = (FOLDER / "results").glob("*.md")
+    generated = "".join(path.read_text() for path in tables).replace("**", "")
+    measured = re.findall(r"(\d+\.\d+) ± (\d[\d.e-]*)", generated)
+    numbers = [float(x) for x in re.findall(r"\d+\.\d+", generated)]
+
+    def is_rounded(quoted, number):
+        digits = len(quoted.partition(".")[2])
+        return abs(float(quoted) - float(number)) <= 0.5000001 * 10**-digits
+
+    root = FOLDER.parents[1]
+    found = []
+    for path in (root / "README.md", *root.glob("docs/*.md"), FOLDER / "README.md"):
+        text = path.read_text().replace("**", "")
+        for number, error in re.findall(r"(\d+\.\d+) ± (\d+\.\d+)", text):
+            pairs = [
+                is_rounded(number, a) and is_rounded(error, b) for a, b in measured
+            ]
+            if not any(pairs):
+                found.append((path, number, error))
+        for number in re.findall(r"(\d\d\.\d+)%", text):
+            if not any(is_rounded(number, x) for x in numbers):
+                found.append((path, number))
+    assert not found
+
+
+def test_the_first_page_says_what_the_figures_do():
+    readme = (FOLDER.parents[1] / "README.md").read_text()
+    generated = (FOLDER / "results" / "figures.md").read_text()
+    rows = [row for row in readme.splitlines() if "±" in row and row.startswith("|")]
+    assert len(rows) == 6 and not [row for row in rows if row not in generated]
+
+    cells = [row.replace("**", "").split(" | ") for row in rows]
+    last = [float(row[-1].split(" ± ")[0]) for row in cells if "±" in row[-1]]
+    ours, *peers = last[:1] + last[2:]  # without `nlcg`
+    said = f"{ours:.1f}% of the test images, where the best tuned peer has "
+    assert f"{said}{max(peers):.1f}%" in readme
+
+    def differences(workload, *sizes):
+        rows = [rf"`{workload}`, {size:,} \|.*\| (.\d+\.\d)%" for size in sizes]
+        found = [re.search(row, generated)[1].replace("−", "-") for row in rows]
+        return sorted(round(abs(float(x))) for x in found)
+
+    below = differences("autoencoder", 32, 128, 512, 1_024)
+    assert f"{below[0]} to {below[-1]}% below the best tuned peer" in readme
+    above = differences("tinyshakespeare", 32, 128)
+    said = f"{above[0]} to {above[-1]}% above tuned SOAP"
+    assert (
+        said in readme and said in (FOLDER.parents[1] / "docs/curvature.md").read_text()
     )
