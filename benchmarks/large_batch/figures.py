@@ -50,6 +50,8 @@ SAMPLED = {
     "autoencoder": (32, 128, 512, 1_024),
     "autoencoder_cifar": (256, 1_024, 4_096),
 }
+# There the loss of the test set is another than the one that is minimized.
+HELD_OUT = {"cifar10_jpeg": (250, 500, 1_000, 2_500), "digits": (64, 192, 512, 720)}
 
 # The lines of the picture on the first page, in colours that most eyes tell apart.
 LINES = {
@@ -92,6 +94,23 @@ class Results:
             return "diverged", math.inf
         ends = [float(targets.trajectory(row)[1][-1]) for row in rows]
         mean, error = report.mean_and_error(ends)
+        return f"{mean:.4g}{spread(error, '.1g')}", mean
+
+    def training(self, *group: Any) -> Cell:
+        """The loss of the batches of the last tenth of the steps."""
+        rows = report.tested(self.rows(*group))
+        if not rows or any(row["diverged"] for row in rows):
+            return "not run", math.inf
+        parts = [row["curve"][-max(1, len(row["curve"]) // 10) :] for row in rows]
+        mean, error = report.mean_and_error([sum(x) / len(x) for x in parts])
+        return f"{mean:.4g}{spread(error, '.1g')}", mean
+
+    def held_out(self, *group: Any) -> Cell:
+        """The loss of the test set."""
+        rows = report.tested(self.rows(*group))
+        if not rows or any(row["diverged"] for row in rows):
+            return "not run", math.inf
+        mean, error = report.mean_and_error([row["loss"] for row in rows])
         return f"{mean:.4g}{spread(error, '.1g')}", mean
 
     def steps(self, workload: str, *group: Any) -> Cell:
@@ -181,6 +200,20 @@ def beside_the_best(results: Results) -> Iterable[str]:
     )
 
 
+def training_and_test(results: Results) -> Iterable[str]:
+    """What a rate that was chosen by validation does to the loss that is minimized."""
+    cells = []
+    for workload, sizes in HELD_OUT.items():
+        for size in sizes:
+            row = [f"`{workload}`, {size:,}"]
+            for what in ("held_out", "training"):
+                ours, _ = getattr(results, what)(workload, CURVATURE, size)
+                row += [ours, results.best_peer(what, workload, size)[0]]
+            cells.append(row)
+    header = ("test loss", "best tuned peer", "training loss", "lowest of these peers")
+    return report.table(["sampled batches", *header], cells)
+
+
 def batches(workload: str, *sizes: int) -> list[tuple[str, int, str]]:
     return [(workload, size, f"batch {size:,}") for size in sizes]
 
@@ -233,6 +266,13 @@ def figures(results: Results) -> str:
         "beside the best",
         "The loss at the end, beside that of the best tuned peer.",
         beside_the_best(results),
+    )
+    add(
+        "training and test",
+        "`nlcg_auto` and peers, whose rates were chosen by the loss of a validation "
+        "split: the loss of the test set, and of the batches of the last tenth of the "
+        "steps.",
+        training_and_test(results),
     )
     return "\n".join(lines).rstrip() + "\n"
 
