@@ -112,17 +112,22 @@ def test_the_direction_is_told_how_far_the_last_step_overshot():
     balance = noisy.balance
     balance = balance._replace(balance=balance.balance._replace(rate=jnp.float32(0.1)))
     state = state._replace(noise=noisy._replace(balance=balance))
-    batch = batch_of(0)
-    own, after, params, last_step = 0.0, 0.0, PARAMS, None
-    for step in range(3):
-        value, grads, curvature = evaluate(params, batch)
+
+    @jax.jit
+    def step(params, state):
+        value, grads, curvature = evaluate(params, batch_of(0))
         updates, state = tx.update(
             grads, state, params, value=value, curvature=curvature
         )
+        return updates, state, grads
+
+    own, after, params, last_step = 0.0, 0.0, PARAMS, None
+    for count in range(3):
+        updates, state, grads = step(params, state)
         jax.effects_barrier()
         if last_step is not None:
             turned = sum(np.sum(grads[k] * last_step[0][k]) for k in grads)
-            if step == 1:
+            if count == 1:
                 own, after = last_step[1], -last_step[1] / 2
             own, after = 0.95 * own + 0.05 * last_step[1], 0.95 * after + 0.05 * turned
             expected = 1 - np.exp(5.5 * after / own)
