@@ -20,7 +20,6 @@ import figures
 import protocol
 import report
 import sweep
-import targets
 from workloads import DEFAULTS, WORKLOADS, Workload, untuned
 
 RESULTS = sweep.RESULTS / "untuned.jsonl"
@@ -69,10 +68,10 @@ def settings(rows: Rows, workload: str, size: int) -> dict[str, Rows]:
 
 
 def ends(rows: Rows) -> list[float] | None:
-    """The losses that the tables of the sweep have; None if one diverged."""
+    """The losses at the end, of held-out examples if any; None if one diverged."""
     if not rows or any(row["diverged"] for row in rows):
         return None
-    return [float(targets.trajectory(row)[1][-1]) for row in rows]
+    return [row["loss"] for row in rows]
 
 
 def shown(rows: Rows) -> str:
@@ -90,19 +89,13 @@ def shown(rows: Rows) -> str:
 
 
 def best(found: dict[str, Rows]) -> str | None:
-    """The setting of the highest accuracy; of the lowest loss where there is none."""
-
-    def merit(name: str) -> tuple[float, ...]:
-        rows = found[name]
-        losses = ends(rows)
-        assert losses
-        by_loss = -statistics.mean(losses)
-        if rows[0]["accuracy"] is None:
-            return (by_loss,)
-        return statistics.mean(row["accuracy"] for row in rows), by_loss
-
-    finished = [name for name in found if ends(found[name])]
-    return max(finished, key=merit, default=None)
+    """The setting of the lowest mean loss, of those that always came to an end."""
+    means = {
+        name: statistics.mean(losses)
+        for name, rows in found.items()
+        if (losses := ends(rows))
+    }
+    return min(means, key=means.__getitem__, default=None)
 
 
 def tables(rows: Rows, results: pathlib.Path) -> str:
@@ -135,13 +128,18 @@ def tables(rows: Rows, results: pathlib.Path) -> str:
     lines = [
         "# Optimizers with nothing tuned",
         "",
-        "Loss at the end (and test accuracy), mean ± standard error of the test seeds; "
+        "Loss at the end (of held-out examples, where there are any; and test "
+        "accuracy), mean ± standard error of the test seeds; "
         "the best of what was run of each kind, in brackets which. `nlcg by curvature` "
         "and the tuned peers are rows of the sweep.",
+        "",
+        "<!-- untuned -->",
         "",
         *report.table(
             ["batches", OURS, "best untuned other", "best tuned peer"], summary
         ),
+        "",
+        "<!-- end -->",
         "",
         "All that was run:",
         "",

@@ -60,7 +60,7 @@ def test_defaults_run_once_with_and_without_a_decay(tmp_path):
     assert rows[0]["loss"] < rows[1]["loss"] < rows[1]["evaluations"][0][1]
 
 
-def row(optimizer, loss, schedule="constant", seed=0, accuracy=None):
+def row(optimizer, loss, schedule="constant", seed=0):
     return {
         "workload": "autoencoder",
         "optimizer": optimizer,
@@ -72,9 +72,7 @@ def row(optimizer, loss, schedule="constant", seed=0, accuracy=None):
         "steps": 10,
         "diverged": loss is None,
         "loss": loss,
-        "accuracy": accuracy,
-        "curve": [],
-        "evaluations": [] if loss is None else [[10, loss]],
+        "accuracy": None,
         **WHERE,
     }
 
@@ -96,9 +94,6 @@ def test_table_has_the_best_that_came_to_an_end(tmp_path):
     )
     assert "| prodigy, constant | 1 of 2 diverged |" in text
     assert "Not run: adamw, 0.001" in text
-    # With an accuracy that one counts.
-    found = {"a": [row("a", 0.5, accuracy=0.6)], "b": [row("b", 0.9, accuracy=0.7)]}
-    assert untuned.best(found) == "b"
 
 
 def test_first_rate_changes_in_the_step_of_the_hand_over_alone():
@@ -169,3 +164,14 @@ def test_tables_of_noise_tasks_and_of_steps():
     cell |= {"mean_ms": [4.0, 2.0], "ratios": [1.0, 1.5, 1.7], "state": [9.0, 8.0]}
     text = step_cost.table([cell | WHERE])
     assert "| 3, 2 | 1.50 (1.00 to 1.70) | 4, 2; 2.00 | 9.00, 8.00 |" in text
+
+
+def test_tables_are_those_of_the_rows():
+    results, read = untuned.RESULTS.parent, untuned.protocol.read
+    for name, text in {
+        "untuned": untuned.tables(read(untuned.RESULTS), results),
+        "noise_tasks": noise_tasks.table(read(noise_tasks.RESULTS)),
+        "starts": starts.tables(read(starts.STARTS), read(starts.FIRST_RATES)),
+        "step_cost": step_cost.table(read(step_cost.RESULTS)),
+    }.items():
+        assert (results / f"{name}.md").read_text() == text, name
