@@ -122,7 +122,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--points", type=int, default=30, help="along each side")
     parser.add_argument("--width", type=int, default=32, help="of the hidden layers")
-    parser.add_argument("--steps", type=int, default=1000, help="of each, at most")
+    parser.add_argument("--steps", type=int, default=300, help="of each, at most")
     args = parser.parse_args()
     params, batch = init(args.width), {"x": grid(args.points)}
     print(f"{'':16} steps  seconds       loss  error of u")

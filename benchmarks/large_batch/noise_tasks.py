@@ -3,9 +3,13 @@
     python benchmarks/large_batch/noise_tasks.py --task=outliers --seeds=2
     python benchmarks/large_batch/noise_tasks.py --task=words --data_dir=FOLDER
 
-FOLDER has tinyshakespeare.txt. Each line is the loss at the end: of peers at each rate
-of a grid, with cosine decay, and of `nlcg_auto`, for which nothing is tuned. `words`
-and `outliers` were looked at while the rule was made, `vit` and `gru` only at the end.
+    python benchmarks/large_batch/noise_tasks.py --table
+
+FOLDER has tinyshakespeare.txt. Each run is a line of `results/noise_tasks.jsonl`, the
+loss at the end: of peers at each rate of a grid, with cosine decay, and of `nlcg_auto`,
+for which nothing is tuned. What is there is not run again; `--table` writes
+`results/noise_tasks.md`. `words` and `outliers` were looked at while the rule was made,
+`vit` and `gru` only at the end.
 """
 
 import argparse
@@ -20,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import peers
+import protocol
+import report
 from sklearn.datasets import load_digits
 from training_tasks import FunctionTask, mlp, mlp_init
 
@@ -250,22 +256,28 @@ PEERS = {
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 
 
-def peer(name: str, rate: float, steps: int) -> optax.GradientTransformation:
-    """One of the peers, with a warm-up of a tenth and cosine decay."""
-    schedule = optax.warmup_cosine_decay_schedule(
+RESULTS = pathlib.Path(__file__).resolve().parent / "results" / "noise_tasks.jsonl"
+OURS = "nlcg by curvature"
+
+
+def schedule(rate: float, steps: int) -> np.ndarray:
+    """The rates of a run: a warm-up of a tenth, and cosine decay."""
+    made = optax.warmup_cosine_decay_schedule(
         0.1 * rate, rate, max(steps // 10, 1), steps
     )
-    return optax.chain(PEERS[name](), optax.scale_by_learning_rate(schedule))
+    return np.asarray(made(jnp.arange(steps)), np.float32)
 
 
-def final(task: FunctionTask, size: int, steps: int, seed: int, tx: Any) -> float:
-    """The loss of the examples held out, after a run."""
-    order = [data.batch_indices(t, size, task.num_train, seed) for t in range(steps)]
-    arrays, tx = jax.device_put(task.data), optax.with_extra_args_support(tx)
-    stride = max(size // 256, 1)
+def trained(found: Task, make: Callable[[Any], Any]) -> Callable[..., float]:
+    """A function from a seed and the rates of a run to the loss of those held out.
+
+    It is compiled once. `make` is given the rate of a step, and returns the optimizer.
+    """
+    task, size, steps = found
+    arrays, stride = jax.device_put(task.data), max(size // 256, 1)
 
     @jax.jit
-    def step(params: Any, state: Any, places: Any) -> Any:
+    def step(params: Any, state: Any, places: Any, rate: Any) -> Any:
         batch = jax.tree.map(lambda x: x[places], arrays)
         loss, grads = task.value_and_grad(params, batch, size)
         few = jax.tree.map(lambda x: x[::stride], batch)
@@ -274,38 +286,119 @@ def final(task: FunctionTask, size: int, steps: int, seed: int, tx: Any) -> floa
             lambda outputs: task.loss(outputs, few),
             fraction=1 / stride,
         )
-        updates, state = tx.update(
+        updates, state = optax.with_extra_args_support(make(rate)).update(
             grads, state, params, value=loss, curvature=curvature
         )
         return optax.apply_updates(params, updates), state
 
-    params = task.init(seed)
-    state = tx.init(params)
-    for places in order:
-        params, state = step(params, state, places.astype(np.int32))
-    return float(jax.jit(task.loss)(task.outputs(params, task.held_out), task.held_out))
+    init = jax.jit(lambda params: make(0.0).init(params))
+    loss_of = jax.jit(
+        lambda p: task.loss(task.outputs(p, task.held_out), task.held_out)
+    )
+
+    def run(seed: int, rates: np.ndarray) -> float:
+        params = task.init(seed)
+        state = init(params)
+        for t in range(steps):
+            places = data.batch_indices(t, size, task.num_train, seed)
+            params, state = step(params, state, places.astype(np.int32), rates[t])
+        return float(loss_of(params))
+
+    return run
+
+
+def record(name: str, data_dir: str | None, seeds: int, only: str | None) -> None:
+    """Adds the lines that are not there, one for each seed and rate."""
+    done = {
+        (row["task"], row["optimizer"], row["rate"], row["seed"])
+        for row in protocol.read(RESULTS)
+    }
+    found, where = TASKS[name](data_dir), protocol.environment()
+    steps = found[2]
+    makers: dict[str, tuple[Callable[[Any], Any], tuple[float, ...]]] = {
+        OURS: (lambda _: nlcg_optax.nlcg_auto(steps), (0.0,))
+    }
+    for peer, direction in PEERS.items():
+
+        def make(rate: Any, direction: Any = direction) -> Any:
+            return optax.chain(direction(), optax.scale(-rate))
+
+        makers[peer] = make, RATES
+    for optimizer, (make, rates) in makers.items():
+        if only is not None and not optimizer.startswith(only):
+            continue
+        run = None
+        for rate in rates:
+            for seed in range(seeds):
+                if (name, optimizer, rate, seed) in done:
+                    continue
+                run = run or trained(found, make)
+                loss = run(seed, schedule(rate, steps))
+                row = {
+                    "task": name,
+                    "optimizer": optimizer,
+                    "rate": rate,
+                    "seed": seed,
+                    "loss": protocol.rounded(loss) if np.isfinite(loss) else None,
+                }
+                protocol.append(RESULTS, row | where)
+                print(row, flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """By task: ours, and each peer at its best rate, means of the seeds."""
+    names = [OURS, *PEERS]
+    cells = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        line = [f"`{task}`"]
+        for name in names:
+            by_rate: dict[float, list[float | None]] = {}
+            for row in rows:
+                if (row["task"], row["optimizer"]) == (task, name):
+                    by_rate.setdefault(row["rate"], []).append(row["loss"])
+            means = {
+                rate: (float(np.mean(losses)), losses)
+                for rate, losses in by_rate.items()
+                if None not in losses
+            }
+            if not means:
+                line.append("diverged" if by_rate else "not run")
+                continue
+            rate = min(means, key=lambda rate: means[rate][0])
+            mean, losses = means[rate]
+            each = ", ".join(f"{loss:.4g}" for loss in losses)
+            at = f"; rate {rate:g}" if name != OURS else ""
+            line.append(f"{mean:.4g} ({each}{at})")
+        cells.append(line)
+    lines = [
+        "# Small tasks with much noise",
+        "",
+        "Loss of held-out examples at the end: the mean of the seeds, each, and "
+        "of a peer the best of the rates "
+        f"{', '.join(f'{rate:g}' for rate in RATES)} (with a warm-up of a tenth and "
+        f"cosine decay), chosen by these losses; of `{OURS}` nothing is tuned.",
+        "",
+        *report.table(["task", *names], cells),
+        "",
+        f"`python benchmarks/large_batch/noise_tasks.py`; {report.environments(rows)}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=TASKS)
     parser.add_argument("--data_dir")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", help="of the peers, or nlcg")
+    parser.add_argument("--table", action="store_true", help="write noise_tasks.md")
     flags = parser.parse_args()
-    task, size, steps = TASKS[flags.task](flags.data_dir)
-    runs: list[tuple[str, Callable[[], Any]]] = [
-        (f"{name}, {rate:g}", functools.partial(peer, name, rate, steps))
-        for name in PEERS
-        for rate in RATES
-    ]
-    auto = functools.partial(nlcg_optax.nlcg_auto, steps)
-    runs.append(("nlcg by curvature", auto))
-    for name, make in runs:
-        if flags.only is None or name.startswith(flags.only):
-            losses = [final(task, size, steps, s, make()) for s in range(flags.seeds)]
-            shown = ", ".join(f"{loss:.5g}" for loss in losses)
-            print(f"{flags.task}: {name}: {shown}", flush=True)
+    if flags.table:
+        RESULTS.with_suffix(".md").write_text(table(protocol.read(RESULTS)))
+    elif flags.task:
+        record(flags.task, flags.data_dir, flags.seeds, flags.only)
+    else:
+        parser.error("--task or --table?")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import optax.contrib
 
 import nlcg_optax
 from nlcg_optax.preconditioners.soap import Factors
-from nlcg_optax.training import optimizers
+from nlcg_optax.training import models, optimizers
 from nlcg_optax.training.config import ConfigDict, apply_overrides, typed
 from nlcg_optax.training.run_config import RunConfig
 
@@ -70,9 +70,24 @@ def soap(learning_rate: optax.ScalarOrSchedule, **options) -> Any:
     )
 
 
+def plain_muon(learning_rate: optax.ScalarOrSchedule) -> Any:
+    """Optax's, all of whose options are its defaults; kernels are matrices too."""
+    return optax.contrib.muon(
+        learning_rate, muon_weight_dimension_numbers=models.muon_matrices
+    )
+
+
 PEERS: dict[str, Callable[..., Any]] = {
     "soap": soap,
     "schedule_free_adamw": optax.contrib.schedule_free_adamw,
+    # Those of `workloads.DEFAULTS`.
+    "adamw": optax.adamw,
+    "muon": plain_muon,
+    "prodigy": optax.contrib.prodigy,
+    "dowg": optax.contrib.dowg,
+    "momo_adam": optax.contrib.momo_adam,
+    "mechanic_adamw": lambda rate: optax.contrib.mechanize(optax.adamw(rate)),
+    "mechanic_muon": lambda rate: optax.contrib.mechanize(plain_muon(rate)),
 }
 
 

@@ -73,6 +73,20 @@ UNTUNED = {"nlcg by curvature", "nlcg by full curvature"}
 SCHEDULE_FREE = {"schedule-free adamw"}
 
 
+# With nothing tuned, as a user gets them: Optax's own rate where it has one, 1 where
+# its documents say so, the usual one of AdamW, and that of Muon's author.
+DEFAULTS: Optimizers = {
+    "adamw, 0.001": (["peer.name=adamw"], 1e-3),
+    "muon, 0.02": (["peer.name=muon"], 0.02),
+    "prodigy": (["peer.name=prodigy"], 1.0),
+    "schedule-free adamw, 0.0025": (["peer.name=schedule_free_adamw"], 0.0025),
+    "mechanic over adamw": (["peer.name=mechanic_adamw"], 1.0),
+    "mechanic over muon": (["peer.name=mechanic_muon"], 1.0),
+    "dowg": (["peer.name=dowg"], 1.0),
+    "momo-adam": (["peer.name=momo_adam"], 0.01),
+}
+
+
 def _variant(*overrides: str, rate: float = 0.04) -> tuple[list[str], float]:
     """NLCG's default but for some fields of ``optimizer.nlcg``."""
     return [*NLCG, *(f"optimizer.nlcg.{field}" for field in overrides)], rate
@@ -222,6 +236,13 @@ def _schedules(num_epochs: float, count: int = 4) -> dict[str, list[str]]:
         "step, warm-up 10%": overrides("step", 0.1),
     }
     return dict(list(schedules.items())[:count])
+
+
+def untuned(workload: Workload) -> Workload:
+    """The same with :data:`DEFAULTS`, whose rates decay along a cosine or stay."""
+    epochs = workload.config.num_epochs
+    schedules = {name: _schedule(name, 0.0, epochs) for name in ("constant", "cosine")}
+    return workload._replace(optimizers=DEFAULTS, schedules=schedules)
 
 
 def digits(data_dir: str | None = None) -> Workload:

@@ -1,0 +1,170 @@
+"""What a step costs over a whole run, beside tuned SOAP's, and what its state holds.
+
+    taskset -c 1 python benchmarks/large_batch/step_cost.py --workload=autoencoder \
+        --batch_sizes=32,512
+    python benchmarks/large_batch/step_cost.py --table
+
+Both train at once, by turns of some steps, so that whatever else the machine does
+slows both. SOAP has the rate and the schedule that the sweep chose. Cells are lines of
+`results/step_cost.jsonl`, and `--table` writes `results/step_cost.md`.
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import protocol
+import report
+import sweep
+from workloads import WORKLOADS, Workload
+
+from nlcg_optax.training import data, optimizers
+
+RESULTS = sweep.RESULTS / "step_cost.jsonl"
+OURS, PEER = "nlcg by curvature", "soap"
+TURN = 20  # steps
+
+
+class Run:
+    """One of the two trainings, step by step."""
+
+    def __init__(self, trainer: sweep.Trainer, optimizer: str, size: int, setting: Any):
+        rate, schedule = setting
+        self.workload, self.arrays = trainer.workload, trainer.arrays
+        self.kept = trainer.phase("test").kept
+        self.size = size
+        self.num_steps = self.workload.num_steps(size, len(self.kept))
+        init, self.step, _ = trainer.compiled(optimizer, size, self.num_steps)
+        self.rates = rates(self.workload, optimizer, rate, schedule, self.num_steps)
+        self.state: Any = init(np.int32(0))
+        self.seconds: list[float] = []
+
+    def turn(self) -> None:
+        """Some more steps, each with its time."""
+        first = len(self.seconds)
+        for i in range(first, min(first + TURN, self.num_steps)):
+            places = data.batch_indices(i, self.size, len(self.kept), 0)
+            indices = self.kept[places].astype(np.int32)
+            clock = sweep.now()
+            self.state, _ = self.step(
+                self.state, indices, self.arrays, self.rates[i], np.int32(0)
+            )
+            jax.block_until_ready(self.state)
+            self.seconds.append(sweep.now() - clock)
+
+
+def rates(
+    workload: Workload, optimizer: str, rate: float, schedule: str, num_steps: int
+) -> np.ndarray:
+    """One for each step, as in the sweep."""
+    words = [
+        *workload.optimizers[optimizer][0],
+        *workload.schedules_of(optimizer)[schedule],
+    ]
+    config = peers.configured(workload.config, words)
+    config.optimizer.learning_rate = rate
+    per_epoch = num_steps / config.num_epochs
+    made = optimizers.create_schedule(peers.checked(config), per_epoch)
+    return np.asarray(jax.vmap(made)(jnp.arange(num_steps)), np.float32)
+
+
+def arrays_of_state(run: Run) -> float:
+    """How many numbers the optimizer's state holds for each of the parameters."""
+
+    def numbers(tree: Any) -> int:
+        return sum(np.size(leaf) for leaf in jax.tree.leaves(tree))
+
+    return numbers(run.state.opt_state) / numbers(run.state.params)
+
+
+def measure(name: str, workload: Workload, size: int) -> dict:
+    """The row of a cell."""
+    rows = protocol.read(sweep.RESULTS / f"{name}.jsonl")
+    (tested, *_) = (
+        row
+        for row in rows
+        if (row["optimizer"], row["batch_size"], row["phase"]) == (PEER, size, "test")
+    )
+    setting = tested["learning_rate"], tested["schedule"]
+    trainer = sweep.Trainer(workload)
+    settings = {OURS: (1.0, next(iter(workload.schedules))), PEER: setting}
+    runs = [Run(trainer, who, size, settings[who]) for who in (OURS, PEER)]
+    while len(runs[0].seconds) < runs[0].num_steps:
+        for run in runs:
+            run.turn()
+    ours, peer = (run.seconds for run in runs)
+    # The first step of each reads what no later one has to.
+    ratios = [
+        statistics.median(ours[i : i + TURN]) / statistics.median(peer[i : i + TURN])
+        for i in range(0, len(ours), TURN)
+    ]
+    return {
+        "workload": name,
+        "batch_size": size,
+        "steps": runs[0].num_steps,
+        "median_ms": [1e3 * statistics.median(x) for x in (ours, peer)],
+        "mean_ms": [1e3 * statistics.mean(x) for x in (ours, peer)],
+        "ratios": [protocol.rounded(ratio) for ratio in ratios],
+        "state": [protocol.rounded(arrays_of_state(run)) for run in runs],
+        **protocol.environment(),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    cells = []
+    for row in rows:
+        medians, means = row["median_ms"], row["mean_ms"]
+        ratios = row["ratios"]
+        cells.append(
+            [
+                f"`{row['workload']}`, {row['batch_size']:,} ({row['steps']:,} steps)",
+                f"{medians[0]:.3g}, {medians[1]:.3g}",
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f})",
+                f"{means[0]:.3g}, {means[1]:.3g}; {means[0] / means[1]:.2f}",
+                f"{row['state'][0]:.2f}, {row['state'][1]:.2f}",
+            ]
+        )
+    header = ["batches", "median step, ms", "ratio of turns: median, range"]
+    header += ["mean step, ms; ratio", "numbers of state a parameter"]
+    lines = [
+        "# What a step costs over a whole run",
+        "",
+        f"`{OURS}` first, tuned SOAP second; both renew their bases in every step.",
+        "",
+        *report.table(header, cells),
+        "",
+        f"`python benchmarks/large_batch/step_cost.py`, turns of {TURN} steps, seconds "
+        f"of the processor; {report.environments(rows)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workload", choices=WORKLOADS)
+    parser.add_argument("--batch_sizes", help="such as 64,256; all by default")
+    parser.add_argument("--data_dir", help="the folder of a workload that needs one")
+    parser.add_argument("--table", action="store_true", help="write step_cost.md")
+    flags = parser.parse_args()
+    if flags.table:
+        RESULTS.with_suffix(".md").write_text(table(protocol.read(RESULTS)))
+        return
+    if not flags.workload:
+        parser.error("--workload or --table?")
+    workload = WORKLOADS[flags.workload](flags.data_dir)
+    sizes = workload.batch_sizes
+    if flags.batch_sizes:
+        sizes = tuple(int(size) for size in flags.batch_sizes.split(","))
+    for size in sizes:
+        row = measure(flags.workload, workload, size)
+        protocol.append(RESULTS, row)
+        print(table([row]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
