@@ -135,10 +135,13 @@ def main():
             reached[name] = float(error(found))
             print(
                 f"{name:16} {steps:5,}  {seconds:7.1f}  {loss:9.2e}  "
-                f"{reached[name]:.2%}"
+                f"{reached[name]:.1e}"
             )
-    best = min(reached, key=reached.__getitem__)
-    print(f"{best} ends nearer to the solution, by {reached[best]:.2%} of its size.")
+    nearer, other = sorted(reached, key=reached.__getitem__)
+    print(
+        f"{nearer} ends nearer to the solution: {reached[nearer]:.1e} of its size from "
+        f"it, and {other} {reached[other]:.1e}."
+    )
 
 
 if __name__ == "__main__":

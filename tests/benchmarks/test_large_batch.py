@@ -216,7 +216,7 @@ def test_what_was_tested_is_the_best_of_what_was_tuned():
     def setting(row):
         return row["learning_rate"], row["schedule"]
 
-    for path in sorted((FOLDER / "results").glob("*.jsonl")):
+    for path in [FOLDER / "results" / f"{name}.jsonl" for name in sweep.WORKLOADS]:
         groups = {}
         for row in protocol.read(path):
             key = row["optimizer"], row["batch_size"]
