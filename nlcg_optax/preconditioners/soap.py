@@ -458,14 +458,17 @@ def _work(
     options: "_Options | _PlannedBy", count: jax.typing.ArrayLike = 0
 ) -> plan.Work:
     """The preconditioning of matrices as work for several devices, at this step."""
+    # Arrays are no part of the function: on a mesh with explicit axes it may not close
+    # over them.
+    arrays = {k: x for k, x in options._asdict().items() if isinstance(x, jax.Array)}
 
     def function(
-        xs: list[jax.Array], share: plan.Share, kept: Factors, count: Any
+        xs: list[jax.Array], share: plan.Share, kept: Factors, given: Any
     ) -> Any:
-        x = share.slots.add(jnp.add, xs)
+        x, (count, arrays) = share.slots.add(jnp.add, xs), given
         step = functools.partial(
             _precondition,
-            options=cast(Any, options),
+            options=cast(Any, options)._replace(**arrays),
             count=count,
             total=share.total,
             size=math.prod(x.shape[-2:-1]) * share.groups[0].stack.long,
@@ -499,7 +502,8 @@ def _work(
         # Where `linear` it takes a mean over all elements.
         return stack.long > options.max_side and not options.linear
 
-    return plan.Work(function, operations, splits=splits, ragged=ragged, given=count)
+    given = count, arrays
+    return plan.Work(function, operations, splits=splits, ragged=ragged, given=given)
 
 
 def _precondition(

@@ -135,6 +135,25 @@ def test_the_averages_part_may_change_from_step_to_step():
             )
 
 
+def test_numbers_may_be_arrays_on_a_mesh_with_explicit_axes():
+    kind = jax.sharding.AxisType.Explicit
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    tx = scale_by_soap(jnp.asarray(0.7), nesterov=True)
+    step = jax.jit(lambda g, state, weight: tx.update(g, state, mean_weight=weight))
+
+    def last_of(grads):
+        state = tx.init(grads[0])
+        for g in grads:
+            z, state = step(g, state, jnp.asarray(0.4))
+        return z
+
+    grads = gradients()[:3]
+    alone = last_of(grads)
+    with jax.set_mesh(mesh):
+        spread = last_of(jax.device_put(grads, jax.P()))
+    np.testing.assert_allclose(spread, alone, rtol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (4, 7)], ids=str)
 def test_it_is_linear_and_symmetric_where_it_is_said_to_be(shape):
     *past, a, b = gradients(shape)
