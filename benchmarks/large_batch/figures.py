@@ -87,30 +87,29 @@ class Results:
         return f"{100 * found[0]:.2f}{spread(100 * found[1], '.2f')}", -found[0]
 
     def loss(self, *group: Any) -> Cell:
+        """That of the trajectory at its end."""
+        return self._mean(lambda row: float(targets.trajectory(row)[1][-1]), *group)
+
+    def training(self, *group: Any) -> Cell:
+        """The loss of the batches of the last tenth of the steps."""
+
+        def last_tenth(row: dict) -> float:
+            part = row["curve"][-max(1, len(row["curve"]) // 10) :]
+            return sum(part) / len(part)
+
+        return self._mean(last_tenth, *group)
+
+    def held_out(self, *group: Any) -> Cell:
+        """The loss of the test set."""
+        return self._mean(lambda row: row["loss"], *group)
+
+    def _mean(self, of: Callable[[dict], float], *group: Any) -> Cell:
         rows = report.tested(self.rows(*group))
         if not rows:
             return "not run", math.inf
         if any(row["diverged"] for row in rows):
             return "diverged", math.inf
-        ends = [float(targets.trajectory(row)[1][-1]) for row in rows]
-        mean, error = report.mean_and_error(ends)
-        return f"{mean:.4g}{spread(error, '.1g')}", mean
-
-    def training(self, *group: Any) -> Cell:
-        """The loss of the batches of the last tenth of the steps."""
-        rows = report.tested(self.rows(*group))
-        if not rows or any(row["diverged"] for row in rows):
-            return "not run", math.inf
-        parts = [row["curve"][-max(1, len(row["curve"]) // 10) :] for row in rows]
-        mean, error = report.mean_and_error([sum(x) / len(x) for x in parts])
-        return f"{mean:.4g}{spread(error, '.1g')}", mean
-
-    def held_out(self, *group: Any) -> Cell:
-        """The loss of the test set."""
-        rows = report.tested(self.rows(*group))
-        if not rows or any(row["diverged"] for row in rows):
-            return "not run", math.inf
-        mean, error = report.mean_and_error([row["loss"] for row in rows])
+        mean, error = report.mean_and_error([of(row) for row in rows])
         return f"{mean:.4g}{spread(error, '.1g')}", mean
 
     def steps(self, workload: str, *group: Any) -> Cell:

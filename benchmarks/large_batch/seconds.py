@@ -165,9 +165,7 @@ def main() -> None:
     target = None if set_at is None else targets.target(groups, report.PEERS, set_at)
     if target is None:
         parser.error(f"{flags.workload} has no target yet: run the sweep of its peers")
-    sizes = workload.batch_sizes
-    if flags.batch_sizes:
-        sizes = tuple(int(size) for size in flags.batch_sizes.split(","))
+    sizes = sweep.sizes_of(workload, flags.batch_sizes)
     seeds = tuple(range(flags.rounds)) if flags.rounds else workload.test_seeds
     rows = {}
     for size in sizes:

@@ -14,15 +14,13 @@ import statistics
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import peers
 import protocol
 import report
 import sweep
 from workloads import WORKLOADS, Workload
 
-from nlcg_optax.training import data, optimizers
+from nlcg_optax.training import data
 
 RESULTS = sweep.RESULTS / "step_cost.jsonl"
 OURS, PEER = "nlcg by curvature", "soap"
@@ -39,7 +37,9 @@ class Run:
         self.size = size
         self.num_steps = self.workload.num_steps(size, len(self.kept))
         init, self.step, _ = trainer.compiled(optimizer, size, self.num_steps)
-        self.rates = rates(self.workload, optimizer, rate, schedule, self.num_steps)
+        _, self.rates = sweep.words_and_rates(
+            self.workload, optimizer, rate, schedule, self.num_steps
+        )
         self.state: Any = init(np.int32(0))
         self.seconds: list[float] = []
 
@@ -55,21 +55,6 @@ class Run:
             )
             jax.block_until_ready(self.state)
             self.seconds.append(sweep.now() - clock)
-
-
-def rates(
-    workload: Workload, optimizer: str, rate: float, schedule: str, num_steps: int
-) -> np.ndarray:
-    """One for each step, as in the sweep."""
-    words = [
-        *workload.optimizers[optimizer][0],
-        *workload.schedules_of(optimizer)[schedule],
-    ]
-    config = peers.configured(workload.config, words)
-    config.optimizer.learning_rate = rate
-    per_epoch = num_steps / config.num_epochs
-    made = optimizers.create_schedule(peers.checked(config), per_epoch)
-    return np.asarray(jax.vmap(made)(jnp.arange(num_steps)), np.float32)
 
 
 def arrays_of_state(run: Run) -> float:
@@ -157,10 +142,7 @@ def main() -> None:
     if not flags.workload:
         parser.error("--workload or --table?")
     workload = WORKLOADS[flags.workload](flags.data_dir)
-    sizes = workload.batch_sizes
-    if flags.batch_sizes:
-        sizes = tuple(int(size) for size in flags.batch_sizes.split(","))
-    for size in sizes:
+    for size in sweep.sizes_of(workload, flags.batch_sizes):
         row = measure(flags.workload, workload, size)
         protocol.append(RESULTS, row)
         print(table([row]), flush=True)

@@ -124,15 +124,9 @@ class Trainer:
         size = min(batch_size, len(kept))
         num_steps = workload.num_steps(batch_size, len(kept))
         init, train_step, compile_seconds = self.compiled(optimizer, size, num_steps)
-        words = [
-            *workload.optimizers[optimizer][0],
-            *workload.schedules_of(optimizer)[cell.schedule],
-        ]
-        config = peers.configured(workload.config, words)
-        config.optimizer.learning_rate = cell.learning_rate
-        per_epoch = num_steps / config.num_epochs
-        schedule = optimizers.create_schedule(peers.checked(config), per_epoch)
-        rates = np.asarray(jax.vmap(schedule)(jnp.arange(num_steps)), np.float32)
+        words, rates = words_and_rates(
+            workload, optimizer, cell.learning_rate, cell.schedule, num_steps
+        )
         due = set(np.linspace(0, num_steps, EVALUATIONS + 1).round()[1:].astype(int))
 
         start = now()
@@ -167,6 +161,28 @@ class Trainer:
         if during:
             row["evaluations"] = evaluations
         return row
+
+
+def words_and_rates(
+    workload: Workload, optimizer: str, rate: float, schedule: str, num_steps: int
+) -> tuple[list[str], np.ndarray]:
+    """What the config is changed by, and the learning rate of each step."""
+    words = [
+        *workload.optimizers[optimizer][0],
+        *workload.schedules_of(optimizer)[schedule],
+    ]
+    config = peers.configured(workload.config, words)
+    config.optimizer.learning_rate = rate
+    per_epoch = num_steps / config.num_epochs
+    made = optimizers.create_schedule(peers.checked(config), per_epoch)
+    return words, np.asarray(jax.vmap(made)(jnp.arange(num_steps)), np.float32)
+
+
+def sizes_of(workload: Workload, chosen: str | None) -> tuple[int, ...]:
+    """The batch sizes that a flag names, such as 64,256; all without it."""
+    if not chosen:
+        return workload.batch_sizes
+    return tuple(int(size) for size in chosen.split(","))
 
 
 def sweep(
@@ -318,9 +334,7 @@ def main() -> None:
             f"unknown optimizers: {', '.join(sorted(unknown))}; {flags.workload} has "
             f"{', '.join(workload.optimizers)}"
         )
-    sizes = workload.batch_sizes
-    if flags.batch_sizes:
-        sizes = tuple(int(size) for size in flags.batch_sizes.split(","))
+    sizes = sizes_of(workload, flags.batch_sizes)
     part, parts = map(int, flags.part.split("/"))
     groups = [(optimizer, size) for size in sizes for optimizer in chosen]
     path = flags.results or RESULTS / f"{flags.workload}.jsonl"

@@ -167,9 +167,7 @@ def main() -> None:
     if not flags.workload:
         parser.error("--workload or --table?")
     workload = WORKLOADS[flags.workload](flags.data_dir)
-    sizes = workload.batch_sizes
-    if flags.batch_sizes:
-        sizes = tuple(int(size) for size in flags.batch_sizes.split(","))
+    sizes = sweep.sizes_of(workload, flags.batch_sizes)
     names = flags.optimizers.split(";") if flags.optimizers else list(DEFAULTS)
     if unknown := set(names) - set(DEFAULTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; {', '.join(DEFAULTS)}")
