@@ -161,13 +161,11 @@ def rules(
     return (ruled & time_left) | (examples >= most)
 
 
-def slopes(
-    known: Noise, last_slope: jax.Array, next_slope: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The average slopes along a step, by its own gradient and by the next one.
+def slopes(known: Noise, last_slope: jax.Array, next_slope: jax.Array) -> Noise:
+    """With the average slopes along a step, by its own gradient and by the next one.
 
     Args:
-      known: those before.
+      known: with those before.
       last_slope: along the last step by its own gradient; 0 where there was no step.
       next_slope: along that step by the gradient of now.
     """
@@ -181,13 +179,13 @@ def slopes(
         for old, new in zip(before, (last_slope, next_slope), strict=True)
     ]
     measured = (last_slope != 0) & jnp.isfinite(next_slope) & jnp.isfinite(last_slope)
-    return (
-        jnp.where(measured, after[0], known.slope),
-        jnp.where(measured, after[1], known.next_slope),
+    return known._replace(
+        slope=jnp.where(measured, after[0], known.slope),
+        next_slope=jnp.where(measured, after[1], known.next_slope),
     )
 
 
-def mean_weight(slope: jax.Array, next_slope: jax.Array) -> jax.Array:
+def mean_weight(known: Noise) -> jax.Array:
     r"""The averaged gradient's part in a direction; the newest one has the rest.
 
     Where steps overshoot, the newest gradient mostly points back, and the average has
@@ -203,10 +201,9 @@ def mean_weight(slope: jax.Array, next_slope: jax.Array) -> jax.Array:
     the new batch along them, 0.42 at o = 0.1, 0.94 at 0.5, and 0.99 at most.
 
     Args:
-      slope: along the last steps by their own gradients.
-      next_slope: along them by the gradients after them.
+      known: with these slopes.
     """
-    climbs = slope <= 0  # then they tell nothing
-    overshoot = jnp.where(climbs, _OVERSHOOT, -next_slope / jnp.where(climbs, 1, slope))
+    # Where the last steps climbed they tell nothing.
+    overshoot = jnp.where(known.slope > 0, known.overshoot, _OVERSHOOT)
     part = jnp.exp(-_FALL * jnp.maximum(overshoot, 0))
     return 1 - jnp.maximum(part, _LEAST_PART)

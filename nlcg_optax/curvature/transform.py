@@ -485,9 +485,9 @@ def _by_noise(
     """A step where noise rules, without a product."""
     dtype, known, counts = given.loss.dtype, state.noise, state.counts
     next_slope = _slope(given, settings, memory.newest(state.memory))
-    slopes = noise.slopes(known, state.last.prev_slope, next_slope)
+    known = noise.slopes(known, state.last.prev_slope, next_slope)
     extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
-    extra["mean_weight"] = _xla.compute_once(noise.mean_weight(*slopes))
+    extra["mean_weight"] = _xla.compute_once(noise.mean_weight(known))
     direction, direction_state = settings.noise_direction.update(
         given.grad, known.direction_state, given.params, **extra
     )
@@ -515,8 +515,6 @@ def _by_noise(
             prev_curvature=jnp.zeros([], dtype),
         ),
         noise=known._replace(
-            slope=slopes[0],
-            next_slope=slopes[1],
             direction_state=_tree.where(taken, direction_state, known.direction_state),
             balance=balance,
         ),

@@ -71,8 +71,11 @@ def test_when_noise_rules(expected, change):
 
 
 def test_the_newest_gradient_has_less_of_a_direction_the_more_steps_overshoot():
+    known = scale_by_quadratic_model(horizon=100).init(np.ones(3)).noise
+
     def weight(own, after):
-        return noise.mean_weight(jnp.float32(own), jnp.float32(after))
+        slopes = {"slope": jnp.float32(own), "next_slope": jnp.float32(after)}
+        return noise.mean_weight(known._replace(**slopes))
 
     np.testing.assert_allclose(weight(2.0, -0.2), 1 - np.exp(-0.55), rtol=1e-6)
     np.testing.assert_allclose(weight(2.0, -1.0), 1 - np.exp(-2.75), rtol=1e-6)
@@ -88,12 +91,13 @@ def test_slopes_are_averaged_from_an_overshoot_of_a_half():
     own, after = 4.0, -2.0
     for last_slope, next_slope in [(4.0, 1.0), (3.0, -3.0), (5.0, 0.0)]:
         own, after = 0.95 * own + 0.05 * last_slope, 0.95 * after + 0.05 * next_slope
-        slopes = noise.slopes(known, jnp.float32(last_slope), jnp.float32(next_slope))
-        known = known._replace(slope=slopes[0], next_slope=slopes[1])
+        known = noise.slopes(known, jnp.float32(last_slope), jnp.float32(next_slope))
+        slopes = known.slope, known.next_slope
         np.testing.assert_allclose(slopes, (own, after), rtol=1e-6)
     # Without a step, or with a gradient that is no number, they stay.
     for nothing in [(0.0, 3.0), (4.0, np.nan), (np.inf, 1.0)]:
-        slopes = noise.slopes(known, *map(jnp.float32, nothing))
+        same = noise.slopes(known, *map(jnp.float32, nothing))
+        slopes = same.slope, same.next_slope
         np.testing.assert_allclose(slopes, (own, after), rtol=1e-6)
 
 
