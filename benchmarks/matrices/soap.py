@@ -197,13 +197,9 @@ BY_RATE = {
     "`scale_by_soap`": soap,
     "KL-Shampoo's averages": kl_soap,
     "orthogonalized after it": orthogonalized,
-    "state in bfloat16": lambda b1: with_rounded_state(soap(b1)),
     "orthogonalization": average_alone,
     "a basis for sides up to 64 alone": lambda b1: soap(b1, max_side=64),
     "no basis (Adam's scaling)": lambda b1: soap(b1, max_side=0),
-    "state in bfloat16 but for the bases": lambda b1: with_rounded_state(
-        soap(b1), BASES
-    ),
     "`every=10`": lambda b1: soap(b1, every=10),
     '`precision="bfloat16"`': lambda b1: soap(b1, precision="bfloat16"),
     "`linear=True`": lambda b1: soap(b1, linear=True),
