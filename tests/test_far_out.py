@@ -110,7 +110,7 @@ FACTORS = {
     # It takes squares of gradients as they are.
     "quadratic model, where noise rules": (2.0**-50, 2.0**50),
     # It keeps averages of squares, of which the smallest are lost first.
-    "soap": (2.0**50,),
+    "soap": (2.0**-40, 2.0**50),
     # A first gradient that is shorter than 1 is taken as it is.
     "limited-memory BFGS": (2.0**50, 2.0**100),
 }

@@ -417,7 +417,9 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> float | None:
         ) from error
     new = modern(to_json(config))
     names = differing(old, new, FREE_FIELDS, ("mesh.",))
-    longer = "num_epochs" in names and new["num_epochs"] > old["num_epochs"]
+    epochs = old.get("num_epochs")
+    known = isinstance(epochs, int | float) and not isinstance(epochs, bool)
+    longer = "num_epochs" in names and known and new["num_epochs"] > epochs
     by_cosine = new["schedule.name"] == "cosine"
     if longer and not by_cosine:
         names.remove("num_epochs")
@@ -435,7 +437,7 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> float | None:
             f"{str(workdir)!r} holds a run with another config: "
             f"{', '.join(changed)}. {why}Choose another --workdir, or remove that one."
         )
-    return old["num_epochs"] if longer else None
+    return epochs if longer else None
 
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:

@@ -52,6 +52,8 @@ class Profile:
         """
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
+        # Or the profiler writes every program of this process down.
+        options.enable_hlo_proto = False
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder, profiler_options=options):
                 yield

@@ -149,3 +149,11 @@ def test_odd_json_is_refused_in_a_sentence(tmp_path, place):
             checkpoint.check_config(here, tmp_path)
         except config.ConfigError as error:
             assert str(tmp_path) in str(error)
+
+
+@pytest.mark.parametrize("epochs", [[], "12", None, True, {"a": 1}])
+def test_epochs_that_are_no_number_are_another_config(tmp_path, epochs):
+    saved = config.to_json(run_config.RunConfig()) | {"num_epochs": epochs}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(config.ConfigError, match=r"num_epochs.*\(was "):
+        checkpoint.check_config(run_config.RunConfig(), tmp_path)
