@@ -274,8 +274,11 @@ class _TrainStep:
             result = self._value_and_grad(params, state.batch_stats, key, batch, places)
             return self._add_penalty(params, result)
 
+        # In a loop convolutions may be slow on a CPU.
+        value_and_grad = _xla.canonical(self._value_and_grad)
+
         def add(total, part):
-            result = self._value_and_grad(params, state.batch_stats, key, *part)
+            result = value_and_grad(params, state.batch_stats, key, *part)
             return jax.tree.map(jnp.add, total, result), None
 
         first = jax.tree.map(lambda x: x[0], (batch, places))

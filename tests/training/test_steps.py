@@ -1,3 +1,5 @@
+import re
+
 import flax.linen as nn
 import jax
 import jax.flatten_util
@@ -122,6 +124,14 @@ def test_microbatches_are_normalized_by_their_own_statistics():
     *_, step = setup(**options)
     _, whole = step(state, data)
     assert abs(whole["loss"] - loss) > 1e-3
+
+
+def test_convolutions_of_microbatches_have_the_layout_that_is_fast_in_a_loop():
+    *_, state, step = setup(microbatches=2)
+    halves = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[2:]), batch())
+    program = step.lower(state, halves).as_text()
+    layouts = re.findall(r"dim_numbers = (\[.*?\]->\[.*?\])", program)
+    assert {*layouts} == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
 def test_parameters_are_averaged_with_a_short_memory_at_first():
