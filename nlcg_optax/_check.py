@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 
@@ -21,9 +22,13 @@ def number(
 ) -> None:
     """Raises unless `value` is a number (an integer) from `minimum` on.
 
-    Arrays pass unseen: `optax.inject_hyperparams` turns numbers into arrays, which
-    have no value while they are traced.
+    Scalar arrays pass unseen: `optax.inject_hyperparams` turns numbers into arrays,
+    which have no value while they are traced.
     """
+    if getattr(value, "ndim", 0):
+        raise ValueError(
+            f"{name} is an array of shape {value.shape}: expected one number."
+        )
     if hasattr(value, "dtype") and not isinstance(value, numbers.Number | str):
         return
     kind = numbers.Integral if integer else numbers.Real
@@ -38,6 +43,12 @@ def number(
             bound = f" {'greater than' if exclusive else 'of at least'} {minimum:g}"
         bound += ", and finite" if finite else ""
         raise ValueError(f"{name}={value!r} is not valid: expected {what}{bound}.")
+
+
+def flag(name: str, value: Any) -> None:
+    """Raises unless `value` is True or False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}={value!r} is not valid: expected True or False.")
 
 
 def static_counts(refused: type = Tracer, /, **counts: tuple[Any, int]) -> None:
@@ -101,6 +112,13 @@ def mask(name: str, value: Any) -> None:
     if value is None or is_function(value):
         return
     leaves = jax.tree.leaves(value)
+    for leaf in leaves:
+        if isinstance(leaf, str | numbers.Number) and not isinstance(leaf, bool):
+            raise ValueError(
+                f"{name} has {leaf!r} in it: expected a tree of booleans like the "
+                "parameters, a function from parameters to one, or None for all of "
+                "them."
+            )
     if isinstance(value, bool) or any(isinstance(x, jax.Array) for x in leaves):
         what = repr(value) if isinstance(value, bool) else "an array"
         raise ValueError(

@@ -39,7 +39,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``gain``: R, what the run still gains.
       - ``noise_ratio``: of the cost to the gain; infinite where there is no gain.
       - ``noise_rate``: the rate of the last step, with its decay.
-      - ``noise_nonfinite``: losses so far that were not finite.
+      - ``noise_nonfinite``: losses so far that were not finite, or whose gradient was
+        far larger than usual.
 
       and where :func:`scale_by_quadratic_model` takes the step:
 

@@ -1,5 +1,6 @@
 """Errors come early and name the argument, the value and the accepted ones."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import nlcg_optax
 from nlcg_optax import (
     beta,
     diagnostics,
@@ -37,6 +39,56 @@ def test_unknown_beta_rule(make, name):
         make(name)
     check(error, f"beta_rule={name!r}", *(repr(rule) for rule in beta.BETA_RULES))
     check(error, "callable")
+
+
+@pytest.mark.parametrize("value", ["no", 1, 2.0, np.nan])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (scale_by_conjugate_direction, "nesterov"),
+        (scale_by_conjugate_direction, "restart_on_ascent"),
+        (scale_by_conjugate_direction, "track_cosine"),
+        (functools.partial(nlcg_optax.nlcg, 0.1), "nesterov"),
+        (nlcg_optax.scale_by_soap, "nesterov"),
+        (nlcg_optax.scale_by_soap, "linear"),
+    ],
+)
+def test_a_switch_is_true_or_false(make, name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*: expected True or False"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (scale_by_conjugate_direction, "epsilon"),
+        (nlcg_optax.scale_by_soap, "eps"),
+        (nlcg_optax.scale_by_orthogonalization, "epsilon"),
+        (nlcg_optax.scale_by_diagonal_bfgs, "epsilon"),
+        (nlcg_optax.scale_by_lars, "coefficient"),
+        (nlcg_optax.scale_by_noise_balance, "target"),
+        (nlcg_optax.scale_by_noise_balance, "first_rate"),
+        (scale_by_quadratic_model, "damping"),
+        (scale_by_quadratic_model, "first_damping"),
+        (scale_by_loss_feedback, "threshold"),
+    ],
+)
+def test_what_would_stop_every_step_is_refused(make, name):
+    with pytest.raises(ValueError, match=f"{name}=inf is not valid.*finite"):
+        make(**{name: float("inf")})
+
+
+def test_a_number_of_several_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"learning_rate is an array of shape \(2,\)"):
+        nlcg_optax.nlcg(jnp.array([0.1, 0.2]))
+    with pytest.raises(ValueError, match="multiplier=2.0.* at most 1"):
+        nlcg_optax.nlcg_auto(multiplier=jnp.float32(2.0))
+
+
+@pytest.mark.parametrize("mask", ["w", 1, {"w": "yes"}, {"w": 0.5}])
+def test_a_mask_has_true_and_false(mask):
+    with pytest.raises(ValueError, match="weight_decay_mask has .*a tree of booleans"):
+        nlcg_optax.nlcg(0.1, weight_decay=0.1, weight_decay_mask=mask)
 
 
 @pytest.mark.parametrize("name", ["Step", "armijo", None, 1])

@@ -44,7 +44,7 @@ def unjudged():
     def judge(loss, finite, last, trusted, damping, count):
         del finite, last, damping, count
         no = jnp.zeros([], bool)
-        return trust.Verdict(no, jnp.ones_like(loss), no, trusted)
+        return trust.Verdict(no, jnp.ones_like(loss), no, no, trusted)
 
     def lacks_curvature(slope, curved, square, usual, *args):
         del slope, curved, square, args

@@ -64,13 +64,25 @@ def explain(opt_state: Any) -> list[str]:
     report = model.report()
     del report["coefficients"]
     told = {name: jnp.asarray(value).item() for name, value in report.items()}
-    return advice(told, jnp.asarray(model.counts.count).item())
+    steps = jnp.asarray(model.counts.count).item()
+    since = jnp.asarray(model.noise.since).item()
+    return advice(told, steps, since if since > 0 else None)
 
 
-def advice(report: Mapping[str, float], steps: float) -> list[str]:
-    """As `explain`, of what `diagnostics` told of so many steps."""
+def advice(
+    report: Mapping[str, float], steps: float, since: float | None = None
+) -> list[str]:
+    """As `explain`, of what `diagnostics` told of so many steps.
+
+    Args:
+      report: what it told.
+      steps: so far.
+      since: the step at which noise came to rule; None if it did not. Nothing is
+        counted from there on.
+    """
     if steps < _SEEN:
         return []
+    steps = steps if since is None else min(since, steps)
     count = {
         name: report[name]
         for name in (

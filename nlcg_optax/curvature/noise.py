@@ -31,6 +31,8 @@ _NEWEST, _OVERSHOOT = 0.05, 0.5
 # By how much the logarithm of the newest gradient's part in a direction falls with the
 # overshoot, and the least that it has.
 _FALL, _LEAST_PART = 5.5, 0.01
+# A gradient so many times as large as usual is left out.
+_OUTLIER = 30.0
 
 
 def mean(old: jax.Array, new: jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
@@ -179,10 +181,23 @@ def slopes(known: Noise, last_slope: jax.Array, next_slope: jax.Array) -> Noise:
         for old, new in zip(before, (last_slope, next_slope), strict=True)
     ]
     measured = (last_slope != 0) & jnp.isfinite(next_slope) & jnp.isfinite(last_slope)
+    measured &= ~is_outlier(known, next_slope)
     return known._replace(
         slope=jnp.where(measured, after[0], known.slope),
         next_slope=jnp.where(measured, after[1], known.next_slope),
     )
+
+
+def is_outlier(known: Noise, next_slope: jax.Array) -> jax.Array:
+    """Whether a gradient is far larger than those before it, along the last step.
+
+    Averages of its squares would make steps short for hundreds of steps.
+
+    Args:
+      known: with the average slopes before.
+      next_slope: along the last step by the gradient of now.
+    """
+    return (known.slope > 0) & (jnp.abs(next_slope) > _OUTLIER * known.slope)
 
 
 def mean_weight(known: Noise) -> jax.Array:

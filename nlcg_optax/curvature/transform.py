@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from nlcg_optax import _check, _transformations, _tree, _xla
 from nlcg_optax.curvature import memory, noise, subspace, trust
@@ -25,6 +26,9 @@ _TARGET, _DELAY = 1.0, 5.0
 _BEYOND = 96
 # The first rate, in best lengths; and where the next batch contradicts those.
 _FIRST, _DOUBTED = 0.3, 0.03
+# After steps that rounding hides one may be so many times as long as a first one along
+# a straight line.
+_ELSEWHERE = 10.0
 
 Preconditioners = (
     optax.GradientTransformation | Sequence[optax.GradientTransformation | None] | None
@@ -178,15 +182,16 @@ def scale_by_quadratic_model(
     [1. 1.]
     """
     _check.static_counts(jax.Array, history=(history, 0), residuals=(residuals, 0))
-    _check.number("damping", damping, minimum=0)
-    _check.number("first_damping", first_damping, minimum=0)
+    _check.number("damping", damping, minimum=0, finite=True)
+    _check.number("first_damping", first_damping, minimum=0, finite=True)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
-    _check.number("noise_damping", noise_damping, minimum=0)
+    _check.number("noise_damping", noise_damping, minimum=0, finite=True)
     if horizon is not None and not _endless(horizon):
         _check.number("horizon", horizon, minimum=1, integer=True)
     if not _check.is_schedule(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
-        if isinstance(multiplier, int | float) and multiplier > 1:
+        number: Any = multiplier
+        if not isinstance(number, Tracer) and number > 1:
             raise ValueError(
                 f"multiplier={multiplier} is not valid: expected at most 1, for "
                 "1 is the minimum of the model, and from 2 on it predicts no fall."
@@ -398,7 +403,7 @@ def _by_curvature(
     model = _minimize(given, settings, found, total_damping)
     level = _level(given, settings, state, found, model, verdict)
     step = _make_step(given, settings, state, found, model, level)
-    step = _shorten(given, settings, state, step)
+    step = _shorten(given, settings, state, step, verdict)
     taken = step.finite & ~verdict.rejected
     output = _choose(given, step, found.last, taken, verdict)
 
@@ -485,6 +490,7 @@ def _by_noise(
     """A step where noise rules, without a product."""
     dtype, known, counts = given.loss.dtype, state.noise, state.counts
     next_slope = _slope(given, settings, memory.newest(state.memory))
+    outlier = noise.is_outlier(known, next_slope)
     known = noise.slopes(known, state.last.prev_slope, next_slope)
     extra = {"value": given.loss, "curvature": given.curvature, **given.extra}
     extra["mean_weight"] = _xla.compute_once(noise.mean_weight(known))
@@ -495,7 +501,8 @@ def _by_noise(
     slope, size_sq = subspace.slopes_along(given.grad, both, dtype, settings.axis_name)
     before: Any = known.balance
     # What is no number in the gradient would stay in the direction.
-    loss = jnp.where(jnp.isfinite(slope) & jnp.isfinite(size_sq), given.loss, jnp.nan)
+    fits = jnp.isfinite(slope) & jnp.isfinite(size_sq) & ~outlier
+    loss = jnp.where(fits, given.loss, jnp.nan)
     average, excess = seen
     left = _tree.real_scalar(settings.horizon, dtype)
     left = left - jnp.asarray(known.since).astype(dtype)
@@ -685,9 +692,7 @@ def _level(
     unknown = (last == 0) | (before == 0)
 
     def first() -> jax.Array:
-        norm = _tree.norm(given.params, dtype=dtype, axis_name=settings.axis_name)
-        size = sum(jnp.size(x) for x in jax.tree.leaves(given.params))
-        return factor * trust.first_length(norm, size)
+        return factor * _first_length(given, settings)
 
     def next_one() -> jax.Array:
         ratio = factor / jnp.where(unknown, 1, before)
@@ -698,6 +703,14 @@ def _level(
     coefficient = jnp.where(flat, length / norm, 0)
     best = slope / jnp.where(coefficient > 0, coefficient, 1)
     return _Level(flat, coefficient, jnp.where(flat, best, curved), usual)
+
+
+def _first_length(given: _Given, settings: _Settings) -> jax.Array:
+    """A length for a step of which nothing is known."""
+    dtype, axis_name = given.loss.dtype, settings.axis_name
+    norm = _tree.norm(given.params, dtype=dtype, axis_name=axis_name)
+    size = sum(jnp.size(x) for x in jax.tree.leaves(given.params))
+    return trust.first_length(norm, size)
 
 
 def _total_damping(
@@ -792,14 +805,22 @@ def _shorten(
     settings: _Settings,
     state: QuadraticModelState,
     step: _Step,
+    verdict: trust.Verdict,
 ) -> _Step:
     """The step, not much longer than the last ones, nor than the loss allows."""
     growth = _tree.real_scalar(settings.max_growth, given.loss.dtype)
+    far_too_long = jnp.asarray(state.trust.rejections) >= trust.MOST_REJECTIONS
     longest = jnp.where(
-        # What was taken back wholly was far too long.
-        jnp.asarray(state.trust.rejections) >= trust.MOST_REJECTIONS,
+        # What was taken back wholly, unless that was no fault of the step.
+        far_too_long & ~verdict.new_level,
         memory.newest_norm(state.memory),
         jnp.max(state.memory.prev_norms),
+    )
+    # At a minimum steps become as short as rounding; the next one may lie elsewhere.
+    longest = jax.lax.cond(
+        verdict.unseen,
+        lambda: jnp.maximum(longest, _ELSEWHERE * _first_length(given, settings)),
+        lambda: longest,
     )
     ratio = _xla.compute_once(
         trust.shorten(

@@ -39,7 +39,8 @@ _FLAT, _DOUBTED, _ASKED_AGAIN = 100.0, 10.0, 0.5
 _CURVATURE_WEIGHT = 0.2
 # Then steps are judged by the loss: it has to fall by half of what the slope promises
 # for the next to be longer, and by a quarter for it not to be shorter. A model of this
-# part of curvature is a straight line, by whose promise no loss may rise.
+# part of curvature is a straight line, by whose promise no loss may rise. Of a promise
+# that rounding hides nothing is seen.
 _LONGER, _SHORTER, _STRAIGHT = 0.5, 0.25, 0.3
 # The first has this part of the length of the parameters, and this root mean square.
 _FIRST_PART, _FIRST_RMS = 0.01, 1e-4
@@ -63,12 +64,14 @@ class Verdict(NamedTuple):
       rejected: whether it is to be taken back.
       kept: the part of it that stays then.
       new_level: whether the loss stayed up though the step was wholly taken back.
+      unseen: whether the step was to change the loss by less than rounding does.
       trust: what becomes of the trust, but for λ.
     """
 
     rejected: jax.Array
     kept: jax.Array
     new_level: jax.Array
+    unseen: jax.Array
     trust: Trust
 
 
@@ -121,6 +124,8 @@ def judge(
     # What a line promised too much is no noise of the loss.
     error = jnp.where(straight, jnp.minimum(error, jnp.abs(actual)), error)
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
+    # A level that is new says at once by how much a loss moves by itself.
+    bounded = jnp.where(new_level, error, bounded)
     average = model_error + _ERROR_WEIGHT * (bounded - model_error)
     new_error = jnp.where(model_error == 0, error, average)
     # Of losses that jump up and down by turns some are rejected, until that is known.
@@ -130,10 +135,16 @@ def judge(
     # What is beyond rounding tells whether predictions are wrong by one factor.
     seen = pending & (predicted > _BEYOND_ROUNDING * rounding)
     log_ratio, spread = _ratio(actual, predicted, trust, count)
+    # The loss along the step, and by as much as it is known to be wrong.
+    unseen = pending & (last.prev_slope <= rounding)
+    promised = last.prev_slope
+    factor = jnp.minimum(jnp.exp(trust.log_ratio), 1)
+    promised = jnp.where(_is_steady(trust, count), factor * promised, promised)
     return Verdict(
         rejected,
         jnp.where(rejections + 1 < MOST_REJECTIONS, BACKTRACK, 0).astype(loss.dtype),
         new_level,
+        unseen,
         trust._replace(
             extra_damping=extra_damping,
             actual_decrease=jnp.where(pending, actual, trust.actual_decrease),
@@ -143,7 +154,7 @@ def judge(
             rejections=jnp.where(rejected, rejections + 1, 0),
             trend=jnp.where(new_level, 0, jnp.where(judged, trend, trust.trend)),
             length_factor=jnp.where(
-                judged & straight, _length_factor(actual, last.prev_slope), 1
+                judged & straight & seen, _length_factor(actual, promised), 1
             ),
         ),
     )
@@ -226,9 +237,14 @@ def mismatch(
     else:
         small, large = jnp.minimum(loss, own_loss), jnp.maximum(loss, own_loss)
         differs = (small > 0) & (large > LIKE_LOSS * small)
+    return differs | _is_steady(trust, count)
+
+
+def _is_steady(trust: Trust, count: jax.typing.ArrayLike) -> jax.Array:
+    """Whether predictions are wrong by one factor, after so many steps."""
     size = jnp.abs(trust.log_ratio)
     wrong = (size > jnp.log(_WRONG_FACTOR)) & (trust.log_ratio_spread < _STEADY * size)
-    return differs | (wrong & (jnp.asarray(count) >= _SEEN))
+    return wrong & (jnp.asarray(count) >= _SEEN)
 
 
 def lacks_curvature(

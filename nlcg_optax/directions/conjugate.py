@@ -145,11 +145,17 @@ def scale_by_conjugate_direction(
         _check.number("restart_every", restart_every, minimum=1, integer=True)
     if restart_nonorthogonal is not None:
         _check.number("restart_nonorthogonal", restart_nonorthogonal, minimum=0)
+    for name, value in (
+        ("nesterov", nesterov),
+        ("restart_on_ascent", restart_on_ascent),
+        ("track_cosine", track_cosine),
+    ):
+        _check.flag(name, value)
     keeps_grad = "y_w" in rule.needs
     keeps_z = keeps_grad or "g_w" in rule.needs or restart_nonorthogonal is not None
     needs_slope = restart_on_ascent or track_cosine
     needs_slope |= not rule.needs.isdisjoint(("g_d", "prev_g_d", "prev_d_d"))
-    _check.number("epsilon", epsilon, minimum=0)
+    _check.number("epsilon", epsilon, minimum=0, finite=True)
     _check.floating_dtype("state_dtype", state_dtype)
     inner = _transformations.preconditioner(preconditioner)
 

@@ -138,7 +138,7 @@ def scale_by_orthogonalization(
     _check.number("decay", decay, minimum=0)
     if not isinstance(decay, jax.Array) and decay >= 1:
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")
-    _check.number("epsilon", epsilon, minimum=0)
+    _check.number("epsilon", epsilon, minimum=0, finite=True)
     _check.static_counts(iterations=(iterations, 1), batch_axes=(batch_axes, 0))
     _check_coefficients(coefficients)
     _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))

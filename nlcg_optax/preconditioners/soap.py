@@ -248,7 +248,9 @@ def scale_by_soap(
         _check.number(name, value, minimum=0)
         if not isinstance(value, jax.Array) and value >= 1:
             raise ValueError(f"{name}={value!r} is not valid: expected less than 1.")
-    _check.number("eps", eps, minimum=0)
+    _check.number("eps", eps, minimum=0, finite=True)
+    _check.flag("nesterov", nesterov)
+    _check.flag("linear", linear)
     counts = {"every": (every, 1), "max_side": (max_side, 0)}
     _check.static_counts(**counts, batch_axes=(batch_axes, 0))
     _check.one_of("precision", precision, ("highest", *newton_schulz.HALF))
@@ -429,7 +431,7 @@ def _elementwise(
     b1, b2 = options.b1, options.b2
     square = _tree.abs_sq(x).astype(v.dtype)
     # Elements whose squares are beyond the range go by their own size, once.
-    finite, before = jnp.isfinite(square), v
+    finite, before, mean_before = jnp.isfinite(square), v, mean
     square = jnp.where(finite, square, 0)
     scaled = x
     if mean is not None:
@@ -438,6 +440,7 @@ def _elementwise(
         if options.weight is not None:
             scaled = _average(options.weight, scaled, x)
         scaled = jnp.where(first, x, scaled)
+        mean = jnp.where(finite, mean, mean_before)
     if options.linear:
         used = jnp.where(first, (square + jnp.mean(square)) / 2, v)
         v = jnp.where(first, used, _average(b2, v, square))

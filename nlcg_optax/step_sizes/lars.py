@@ -50,8 +50,8 @@ def scale_by_lars(
     >>> print(updates["w"].round(4), updates["b"])  # 0.5·5 / (2 + 0.1·0.5·5)
     [0.     2.2222] [7.]
     """
-    _check.number("coefficient", coefficient, minimum=0, exclusive=True)
-    _check.number("damping", damping, minimum=0)
+    _check.number("coefficient", coefficient, minimum=0, exclusive=True, finite=True)
+    _check.number("damping", damping, minimum=0, finite=True)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         del params

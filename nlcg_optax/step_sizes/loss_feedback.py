@@ -119,7 +119,7 @@ def scale_by_loss_feedback(
     """
     _check.one_of("rule", rule, _GROWTH)
     _check.number("period", period, minimum=1, integer=True)
-    _check.number("threshold", threshold, minimum=0, exclusive=True)
+    _check.number("threshold", threshold, minimum=0, exclusive=True, finite=True)
     _check.floating_dtype("state_dtype", state_dtype)
 
     def init_fn(params: optax.Params) -> LossFeedbackState:

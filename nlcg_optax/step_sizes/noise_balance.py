@@ -225,9 +225,9 @@ def scale_by_noise_balance(
     """
     if num_steps is not None:
         _check.number("num_steps", num_steps, minimum=1, integer=True)
-    _check.number("first_rate", first_rate, minimum=0, exclusive=True)
-    _check.number("target", target, minimum=0, exclusive=True)
-    _check.number("delay", delay, minimum=0)
+    _check.number("first_rate", first_rate, minimum=0, exclusive=True, finite=True)
+    _check.number("target", target, minimum=0, exclusive=True, finite=True)
+    _check.number("delay", delay, minimum=0, finite=True)
 
     def init_fn(params: optax.Params) -> NoiseBalanceState:
         return begin(params, first_rate)

@@ -158,7 +158,13 @@ class Checkpoints:
             )
             return None
         try:
-            expected = json.loads(path.read_text())
+            listed = json.loads(path.read_text())
+            # Those of earlier versions have the files alone.
+            expected = listed.get("files", listed)
+            if (of := listed.get("step", step)) != step:
+                return f"{folder} is the checkpoint of step {of}"
+            if listed.get("count", len(expected)) != len(expected):
+                return f"{path} does not list all files"
             for name, (size, checksum) in expected.items():
                 if not (folder / name).is_file():
                     return f"{folder / name} is missing"
@@ -184,7 +190,9 @@ class Checkpoints:
                 for file in files
                 if str(file.relative_to(folder)) not in _AFTERWARDS
             }
-            path.write_text(json.dumps(checksums))
+            step = int(folder.name.partition(".")[0])
+            listed = {"step": step, "count": len(checksums), "files": checksums}
+            path.write_text(json.dumps(listed))
             for file in [*files, path]:
                 to_disk(file)
 
@@ -404,7 +412,7 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> float | None:
     """
     path = workdir / "config.json"
     try:
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             return None
         saved = json.loads(path.read_text())
         if not isinstance(saved, dict):
@@ -418,8 +426,8 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> float | None:
     new = modern(to_json(config))
     names = differing(old, new, FREE_FIELDS, ("mesh.",))
     epochs = old.get("num_epochs")
-    known = isinstance(epochs, int | float) and not isinstance(epochs, bool)
-    longer = "num_epochs" in names and known and new["num_epochs"] > epochs
+    longer = "num_epochs" in names and not isinstance(epochs, bool)
+    longer &= isinstance(epochs, int | float) and 0 < epochs < new["num_epochs"]
     by_cosine = new["schedule.name"] == "cosine"
     if longer and not by_cosine:
         names.remove("num_epochs")

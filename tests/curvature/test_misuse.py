@@ -171,6 +171,54 @@ def test_no_jump_of_the_loss_stops_it(name, dtype, horizon, x64):
         assert report["new_levels"] == 1
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_another_task_is_learned_from_where_nothing_was_left_to_fall(offset):
+    """At a minimum steps are as short as rounding, and say nothing of the next task."""
+    rng = np.random.default_rng(0)
+    x, goal = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((32, 8), (8,)))
+    tx = nlcg_auto()
+
+    @jax.jit
+    def step(params, state, goal):
+        def loss(outputs):
+            return offset + jnp.mean((outputs - x @ goal) ** 2)
+
+        value, grad = jax.value_and_grad(lambda p: loss(x @ p))(params)
+        curvature = gauss_newton(lambda p: x @ p, loss)
+        given = {"value": value, "curvature": curvature}
+        updates, state = tx.update(grad, state, params, **given)
+        return params + updates, state
+
+    params = jnp.zeros(8)
+    state = tx.init(params)
+    for count in range(75):
+        params, state = step(params, state, goal if count < 60 else -goal)
+        if count == 63:
+            assert jnp.linalg.norm(params - goal) > 0.1
+    assert jnp.linalg.norm(params + goal) < 0.1 * jnp.linalg.norm(goal)
+
+
+@pytest.mark.parametrize(
+    ("value", "grad", "part"), [(1 / 8, 1.0, 0.02), (1e-3, 1.0, 0.8), (1.0, 64.0, 0.02)]
+)
+def test_a_loss_that_falls_by_one_factor_less_than_predicted_falls_on(
+    value, grad, part
+):
+    how = USUAL | {"value": value, "grad": grad}
+    losses, _, report = follow(jnp.float32, None, [how] * 200)
+    assert losses[-1] < part * losses[0]
+    assert report["loss_mismatch"] > 100
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e6, 1e18])
+def test_one_large_gradient_is_left_out_where_noise_rules(factor):
+    hows = [USUAL | {"grad": factor if i == 60 else 1.0} for i in range(120)]
+    losses, _, report = follow(jnp.float32, 120, hows)
+    usual, _, _ = follow(jnp.float32, 120, [USUAL] * 120)
+    assert report["noise_nonfinite"] == 1
+    assert losses[-1] < 2 * usual[-1]
+
+
 @pytest.mark.parametrize("seed", range(fuzz.cases(8)))
 def test_whatever_the_loss_does_it_stops_for_two_steps_at_most(seed, x64):
     """Seeded: jumps of all kinds, at any step, in sequence."""

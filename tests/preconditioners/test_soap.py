@@ -292,6 +292,16 @@ def test_layers_and_parts_are_matrices_of_their_own():
                 np.testing.assert_allclose(z[layer, :, half], x, atol=1e-9)
 
 
+def test_one_huge_gradient_does_not_stay_in_the_mean():
+    tx = nlcg_optax.scale_by_soap(0.9)
+    grads = {"b": jnp.arange(1.0, 6.0)}
+    state = tx.init(grads)
+    for i in range(12):
+        factor = 1e20 if i == 5 else 1.0
+        updates, state = tx.update({"b": factor * grads["b"]}, state)
+        assert jnp.max(jnp.abs(updates["b"])) < 1.1
+
+
 def test_derivatives_go_through_it():
     first, second = gradients((3, 3), 2)
 

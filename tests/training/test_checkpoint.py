@@ -128,6 +128,31 @@ def test_damage_of_every_kind_is_refused(tmp_path, kind):
     assert refused >= (0 if kind == "no sums" else len(paths) - 3)
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2):
+        checkpoints.save(step, {"w": np.full(600, step, np.float32)})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    (folder / "2").rename(folder / "7")
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    assert checkpoints.restore({"w": np.zeros(600, np.float32)})["w"][0] == 1
+    assert "is the checkpoint of step 2" in checkpoints.notes[0]
+    checkpoints.close()
+
+
+def test_a_list_of_checksums_that_lacks_files_is_damage(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(1, {"w": np.zeros(600, np.float32)})
+    checkpoints.close()
+    path = tmp_path / "checkpoints" / "1" / "checksums.json"
+    listed = json.loads(path.read_text())
+    del listed["files"][min(listed["files"])]
+    path.write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="does not list all files"):
+        Checkpoints(tmp_path, keep=3).restore({"w": np.zeros(600, np.float32)})
+
+
 BROKEN = tiny.ROOT / "tests" / "workers" / "broken_checkpoints.py"
 
 

@@ -151,7 +151,13 @@ def test_odd_json_is_refused_in_a_sentence(tmp_path, place):
             assert str(tmp_path) in str(error)
 
 
-@pytest.mark.parametrize("epochs", [[], "12", None, True, {"a": 1}])
+def test_a_config_that_leads_nowhere_is_no_new_run(tmp_path):
+    (tmp_path / "config.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(config.ConfigError, match="config.json cannot be read"):
+        checkpoint.check_config(run_config.RunConfig(), tmp_path)
+
+
+@pytest.mark.parametrize("epochs", [[], "12", None, True, {"a": 1}, 0, -1])
 def test_epochs_that_are_no_number_are_another_config(tmp_path, epochs):
     saved = config.to_json(run_config.RunConfig()) | {"num_epochs": epochs}
     (tmp_path / "config.json").write_text(json.dumps(saved))

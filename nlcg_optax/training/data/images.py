@@ -17,6 +17,12 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 # Those that Pillow converts to grey and to RGB as one would expect.
 _MODES = ("1", "L", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _PNG = b"\x89PNG\r\n\x1a\n"
+# How its interlaced pixels are spread: the first, and the distance of the next.
+_ADAM7 = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
+_WITH_PALETTE = 3  # the kind of its colours
 _JPEG, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
 # Tags of TIFF: bits of a value, what is white, and whether values are signed.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
@@ -59,6 +65,10 @@ def _in_8_bits(image: Any) -> Any:
     mode = image.mode
     tags = getattr(image, "tag_v2", {})
     if mode == "P":
+        if image.format == "PNG":
+            colours = len(image.palette.palette) // len(image.palette.mode)
+            if np.max(np.asarray(image), initial=0) >= colours:
+                raise ValueError(f"it has colours beyond its palette's {colours}")
         # Pillow warns where it drops a palette's transparency in one go.
         return image.convert("RGBA")
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
@@ -95,11 +105,11 @@ def _upright(image: Any) -> Any:
 
 
 def _check_png(content: bytes) -> None:
-    """Raises a ValueError unless the checksums of a PNG are right.
+    """Raises a ValueError unless the checksums of a PNG are right, and all rows there.
 
-    Pillow does not look at those of the pixels.
+    Pillow does not look at those of the pixels, and takes for black what is missing.
     """
-    place = len(_PNG)
+    place, parts = len(_PNG), {b"IDAT": b"", b"PLTE": b"", b"IHDR": b""}
     while place < len(content):
         if place + 8 > len(content):
             break
@@ -112,10 +122,29 @@ def _check_png(content: bytes) -> None:
             raise ValueError(
                 f"the checksum of its part {kind.decode('latin1')} is wrong"
             )
+        if kind in parts:
+            parts[kind] += content[place + 8 : end]
         if kind == b"IEND":
-            return
+            return _check_pixels(parts[b"IHDR"], parts[b"PLTE"], parts[b"IDAT"])
         place = end + 4
     raise ValueError("image file is truncated")
+
+
+def _check_pixels(header: bytes, palette: bytes, packed: bytes) -> None:
+    """Raises a ValueError if rows of a PNG are missing, or its palette is."""
+    width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(kind, 1)
+    # Where the first pixel is, and how far the next, of each pass: across and down.
+    passes = _ADAM7 if interlaced else ((0, 0, 1, 1),)
+    expected = 0
+    for x, y, across, down in passes:
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * samples * bits // 8))
+    if len(zlib.decompressobj().decompress(packed, expected)) < expected:
+        raise ValueError("it has fewer rows of pixels than it says")
+    if kind == _WITH_PALETTE and not palette:
+        raise ValueError("its palette is missing")
 
 
 def _check_jpeg(content: bytes) -> None:

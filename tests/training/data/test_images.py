@@ -1,5 +1,6 @@
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -99,3 +100,40 @@ def test_a_download_that_broke_off_is_refused():
         cut = whole[: int(part * len(whole))]
         with pytest.raises(errors.BrokenImage, match="image"):
             images.read_image(cut + bytes(len(whole) - len(cut)), "image", 3)
+
+
+def png(width, height, kind, pixels, *more, interlaced=0):
+    def part(name, data):
+        checksum = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, interlaced)
+    parts = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(part(*each) for each in parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (png(4, 4, 0, b"\0abcd"), "fewer rows"),
+        (png(4, 4, 0, (b"\0abcd" * 4)[:-1]), "fewer rows"),
+        (png(3, 3, 0, b"\0a" + b"\0b" * 3, interlaced=1), "fewer rows"),
+        (png(1, 1, 3, b"\0\5"), "palette is missing"),
+        (png(1, 1, 3, b"\0\5", (b"PLTE", b"abc")), "colours beyond its palette's 1"),
+    ],
+)
+def test_a_png_that_lacks_what_it_promises_is_refused(content, what):
+    with pytest.raises(errors.BrokenImage, match=what):
+        images.read_image(content, "image", 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (9, 8), (17, 2)])
+def test_a_whole_png_is_read(mode, size):
+    image = Image.fromarray(random_image(0, *size)).convert(mode)
+    expected = np.asarray(image.convert("RGB"))
+    got = images.read_image(encoded(image, "PNG"), "image", 3)
+    np.testing.assert_array_equal(got, expected)
+    # Interlaced: its first pass alone has the one pixel of this.
+    one = images.read_image(png(1, 1, 0, b"\0a", interlaced=1), "image", 1)
+    assert one.tolist() == [[[97]]]
