@@ -129,7 +129,8 @@ def judge(
     average = model_error + _ERROR_WEIGHT * (bounded - model_error)
     new_error = jnp.where(model_error == 0, error, average)
     # Of losses that jump up and down by turns some are rejected, until that is known.
-    learned = judged | (rejected & jnp.isfinite(error) & (model_error > 0))
+    learned = (rejected & (model_error > 0)) | new_level
+    learned = judged | (learned & jnp.isfinite(error))
     fell = jnp.where(jnp.abs(actual) <= rounding, 0, jnp.sign(actual))
     trend = trust.trend + _TREND_WEIGHT * (fell - trust.trend)
     # What is beyond rounding tells whether predictions are wrong by one factor.

@@ -210,6 +210,15 @@ def test_a_loss_that_falls_by_one_factor_less_than_predicted_falls_on(
     assert report["loss_mismatch"] > 100
 
 
+@pytest.mark.parametrize("rise", [0.05, 1.0, 3.0])
+def test_a_term_that_rises_step_after_step_stops_nothing(rise):
+    """As the weight of a KL term, by more than what the rest of the loss is."""
+    hows = [USUAL | {"more": rise * i} for i in range(120)]
+    losses, back, _ = follow(jnp.float32, None, hows)
+    rest = losses - rise * np.arange(120)
+    assert rest[-1] < 0.05 * rest[0] and longest_run(back) <= 2
+
+
 @pytest.mark.parametrize("factor", [1e3, 1e6, 1e18])
 def test_one_large_gradient_is_left_out_where_noise_rules(factor):
     hows = [USUAL | {"grad": factor if i == 60 else 1.0} for i in range(120)]
