@@ -5,8 +5,9 @@ nlcg-train --config=digits_resnet8 --workdir=runs/digits
 Needs: nothing but a CPU and some minutes; the images come with scikit-learn.
 
 Result (jax 0.10.2, one CPU core, seed 0): by nlcg_auto, which has no learning rate,
-97.8% of the test images are right after ten steps of 60, and 99.2% at the end. Between
-them single evaluations fall, to 91.1% at step 25.
+97.2 or 97.8% of the test images are right after ten steps of 60 (two processors, which
+round differently), and 99.2% at the end. Between them single evaluations fall, to 91.1%
+at step 25 on one of them.
 
 Beside it are drawn runs of tuned Muon and SGD with momentum 0.9, whose files
 digits_resnet8_muon.jsonl and digits_resnet8_momentum.jsonl begin with the command that
