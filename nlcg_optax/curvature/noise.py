@@ -181,10 +181,14 @@ def slopes(known: Noise, last_slope: jax.Array, next_slope: jax.Array) -> Noise:
         for old, new in zip(before, (last_slope, next_slope), strict=True)
     ]
     measured = (last_slope != 0) & jnp.isfinite(next_slope) & jnp.isfinite(last_slope)
-    measured &= ~is_outlier(known, next_slope)
+    outlier = is_outlier(known, next_slope)
+    measured &= ~outlier
+    # The next one of that size is none: the loss may have another scale from now on.
+    usual = jnp.where(outlier, known.slope, 1)
+    scale = jnp.where(outlier, jnp.abs(next_slope), 1) / usual
     return known._replace(
-        slope=jnp.where(measured, after[0], known.slope),
-        next_slope=jnp.where(measured, after[1], known.next_slope),
+        slope=scale * jnp.where(measured, after[0], known.slope),
+        next_slope=scale * jnp.where(measured, after[1], known.next_slope),
     )
 
 
@@ -197,7 +201,8 @@ def is_outlier(known: Noise, next_slope: jax.Array) -> jax.Array:
       known: with the average slopes before.
       next_slope: along the last step by the gradient of now.
     """
-    return (known.slope > 0) & (jnp.abs(next_slope) > _OUTLIER * known.slope)
+    larger = jnp.abs(next_slope) > _OUTLIER * known.slope
+    return (known.slope > 0) & larger & jnp.isfinite(next_slope)
 
 
 def mean_weight(known: Noise) -> jax.Array:

@@ -266,6 +266,13 @@ def test_whatever_does_not_fit_together_nothing_climbs_or_stops(seed, x64):
     assert np.mean(losses[-5:]) < 5 * losses[0], how
 
 
+def test_a_loss_of_another_scale_is_none_of_an_outlier_for_long():
+    hows = [USUAL | {"factor": 1e4 if i >= 60 else 1.0} for i in range(160)]
+    losses, _, report = follow(jnp.float32, 160, hows)
+    assert report["noise_nonfinite"] <= 2
+    assert losses[-1] < losses[60]
+
+
 # --- Losses that climb ----------------------------------------------------------------
 
 
