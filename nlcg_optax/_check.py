@@ -111,21 +111,20 @@ def mask(name: str, value: Any) -> None:
     """
     if value is None or is_function(value):
         return
+    expected = (
+        "expected a tree of booleans like the parameters, a function from parameters "
+        "to one, or None for all of them."
+    )
     leaves = jax.tree.leaves(value)
     for leaf in leaves:
         if isinstance(leaf, str | numbers.Number) and not isinstance(leaf, bool):
-            raise ValueError(
-                f"{name} has {leaf!r} in it: expected a tree of booleans like the "
-                "parameters, a function from parameters to one, or None for all of "
-                "them."
-            )
+            raise ValueError(f"{name} has {leaf!r} in it: {expected}")
     if isinstance(value, bool) or any(isinstance(x, jax.Array) for x in leaves):
         what = repr(value) if isinstance(value, bool) else "an array"
         raise ValueError(
-            f"{name} is {what}: expected a tree of booleans like the parameters, a "
-            "function from parameters to one, or None for all of them. Was it a "
-            "function? `optax.inject_hyperparams` calls it with the count of steps, as "
-            "a schedule, unless it is named: "
+            f"{name} is {what}: {expected} Was it a function? "
+            "`optax.inject_hyperparams` calls it with the count of steps, as a "
+            "schedule, unless it is named: "
             f"`optax.inject_hyperparams(..., static_args=({name!r},))`."
         )
 

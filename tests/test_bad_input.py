@@ -83,6 +83,9 @@ def test_a_number_of_several_numbers_is_refused():
         nlcg_optax.nlcg(jnp.array([0.1, 0.2]))
     with pytest.raises(ValueError, match="multiplier=2.0.* at most 1"):
         nlcg_optax.nlcg_auto(multiplier=jnp.float32(2.0))
+    # An array that is known is read in a function that is traced, too.
+    half = jnp.float32(0.5)
+    jax.jit(lambda x: nlcg_optax.nlcg_auto(multiplier=half).init(x))(X)
 
 
 @pytest.mark.parametrize("mask", ["w", 1, {"w": "yes"}, {"w": 0.5}])

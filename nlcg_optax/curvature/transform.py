@@ -191,7 +191,7 @@ def scale_by_quadratic_model(
     if not _check.is_schedule(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
         number: Any = multiplier
-        if not isinstance(number, Tracer) and number > 1:
+        if not isinstance(number, Tracer) and float(number) > 1:
             raise ValueError(
                 f"multiplier={multiplier} is not valid: expected at most 1, for "
                 "1 is the minimum of the model, and from 2 on it predicts no fall."

@@ -136,11 +136,10 @@ def judge(
     # What is beyond rounding tells whether predictions are wrong by one factor.
     seen = pending & (predicted > _BEYOND_ROUNDING * rounding)
     log_ratio, spread = _ratio(actual, predicted, trust, count)
-    # The loss along the step, and by as much as it is known to be wrong.
     unseen = pending & (last.prev_slope <= rounding)
-    promised = last.prev_slope
-    factor = jnp.minimum(jnp.exp(trust.log_ratio), 1)
-    promised = jnp.where(_is_steady(trust, count), factor * promised, promised)
+    # Of what the slope promises as much as comes of predictions.
+    part = jnp.minimum(jnp.exp(trust.log_ratio), 1)
+    promised = jnp.where(_is_steady(trust, count), part, 1) * last.prev_slope
     return Verdict(
         rejected,
         jnp.where(rejections + 1 < MOST_REJECTIONS, BACKTRACK, 0).astype(loss.dtype),

@@ -426,8 +426,12 @@ def check_config(config: RunConfig, workdir: pathlib.Path) -> float | None:
     new = modern(to_json(config))
     names = differing(old, new, FREE_FIELDS, ("mesh.",))
     epochs = old.get("num_epochs")
-    longer = "num_epochs" in names and not isinstance(epochs, bool)
-    longer &= isinstance(epochs, int | float) and 0 < epochs < new["num_epochs"]
+    longer = (
+        "num_epochs" in names
+        and isinstance(epochs, int | float)
+        and not isinstance(epochs, bool)
+        and 0 < epochs < new["num_epochs"]
+    )
     by_cosine = new["schedule.name"] == "cosine"
     if longer and not by_cosine:
         names.remove("num_epochs")

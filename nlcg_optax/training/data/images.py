@@ -41,14 +41,15 @@ def read_image(file: Any, description: str, channels: int) -> np.ndarray:
 
     try:
         content = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
-        if content.startswith(_PNG):
-            _check_png(content)
+        parts = _check_png(content) if content.startswith(_PNG) else None
         if content.startswith(_JPEG):
             _check_jpeg(content)
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             # Of a camera's MPO, which is a JPEG too, the first is the picture.
             if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"it has {image.n_frames} frames")  # pyright: ignore
+            if parts is not None:  # of a size that Pillow does not refuse
+                _check_pixels(parts)
             upright = _upright(_in_8_bits(image))
             decoded = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
     # Decoders raise nearly anything where a file is damaged.
@@ -104,12 +105,13 @@ def _upright(image: Any) -> Any:
     return image
 
 
-def _check_png(content: bytes) -> None:
-    """Raises a ValueError unless the checksums of a PNG are right, and all rows there.
+def _check_png(content: bytes) -> dict[bytes, bytearray]:
+    """Its header, palette and packed pixels, or a ValueError for a wrong checksum.
 
-    Pillow does not look at those of the pixels, and takes for black what is missing.
+    Pillow does not look at the checksums of the pixels.
     """
-    place, parts = len(_PNG), {b"IDAT": b"", b"PLTE": b"", b"IHDR": b""}
+    place = len(_PNG)
+    parts = {kind: bytearray() for kind in (b"IHDR", b"PLTE", b"IDAT")}
     while place < len(content):
         if place + 8 > len(content):
             break
@@ -125,13 +127,17 @@ def _check_png(content: bytes) -> None:
         if kind in parts:
             parts[kind] += content[place + 8 : end]
         if kind == b"IEND":
-            return _check_pixels(parts[b"IHDR"], parts[b"PLTE"], parts[b"IDAT"])
+            return parts
         place = end + 4
     raise ValueError("image file is truncated")
 
 
-def _check_pixels(header: bytes, palette: bytes, packed: bytes) -> None:
-    """Raises a ValueError if rows of a PNG are missing, or its palette is."""
+def _check_pixels(parts: dict[bytes, bytearray]) -> None:
+    """Raises a ValueError if rows of a PNG are missing, or its palette is.
+
+    Pillow takes for black what is missing.
+    """
+    header, palette, packed = (parts[kind] for kind in (b"IHDR", b"PLTE", b"IDAT"))
     width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", header[:13])
     samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(kind, 1)
     # Where the first pixel is, and how far the next, of each pass: across and down.

@@ -137,3 +137,9 @@ def test_a_whole_png_is_read(mode, size):
     # Interlaced: its first pass alone has the one pixel of this.
     one = images.read_image(png(1, 1, 0, b"\0a", interlaced=1), "image", 1)
     assert one.tolist() == [[[97]]]
+
+
+def test_of_a_png_far_too_large_nothing_is_unpacked(monkeypatch):
+    monkeypatch.setattr(images, "_check_pixels", lambda parts: pytest.fail("unpacked"))
+    with pytest.raises(errors.BrokenImage, match="decompression bomb"):
+        images.read_image(png(100_000, 100_000, 0, bytes(10)), "image", 1)
