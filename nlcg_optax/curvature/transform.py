@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -191,7 +192,9 @@ def scale_by_quadratic_model(
     if not _check.is_schedule(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
         number: Any = multiplier
-        if not isinstance(number, Tracer) and float(number) > 1:
+        # By NumPy, for within a traced function jax would trace the comparison. What
+        # `optax.inject_hyperparams` injects has the parameters' dtype, also a complex one.
+        if not isinstance(number, Tracer) and np.real(np.asarray(number)) > 1:
             raise ValueError(
                 f"multiplier={multiplier} is not valid: expected at most 1, for "
                 "1 is the minimum of the model, and from 2 on it predicts no fall."
