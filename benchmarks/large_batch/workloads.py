@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import gpu
 import training_tasks
+import untouched_tasks
 from protocol import NUM_RATES, TEST_SEEDS
 
 from nlcg_optax.training.config import base_config
@@ -388,6 +389,59 @@ def tinyshakespeare(data_dir: str | None = None) -> Workload:
     )
 
 
+# The peers of what is run once: the best of the sweep, and what most people use.
+ONCE = (
+    "nlcg by curvature",
+    "muon",
+    "muon β=0.8",
+    "soap",
+    "soap β=0.8",
+    "adamw",
+    "momentum",
+)
+
+
+def _once(optimizers: Optimizers) -> Optimizers:
+    return {name: optimizers[name] for name in ONCE}
+
+
+def two_digits(data_dir: str | None = None) -> Workload:
+    """Pairs of handwritten digits, a hundred classes."""
+    del data_dir
+    return _by_steps(
+        "A hundred classes: pairs of handwritten digits",
+        base_config(),
+        untouched_tasks.two_digits,
+        {64: 1000, 1024: 200},
+        _once(LANGUAGE),
+    )
+
+
+def rare_words(data_dir: str | None = None) -> Workload:
+    """The next word of Shakespeare's plays, most of the words rare."""
+    path = pathlib.Path(data_dir or ".") / "tinyshakespeare.txt"
+    return _by_steps(
+        "The next word of Shakespeare's plays",
+        base_config(),
+        functools.partial(untouched_tasks.rare_words, path=path),
+        {128: 1000, 1024: 250},
+        _once(LANGUAGE),
+    )
+
+
+def inpainting(data_dir: str | None = None) -> Workload:
+    """The hidden middle of grey images, with outliers, by Huber's loss."""
+    config = cifar10_jpeg(data_dir).config
+    config.dataset.max_train_examples = 16_384
+    return _by_steps(
+        "The middle of grey images, with outliers",
+        config,
+        untouched_tasks.inpainting,
+        {64: 1000, 1024: 250},
+        _once(AUTOENCODER),
+    )
+
+
 def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
     """What `gpu.py` runs: ResNet-32 on all images of 32×32."""
     config = cifar10_jpeg(data_dir).config
@@ -416,5 +470,8 @@ WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
     "autoencoder_cifar": autoencoder_cifar,
     "burgers": burgers,
     "tinyshakespeare": tinyshakespeare,
+    "two_digits": two_digits,
+    "rare_words": rare_words,
+    "inpainting": inpainting,
     "cifar10_jpeg_gpu": cifar10_jpeg_gpu,
 }
