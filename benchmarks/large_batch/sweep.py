@@ -37,6 +37,7 @@ from protocol import (
 from running import outcome, train
 from workloads import UNTUNED, WORKLOADS, Workload
 
+import nlcg_optax
 from nlcg_optax.training import data, optimizers
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -160,7 +161,15 @@ class Trainer:
         }
         if during:
             row["evaluations"] = evaluations
+        if optimizer in UNTUNED:
+            row["steps_back"] = steps_back(state.opt_state)
         return row
+
+
+def steps_back(opt_state: Any) -> int:
+    """Steps of ours that were taken back, and returns to the average."""
+    told = nlcg_optax.diagnostics(opt_state)
+    return int(told["rejected_steps"]) + int(told.get("noise_returns", 0))
 
 
 def words_and_rates(
