@@ -146,8 +146,8 @@ def advice(
             "rejected_steps",
             f"{often('rejected_steps')} the last step was taken back, for the loss "
             "rose. Is a term (weight decay, L2) in the gradient and not in the value, "
-            "is the gradient that of another loss, or does something change the "
-            "updates after the optimizer?",
+            "is the gradient that of another loss or averaged over steps (optax.ema, "
+            "optax.trace), or does something change the updates after the optimizer?",
         )
     if count["new_levels"] > 0.05 * steps:
         say(

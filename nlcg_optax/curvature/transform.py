@@ -391,6 +391,7 @@ def _by_curvature(
         state.trust,
         _tree.real_scalar(settings.damping, given.loss.dtype),
         state.counts.count,
+        settings.horizon is None,
     )
     signal = noise.measure(
         state.noise.signal,

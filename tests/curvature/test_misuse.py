@@ -324,6 +324,16 @@ def test_a_loss_that_climbs_is_stopped_whatever_the_model_says(name):
     assert np.mean(losses[-5:]) < 5 * losses[0]
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_a_gradient_averaged_before_lets_no_loss_climb(decay):
+    """By rises that are tolerated, each a little larger than the last one."""
+    losses, _, state = train(
+        optax.chain(optax.ema(decay, debias=False), nlcg_auto()), 120
+    )
+    assert np.mean(losses[-10:]) < 2 * losses[0]
+    assert "optax.ema" in " ".join(nlcg_optax.explain(state))
+
+
 @pytest.mark.parametrize("multiplier", [1.01, 2, 10.0])
 def test_a_multiplier_above_1_is_refused(multiplier):
     with pytest.raises(ValueError, match=f"multiplier={multiplier} .*at most 1"):
