@@ -188,6 +188,7 @@ class QuadraticModelState(NamedTuple):
             "signal": self.noise.signal,
             "rate": self.noise.rate,
             "overshoot": self.noise.overshoot,
+            "noise_since": self.noise.since,
             "bounded_steps": self.counts.bounded,
             "rejected_steps": self.counts.rejected,
             "new_levels": self.counts.new_level,

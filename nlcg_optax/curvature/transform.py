@@ -508,7 +508,7 @@ def _by_noise(
     left = _tree.real_scalar(settings.horizon, dtype)
     left = left - jnp.asarray(known.since).astype(dtype)
     balance, size, taken = noise_balance.follow(
-        before, average, loss, excess, left, _TARGET, _DELAY
+        before, given.params, average, loss, excess, left, _TARGET, _DELAY
     )
     size = size * settings.factor(counts.count, dtype)
     output = noise_balance.scaled(direction, given.params, balance.average, size, taken)

@@ -334,6 +334,35 @@ def test_a_gradient_averaged_before_lets_no_loss_climb(decay):
     assert "optax.ema" in " ".join(nlcg_optax.explain(state))
 
 
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_what_is_uphill_stays_bounded_where_noise_rules_and_is_told(where):
+    turned = [nlcg_auto(150, preconditioner=None), optax.scale(-1.0)]
+    tx = optax.chain(*turned[:: -1 if where == "before" else 1])
+
+    @jax.jit
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.randint(key, [16], 0, 64)
+
+        def outputs(params):
+            return model(params)[rows]
+
+        def loss(y):
+            return jnp.mean((y - targets(y)[rows]) ** 2)
+
+        value, grads = jax.value_and_grad(lambda p: loss(outputs(p)))(params)
+        given = {"value": value, "curvature": gauss_newton(outputs, loss)}
+        updates, state = tx.update(grads, state, params, **given)
+        return (optax.apply_updates(params, updates), state), value
+
+    keys = jax.random.split(jax.random.key(0), 150)
+    carry = start(), tx.init(start())
+    (_, state), losses = jax.lax.scan(step, carry, keys)
+    assert nlcg_optax.diagnostics(state)["noise_since"] > 0
+    assert jnp.max(losses) < 100 * losses[0]
+    assert "went downhill, and the loss does not" in " ".join(nlcg_optax.explain(state))
+
+
 @pytest.mark.parametrize("multiplier", [1.01, 2, 10.0])
 def test_a_multiplier_above_1_is_refused(multiplier):
     with pytest.raises(ValueError, match=f"multiplier={multiplier} .*at most 1"):

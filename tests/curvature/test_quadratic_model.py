@@ -205,7 +205,7 @@ def oracle(x, noise, steps, horizon):
     last = balance = None
     error = log_length = 0.0
     share, fresh, extra, measured = 1.0, 1.0, 3.0, 0
-    rejections, trend, usual, factor = 0, 0.0, 0.0, 1.0
+    rejections, trend, usual, factor, climb = 0, 0.0, 0.0, 1.0, 0.0
     d = 0 * x
     for t in range(steps):
         f, g = noisy(x, t, noise)
@@ -233,23 +233,26 @@ def oracle(x, noise, steps, horizon):
             known = measured >= 8 or contradicted
             straight = abs(last["curve"]) < 0.3 * last["slope"]
             part = 0 if straight else 1
-            tolerated = 0 if trend < -0.7 else max(part * predicted, 4 * error)
+            tolerated = max(part * predicted, 4 * error)
+            above = 0.0 if horizon else max(climb - actual, 0)  # the lowest loss
+            high = above > tolerated
+            tolerated = 0 if trend < -0.7 or high else tolerated
             new = abs(predicted - actual)
             new = min(new, abs(actual)) if straight else new
             new = error + 0.2 * (min(new, 3 * error) - error) if error else new
             factor = 1.0
             if rejections == 2:  # nothing is left of that step
                 if -actual > tolerated:
-                    extra, trend = extra / 16, 0.0
+                    extra, trend, climb = extra / 16, 0.0, 0.0
                 rejections, error = 0, error
             elif -actual > tolerated:
                 rejections += 1
                 kept = 0.25 if rejections == 1 else 0.0
                 row |= {"rejected": True, "x": x - (1 - kept) * past[0]}
                 extra = 4 * max(extra, 0.1)
-                error = new if error else 0.0
+                error = new if error and not high else error
             else:
-                rejections, error = 0, new
+                rejections, error, climb = 0, error if high else new, above
                 trend += 0.3 * (np.sign(actual) - trend)
                 extra *= 0.25
                 if straight:
