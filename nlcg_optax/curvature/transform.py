@@ -182,6 +182,7 @@ def scale_by_quadratic_model(
     [1. 1.]
     """
     _check.static_counts(jax.Array, history=(history, 0), residuals=(residuals, 0))
+    _check.axis_name(axis_name)
     _check.number("damping", damping, minimum=0, finite=True)
     _check.number("first_damping", first_damping, minimum=0, finite=True)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
