@@ -127,8 +127,11 @@ def judge(
     )
 
     error = jnp.abs(predicted - actual)
-    # What a line promised too much is no noise of the loss.
-    error = jnp.where(straight, jnp.minimum(error, jnp.abs(actual)), error)
+    # What a line promised too much is no noise of the loss. Nor is what any model did
+    # where the loss is above its lowest.
+    error = jnp.where(
+        straight | (trust.climb > 0), jnp.minimum(error, jnp.abs(actual)), error
+    )
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
     # A level that is new says at once by how much a loss moves by itself.
     bounded = jnp.where(new_level, error, bounded)

@@ -469,6 +469,46 @@ def test_a_loss_without_curvature_falls(name):
     assert "flat_steps" in said or "bounded_steps" in said
 
 
+def with_constants(loss):
+    """Losses of runs with constants added, and taken off again."""
+    tx = nlcg_auto(preconditioner=None, residuals=1)
+
+    @jax.jit
+    def step(params, state, constant):
+        def of(outputs):
+            return loss(outputs) + constant
+
+        value, grads = jax.value_and_grad(lambda p: of(model(p)))(params)
+        given = {"value": value, "curvature": gauss_newton(model, of)}
+        updates, state = tx.update(grads, state, params, **given)
+        return optax.apply_updates(params, updates), state, value - constant
+
+    for constant in (0.0, 100.0, -100.0):
+        params, found = start(jnp.float64), []
+        state = tx.init(params)
+        for _ in range(30):
+            params, state, value = step(params, state, constant)
+            found.append(float(value))
+        yield np.array(found)
+
+
+@pytest.mark.parametrize("name", ["squares", "softmax", "absolute error"])
+def test_a_constant_in_the_loss_changes_nothing(name, x64):
+    def softmax(y):
+        labels = jnp.argmax(targets(y), -1)
+        return optax.softmax_cross_entropy_with_integer_labels(y, labels).mean()
+
+    losses = {"squares": mse, "softmax": softmax} | FLAT
+    plain, *others = with_constants(losses[name])
+    for other in others:
+        np.testing.assert_allclose(other[:20], plain[:20], rtol=1e-5, atol=1e-9)
+
+
+def test_a_constant_in_a_loss_of_next_to_no_curvature_lets_nothing_climb(x64):
+    for losses in with_constants(huber(0.05)):
+        assert losses[-1] < 0.5 * losses[0] and max(losses) < 4 * losses[0]
+
+
 def test_a_factor_in_a_loss_without_curvature_changes_nothing():
     tx = nlcg_auto(preconditioner=None)
     losses, _, _ = train(tx, 12, FLAT["absolute error"])

@@ -195,6 +195,8 @@ def noisy(x, t, noise):
 
 def solve(products, slopes, damping):
     lengths = np.sqrt(np.diag(products))
+    # A step that was wholly taken back is none, and has no share.
+    lengths = np.where(lengths > 0, lengths, 1)
     unit = products / np.outer(lengths, lengths) + damping * np.eye(len(slopes))
     return np.linalg.solve(unit, slopes / lengths) / lengths
 
@@ -221,7 +223,7 @@ def oracle(x, noise, steps, horizon):
             x = x - size * 0.1 * (z + beta * d)
             row |= {"x": x, "share": share, "damping": rows[t - 1]["damping"]}
             continue
-        known = contradicted = False
+        known = contradicted = too_long = False
         if last is not None:
             predicted, actual = last["slope"] - last["curve"] / 2, last["f"] - f
             measured = t - sum(row["rejected"] for row in rows[:t])
@@ -238,13 +240,15 @@ def oracle(x, noise, steps, horizon):
             high = above > tolerated
             tolerated = 0 if trend < -0.7 or high else tolerated
             new = abs(predicted - actual)
-            new = min(new, abs(actual)) if straight else new
+            new = min(new, abs(actual)) if straight or climb else new
             new = error + 0.2 * (min(new, 3 * error) - error) if error else new
             factor = 1.0
             if rejections == 2:  # nothing is left of that step
+                too_long = -actual <= tolerated
                 if -actual > tolerated:
                     extra, trend, climb = extra / 16, 0.0, 0.0
-                rejections, error = 0, error
+                    error += 0.2 * (abs(actual) - error)
+                rejections = 0
             elif -actual > tolerated:
                 rejections += 1
                 kept = 0.25 if rejections == 1 else 0.0
@@ -290,7 +294,7 @@ def oracle(x, noise, steps, horizon):
             usual = usual**0.8 * here**0.2 if usual else here
             delta, slope, curve = -c @ directions, slopes @ c, c @ products @ c
             if past:
-                longest = 3 * max(lengths)
+                longest = 3 * (lengths[0] if too_long else max(lengths))
                 ratio = min(1, longest / np.linalg.norm(delta))
                 delta, slope, curve = ratio * delta, ratio * slope, ratio**2 * curve
             last = {"f": f, "slope": slope, "curve": curve}

@@ -193,6 +193,10 @@ def test_a_loss_stays_within_four_errors_of_its_lowest():
         np.testing.assert_allclose(verdict.trust.climb, after, rtol=1e-4)
     assert above(1.9, climb=0.04).trust.climb == 0
     assert judge(2.05).trust.climb == 0  # of sampled batches
+    # What was promised too much is no error either, above the lowest one.
+    for climb, error in ((0.0, 0.028), (0.04, 0.018)):
+        verdict = above(1.99, predicted=5.0, climb=climb)
+        np.testing.assert_allclose(verdict.trust.model_error, error, rtol=1e-4)
     # A new level is the lowest.
     level = above(7.0, predicted=0.0, rejections=2, climb=0.09)
     assert level.new_level and level.trust.climb == 0 and level.trust.model_error > 1
