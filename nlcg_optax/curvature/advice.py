@@ -165,6 +165,13 @@ def advice(report: Mapping[str, float], steps: float) -> list[str]:
             "their models. `multiplier` is no learning rate: it is 1, or falls from 1 "
             "to 0 at the end of a run.",
         )
+    # Of no fall the logarithm was ever taken, and the last one was none.
+    if ruled == 0 and report["actual_decrease"] == 0 and report["decrease_ratio"] == 1:
+        say(
+            "actual_decrease",
+            "the loss never fell, nor rose: is `value` always the same number? By it "
+            "steps are judged, so give the loss that the gradient is of.",
+        )
     if count["nonfinite_products"] > _TAKEN_BACK * steps:
         say(
             "nonfinite_products",

@@ -529,6 +529,7 @@ def test_a_loss_that_is_its_own_output_is_told_and_falls():
 
 SLOW = {
     "a gradient scaled": ("decrease_ratio", {"scale": 0.1}),
+    "a value that is always 0": ("actual_decrease", {"value": 0.0}),
     "a value averaged twice": ("decrease_ratio", {"value": 1 / 8}),
     "a sum in the curvature": ("loss_ratio", {"own": lambda y: 128 * mse(y)}),
     "rows of padding": ("loss_ratio", {"own": lambda y: mse(y) + 5.0}),
