@@ -83,6 +83,24 @@ def floating_dtype(name: str, value: Any) -> None:
         )
 
 
+def axis_name(value: Any, *, none: str = "") -> None:
+    """Raises unless this is the name of a mapped axis, or a tuple of names, or None.
+
+    Args:
+      value: what was given.
+      none: what an empty tuple means; it is none of these where that is nothing.
+    """
+    names = value if isinstance(value, tuple) else (value,)
+    known = all(isinstance(name, str) for name in names)
+    if value is None or (known and (names or none)):
+        return
+    raise ValueError(
+        f"axis_name={value!r} is not valid: expected the name of an axis that a "
+        "`shard_map` or `pmap` maps, such as 'data', a tuple of such names, "
+        f"{f'an empty one {none}, ' if none else ''}or None for no such axis."
+    )
+
+
 def is_function(value: Any) -> bool:
     """Whether this is to be called for what is wanted, rather than be it.
 

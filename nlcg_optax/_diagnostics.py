@@ -55,6 +55,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
       - ``rate``: the rate of the steps once noise rules, before it decays; 0 before.
       - ``overshoot``: how far these steps go beyond where the next batch has its
         minimum along them: minus its slope there over their own, averaged.
+      - ``noise_since``: the steps before noise came to rule; -1 where it does not.
       - ``bounded_steps``: steps so far that were shortened to the longest allowed.
       - ``rejected_steps``: how often so far the last step was taken back: three
         quarters of it, and where that did not help the rest.

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from nlcg_optax import _tree
+from nlcg_optax import _check, _tree
 
 
 def pmean_value_and_grad(
@@ -70,6 +70,7 @@ def pmean_value_and_grad(
     >>> print(value, gradient)  # 9·4324/24 and 2·3·4324/24
     1621.5 1081.0
     """
+    _check.axis_name(axis_name, none="for no mean")
 
     @functools.wraps(fun)
     def value_and_grad(*args: Any, **kwargs: Any) -> Any:

@@ -203,6 +203,45 @@ def test_state_dtype_that_is_not_floating(make, dtype):
     check(error, f"state_dtype={dtype!r}", "floating-point dtype")
 
 
+TAKE_AXES = {
+    "nlcg": lambda **given: nlcg_optax.nlcg(0.04, **given),
+    "nlcg_paper": lambda **given: nlcg_optax.nlcg_paper(0.04, **given),
+    "soap": lambda **given: nlcg_optax.scale_by_soap(0.9, **given),
+    "gauss_newton": lambda **given: nlcg_optax.gauss_newton(jnp.sin, jnp.sum, **given),
+    "hessian": lambda **given: nlcg_optax.hessian(jnp.sum, **given),
+    "objective": lambda **given: nlcg_optax.value_grad_and_curvature(
+        jnp.sin, jnp.sum, **given
+    ),
+    "mean": lambda **given: nlcg_optax.pmean_value_and_grad(jnp.sum, **given),
+    **{
+        name: getattr(nlcg_optax, name)
+        for name in (
+            *("nlcg_auto", "scale_by_quadratic_model", "scale_by_diagonal_bfgs"),
+            *("scale_by_limited_memory_bfgs", "scale_by_orthogonalization"),
+            *("scale_by_conjugate_direction", "scale_by_lars"),
+            "scale_by_hager_zhang_linesearch",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", TAKE_AXES)
+def test_axis_names_are_names(name):
+    make = TAKE_AXES[name]
+    bad = (3, ["data"], {"data"}, b"data", ("data", None), (0,), jax.P("data"), True)
+    for axis_name in bad:
+        with pytest.raises(ValueError, match="axis_name=.*is not valid: .*'data'"):
+            make(axis_name=axis_name)
+    for axis_name in ("data", ("data", "model")):
+        make(axis_name=axis_name)
+    own = ("gauss_newton", "hessian", "objective", "mean")
+    if name in own:
+        make(axis_name=())
+    else:
+        with pytest.raises(ValueError, match=r"axis_name=\(\) is not valid"):
+            make(axis_name=())
+
+
 def test_numpy_numbers_are_numbers():
     nlcg_paper(
         np.float32(0.1),

@@ -15,6 +15,9 @@ _SEEN = 10
 # by what factor predictions are wrong, the part of steps that were taken back or not
 # finite, the part of the way.
 _LOSSES, _DECREASES, _TAKEN_BACK, _SHORT = 3.0, 1.7, 0.2, 0.2
+# Where noise rules: the overshoot below which steps still go downhill at their ends, so
+# that a loss should fall, and after how many of them that is said.
+_DOWNHILL, _RULED = -0.2, 50
 
 
 def explain(opt_state: Any) -> list[str]:
@@ -62,27 +65,26 @@ def explain(opt_state: Any) -> list[str]:
     """
     model = find_model(opt_state)
     report = model.report()
+    if model.noise.balance is not None:
+        report |= model.noise.balance.report()
     del report["coefficients"]
     told = {name: jnp.asarray(value).item() for name, value in report.items()}
     steps = jnp.asarray(model.counts.count).item()
-    since = jnp.asarray(model.noise.since).item()
-    return advice(told, steps, since if since > 0 else None)
+    return advice(told, steps)
 
 
-def advice(
-    report: Mapping[str, float], steps: float, since: float | None = None
-) -> list[str]:
+def advice(report: Mapping[str, float], steps: float) -> list[str]:
     """As `explain`, of what `diagnostics` told of so many steps.
 
     Args:
       report: what it told.
-      steps: so far.
-      since: the step at which noise came to rule; None if it did not. Nothing is
-        counted from there on.
+      steps: so far. Where noise rules hardly anything is counted.
     """
     if steps < _SEEN:
         return []
-    steps = steps if since is None else min(since, steps)
+    since = report["noise_since"]
+    ruled = max(steps - since, 0) if since >= 0 else 0
+    steps -= ruled
     count = {
         name: report[name]
         for name in (
@@ -146,8 +148,8 @@ def advice(
             "rejected_steps",
             f"{often('rejected_steps')} the last step was taken back, for the loss "
             "rose. Is a term (weight decay, L2) in the gradient and not in the value, "
-            "is the gradient that of another loss, or does something change the "
-            "updates after the optimizer?",
+            "is the gradient that of another loss or averaged over steps (optax.ema, "
+            "optax.trace), or does something change the updates after the optimizer?",
         )
     if count["new_levels"] > 0.05 * steps:
         say(
@@ -163,11 +165,27 @@ def advice(
             "their models. `multiplier` is no learning rate: it is 1, or falls from 1 "
             "to 0 at the end of a run.",
         )
+    # Of no fall the logarithm was ever taken, and the last one was none.
+    if ruled == 0 and report["actual_decrease"] == 0 and report["decrease_ratio"] == 1:
+        say(
+            "actual_decrease",
+            "the loss never fell, nor rose: is `value` always the same number? By it "
+            "steps are judged, so give the loss that the gradient is of.",
+        )
     if count["nonfinite_products"] > _TAKEN_BACK * steps:
         say(
             "nonfinite_products",
             f"{count['nonfinite_products']:,.0f} steps were left out, for a product "
             "of the curvature or the loss is not finite.",
+        )
+    gain, overshoot = report.get("gain", 1), report["overshoot"]
+    if ruled >= _RULED and gain == 0 and overshoot < _DOWNHILL:
+        say(
+            "overshoot",
+            "the gradients after the last steps say that these went downhill, and the "
+            "loss does not fall. Is the gradient turned round or that of another loss, "
+            "or does something after the optimizer change its updates (a second "
+            "`optax.scale(-1.0)`)?",
         )
     return found
 

@@ -93,6 +93,7 @@ def value_grad_and_curvature(
     [[1.5 1. ]
      [1.  2.5]]
     """
+    _check.axis_name(axis_name, none="if all devices have the same batch")
     check_fraction(fraction)
     _check.static_counts(
         min_examples=(min_examples, 1),

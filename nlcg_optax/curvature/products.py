@@ -778,6 +778,7 @@ def _common(
     reverse_mode: bool,
 ) -> dict[str, Any]:
     """The fields that both kinds have."""
+    _check.axis_name(axis_name, none="if all devices have the same curvature")
     if batch is not None and microbatches is not None:
         raise ValueError(
             "batch and microbatches exclude each other: give one batch, or a tree of "

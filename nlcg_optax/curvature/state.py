@@ -47,6 +47,8 @@ class Trust(NamedTuple):
       log_ratio_spread: average distance of that logarithm from its average.
       rejections: how often the last step was taken back, int32.
       trend: average of 1 for a loss that fell and of -1 for one that rose.
+      climb: how far the loss is above its lowest since it began or came to a new level;
+        0 where losses are of sampled batches.
       curvature: geometric average of the curvature along the preconditioned gradient,
         for a length of 1; 0 where there was none yet.
       length_factor: how much longer than the last step one is to be for which there is
@@ -63,6 +65,7 @@ class Trust(NamedTuple):
     log_ratio_spread: jax.Array
     rejections: jax.typing.ArrayLike
     trend: jax.Array
+    climb: jax.Array
     curvature: jax.Array
     length_factor: jax.Array
     log_loss_ratio: jax.Array
@@ -185,6 +188,7 @@ class QuadraticModelState(NamedTuple):
             "signal": self.noise.signal,
             "rate": self.noise.rate,
             "overshoot": self.noise.overshoot,
+            "noise_since": self.noise.since,
             "bounded_steps": self.counts.bounded,
             "rejected_steps": self.counts.rejected,
             "new_levels": self.counts.new_level,
@@ -248,6 +252,7 @@ def initial(
             log_ratio_spread=number(),
             rejections=counter(),
             trend=number(),
+            climb=number(),
             curvature=number(),
             length_factor=number(1.0),
             log_loss_ratio=number(),

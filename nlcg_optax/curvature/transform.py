@@ -183,6 +183,7 @@ def scale_by_quadratic_model(
     [1. 1.]
     """
     _check.static_counts(jax.Array, history=(history, 0), residuals=(residuals, 0))
+    _check.axis_name(axis_name)
     _check.number("damping", damping, minimum=0, finite=True)
     _check.number("first_damping", first_damping, minimum=0, finite=True)
     _check.number("max_growth", max_growth, minimum=0, exclusive=True)
@@ -394,6 +395,7 @@ def _by_curvature(
         state.trust,
         _tree.real_scalar(settings.damping, given.loss.dtype),
         state.counts.count,
+        settings.horizon is None,
     )
     signal = noise.measure(
         state.noise.signal,
@@ -510,7 +512,7 @@ def _by_noise(
     left = _tree.real_scalar(settings.horizon, dtype)
     left = left - jnp.asarray(known.since).astype(dtype)
     balance, size, taken = noise_balance.follow(
-        before, average, loss, excess, left, _TARGET, _DELAY
+        before, given.params, average, loss, excess, left, _TARGET, _DELAY
     )
     size = size * settings.factor(counts.count, dtype)
     output = noise_balance.scaled(direction, given.params, balance.average, size, taken)

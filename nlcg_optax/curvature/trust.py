@@ -22,7 +22,9 @@ MAX_DECREASE = 2.0
 _GROW, _FADE = 4.0, 0.25
 _MIN_DAMPING, _MAX_DAMPING = 0.1, 1e3
 # A step is taken back if the loss rose by more than what it was to fall, and by more
-# than four times what the model is usually wrong by.
+# than four times what the model is usually wrong by: from the lowest loss so far, where
+# all are of the same data, and what is beyond that is no usual error. (By a tolerance
+# that grows with each rise a loss could climb without end.)
 _TOLERATED_DECREASES, _TOLERATED_ERRORS = 1.0, 4.0
 # Part of a new error in their average, which it exceeds three times at most.
 _ERROR_WEIGHT, _ERROR_BOUND = 0.2, 3.0
@@ -82,6 +84,7 @@ def judge(
     trust: Trust,
     damping: jax.Array,
     count: jax.typing.ArrayLike,
+    same_data: bool,
 ) -> Verdict:
     """Judges the last step by the loss after it, whatever its model promised.
 
@@ -92,6 +95,7 @@ def judge(
       trust: how far its model was believed.
       damping: what λ always is.
       count: steps so far.
+      same_data: whether each loss is of the same data.
     """
     predicted, model_error = last.predicted_decrease, trust.model_error
     pending = (last.prev_slope != 0) | (last.prev_curvature != 0)
@@ -105,7 +109,9 @@ def judge(
     promise = jnp.where(straight, 0, _TOLERATED_DECREASES * predicted)
     tolerated = jnp.maximum(promise, _TOLERATED_ERRORS * model_error)
     climbs = trust.trend < _CLIMBS
-    tolerated = jnp.where(climbs, 0, tolerated)
+    climb = jnp.maximum(trust.climb - actual, 0) if same_data else trust.climb
+    high = climb > jnp.maximum(tolerated, rounding)
+    tolerated = jnp.where(climbs | high, 0, tolerated)
     # Not "fell by less": a loss that is no number is no success either.
     held = finite & (-actual <= jnp.maximum(tolerated, rounding))
     rejected, judged = pending & ~held, pending & held
@@ -121,8 +127,11 @@ def judge(
     )
 
     error = jnp.abs(predicted - actual)
-    # What a line promised too much is no noise of the loss.
-    error = jnp.where(straight, jnp.minimum(error, jnp.abs(actual)), error)
+    # What a line promised too much is no noise of the loss. Nor is what any model did
+    # where the loss is above its lowest.
+    error = jnp.where(
+        straight | (trust.climb > 0), jnp.minimum(error, jnp.abs(actual)), error
+    )
     bounded = jnp.minimum(error, _ERROR_BOUND * model_error)
     # A level that is new says at once by how much a loss moves by itself.
     bounded = jnp.where(new_level, error, bounded)
@@ -131,6 +140,7 @@ def judge(
     # Of losses that jump up and down by turns some are rejected, until that is known.
     learned = (rejected & (model_error > 0)) | new_level
     learned = judged | (learned & jnp.isfinite(error))
+    learned &= ~high | new_level
     fell = jnp.where(jnp.abs(actual) <= rounding, 0, jnp.sign(actual))
     trend = trust.trend + _TREND_WEIGHT * (fell - trust.trend)
     # What is beyond rounding tells whether predictions are wrong by one factor.
@@ -153,6 +163,7 @@ def judge(
             log_ratio_spread=jnp.where(seen, spread, trust.log_ratio_spread),
             rejections=jnp.where(rejected, rejections + 1, 0),
             trend=jnp.where(new_level, 0, jnp.where(judged, trend, trust.trend)),
+            climb=jnp.where(new_level, 0, jnp.where(judged, climb, trust.climb)),
             length_factor=jnp.where(
                 judged & straight & seen, _length_factor(actual, promised), 1
             ),

@@ -155,6 +155,7 @@ def scale_by_conjugate_direction(
     keeps_z = keeps_grad or "g_w" in rule.needs or restart_nonorthogonal is not None
     needs_slope = restart_on_ascent or track_cosine
     needs_slope |= not rule.needs.isdisjoint(("g_d", "prev_g_d", "prev_d_d"))
+    _check.axis_name(axis_name)
     _check.number("epsilon", epsilon, minimum=0, finite=True)
     _check.floating_dtype("state_dtype", state_dtype)
     inner = _transformations.preconditioner(preconditioner)

@@ -94,6 +94,7 @@ def scale_by_diagonal_bfgs(
     >>> print(state.diagonal.round(4))  # 1 - s²/sᵀs + y²/yᵀs
     [0.9661 1.0287 3.7449]
     """
+    _check.axis_name(axis_name)
     _check.number("epsilon", epsilon, minimum=0, finite=True)
     _check.floating_dtype("state_dtype", state_dtype)
 

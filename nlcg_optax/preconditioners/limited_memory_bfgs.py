@@ -91,6 +91,7 @@ def scale_by_limited_memory_bfgs(
     >>> print([f"{u:.4f}" for u in update], bool(abs(x).max() < 1e-6))
     ['0.5000', '-0.1667'] True
     """
+    _check.axis_name(axis_name)
     _check.static_counts(memory_size=(memory_size, 1))
 
     def init_fn(params: optax.Params) -> LimitedMemoryBfgsState:

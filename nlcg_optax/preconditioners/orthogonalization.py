@@ -135,6 +135,7 @@ def scale_by_orthogonalization(
     >>> print(jnp.diagonal(updates["w"]).round(2), updates["b"].round(4))
     [ 0.24 -0.39] [1. 1. 1.]
     """
+    _check.axis_name(axis_name)
     _check.number("decay", decay, minimum=0)
     if not isinstance(decay, jax.Array) and decay >= 1:
         raise ValueError(f"decay={decay!r} is not valid: expected a number below 1.")

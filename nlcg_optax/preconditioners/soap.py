@@ -249,6 +249,7 @@ def scale_by_soap(
         if not isinstance(value, jax.Array) and value >= 1:
             raise ValueError(f"{name}={value!r} is not valid: expected less than 1.")
     _check.number("eps", eps, minimum=0, finite=True)
+    _check.axis_name(axis_name)
     _check.flag("nesterov", nesterov)
     _check.flag("linear", linear)
     counts = {"every": (every, 1), "max_side": (max_side, 0)}

@@ -185,6 +185,7 @@ def scale_by_hager_zhang_linesearch(
     # `optax.inject_hyperparams` makes arrays, which have no value while traced.
     delta_known = not isinstance(delta, jax.Array)
     _check.number("sigma", sigma, minimum=delta if delta_known else 0)
+    _check.axis_name(axis_name)
     _check.number("epsilon", epsilon, minimum=0, finite=True)
     sigma_known = not isinstance(sigma, jax.Array)
     if (delta_known and delta >= 0.5) or (sigma_known and sigma >= 1):

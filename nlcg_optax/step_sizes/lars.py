@@ -51,6 +51,7 @@ def scale_by_lars(
     [0.     2.2222] [7.]
     """
     _check.number("coefficient", coefficient, minimum=0, exclusive=True, finite=True)
+    _check.axis_name(axis_name)
     _check.number("damping", damping, minimum=0, finite=True)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:

@@ -255,7 +255,7 @@ def scale_by_noise_balance(
         else:
             raise ValueError(_VALUE_FN)
         new, size, taken = follow(
-            state, average, loss, excess, num_steps, target, delay
+            state, params, average, loss, excess, num_steps, target, delay
         )
         return scaled(updates, params, new.average, size, taken), new
 
@@ -376,6 +376,7 @@ def change(
 
 def follow(
     state: NoiseBalanceState,
+    params: optax.Params,
     average: optax.Params,
     loss: jax.Array,
     excess: jax.Array,
@@ -385,10 +386,13 @@ def follow(
 ) -> tuple[NoiseBalanceState, jax.Array, jax.Array]:
     """The state after a step, the rate of this one with its decay, and if it is taken.
 
-    Where it is not, the parameters go back to their average.
+    Where it is not, the parameters go back to their average. If they did so just now,
+    that is where they are, unless something changed the update (a sign, say): going
+    back again and again would lead ever further away.
 
     Args:
       state: the one before.
+      params: the parameters.
       average: the average parameters, with those of now in it.
       loss: at the parameters.
       excess: over the loss at the average.
@@ -419,11 +423,18 @@ def follow(
         # At the average there is none.
         excess=jnp.where(far, 0, state.balance.excess),
     )
-    began = jnp.asarray(state.balance.seen) > 0
+    # Where there is none yet, or they were to be there, the parameters stay.
+    there = (jnp.asarray(state.balance.seen) > 0) & (jnp.asarray(state.size) > 0)
+
+    def stay(mean: jax.Array, x: jax.Array) -> jax.Array:
+        mean = jnp.asarray(mean)
+        x = _tree.lift(x).astype(mean.dtype)
+        return jnp.where(there | ~jnp.isfinite(x), mean, x)
+
     back = state._replace(
         count=counted,
-        # Where there is none yet the parameters stay.
-        average=_tree.where(began, state.average, average),
+        size=jnp.zeros_like(size),
+        average=jax.tree.map(stay, state.average, params),
         nonfinite=jnp.asarray(state.nonfinite) + (~finite).astype(jnp.int32),
         returns=jnp.asarray(state.returns) + far.astype(jnp.int32),
         balance=cut,

@@ -45,6 +45,7 @@ _CENTURY = 4 * 10**9  # seconds
 _CHECKSUMS = "checksums.json"
 # What Orbax writes after them, where there are no arrays.
 _AFTERWARDS = ("_CHECKPOINT_METADATA", "commit_success.txt")
+_NAMED = 3  # of what is passed over
 
 
 class CheckpointError(RuntimeError):
@@ -88,6 +89,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.path.absolute(), options=options)
         self._verified: set[int] = set()
         self.notes: list[str] = []
+        odd = sorted(p.name for p in self.path.glob("*") if _is_odd(p))
+        if odd:
+            more = ", ..." if len(odd) > _NAMED else ""
+            self.notes.append(
+                f"{len(odd):,} in {self.path} are no checkpoints and passed over: "
+                f"{', '.join(odd[:_NAMED])}{more}. The folder of a checkpoint is "
+                "called by the number of its step, without zeros before it."
+            )
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint, or None if there never was one.
@@ -303,6 +312,14 @@ class Checkpoints:
                 f"Cannot write a checkpoint to {self.path}: {_shortened(error)}. Is "
                 f"the disk full, or the folder read-only? The last whole one: {kept}."
             ) from error
+
+
+def _is_odd(path: pathlib.Path) -> bool:
+    """Whether this is neither a checkpoint nor what was on the way to be or was one."""
+    name = path.name
+    number = name.isdecimal() and str(int(name)) == name and path.is_dir()
+    ours = name.startswith((".", "damaged-")) or ".orbax-checkpoint-tmp" in name
+    return not number and not ours
 
 
 def to_disk(path: pathlib.Path) -> None:

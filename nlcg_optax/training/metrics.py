@@ -137,7 +137,7 @@ def read_metrics(path: pathlib.Path, head: bool = False) -> list[dict[str, Any]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_without_doubles)
             if not (head and number == 1):
                 _check_row(row)
         except (ValueError, RecursionError) as error:
@@ -161,8 +161,19 @@ _WAY_OUT = (
 )
 
 
+_SPLITS = ("train", "validation", "test")
 # As whole numbers are in floating point.
 _LARGEST = 10**300
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, or a ValueError if a name occurs twice in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {twice} more than once")
+    return found
 
 
 def _check_row(row: Any) -> None:
@@ -172,8 +183,9 @@ def _check_row(row: Any) -> None:
     step, split = row.get("step"), row.get("split")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ValueError("it has no step")
-    if not isinstance(split, str):
-        raise ValueError("it has no split")
+    if split not in _SPLITS:
+        expected = f"expected one of {', '.join(_SPLITS)}"
+        raise ValueError(f"its split is {split!r:.60}, {expected}")
     for name, value in row.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if name != "split" and not number and value not in ("nan", "inf", "-inf"):

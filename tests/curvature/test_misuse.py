@@ -324,6 +324,45 @@ def test_a_loss_that_climbs_is_stopped_whatever_the_model_says(name):
     assert np.mean(losses[-5:]) < 5 * losses[0]
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_a_gradient_averaged_before_lets_no_loss_climb(decay):
+    """By rises that are tolerated, each a little larger than the last one."""
+    losses, _, state = train(
+        optax.chain(optax.ema(decay, debias=False), nlcg_auto()), 120
+    )
+    assert np.mean(losses[-10:]) < 2 * losses[0]
+    assert "optax.ema" in " ".join(nlcg_optax.explain(state))
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_what_is_uphill_stays_bounded_where_noise_rules_and_is_told(where):
+    turned = [nlcg_auto(150, preconditioner=None), optax.scale(-1.0)]
+    tx = optax.chain(*turned[:: -1 if where == "before" else 1])
+
+    @jax.jit
+    def step(carry, key):
+        params, state = carry
+        rows = jax.random.randint(key, [16], 0, 64)
+
+        def outputs(params):
+            return model(params)[rows]
+
+        def loss(y):
+            return jnp.mean((y - targets(y)[rows]) ** 2)
+
+        value, grads = jax.value_and_grad(lambda p: loss(outputs(p)))(params)
+        given = {"value": value, "curvature": gauss_newton(outputs, loss)}
+        updates, state = tx.update(grads, state, params, **given)
+        return (optax.apply_updates(params, updates), state), value
+
+    keys = jax.random.split(jax.random.key(0), 150)
+    carry = start(), tx.init(start())
+    (_, state), losses = jax.lax.scan(step, carry, keys)
+    assert nlcg_optax.diagnostics(state)["noise_since"] > 0
+    assert jnp.max(losses) < 100 * losses[0]
+    assert "went downhill, and the loss does not" in " ".join(nlcg_optax.explain(state))
+
+
 @pytest.mark.parametrize("multiplier", [1.01, 2, 10.0])
 def test_a_multiplier_above_1_is_refused(multiplier):
     with pytest.raises(ValueError, match=f"multiplier={multiplier} .*at most 1"):
@@ -430,6 +469,46 @@ def test_a_loss_without_curvature_falls(name):
     assert "flat_steps" in said or "bounded_steps" in said
 
 
+def with_constants(loss):
+    """Losses of runs with constants added, and taken off again."""
+    tx = nlcg_auto(preconditioner=None, residuals=1)
+
+    @jax.jit
+    def step(params, state, constant):
+        def of(outputs):
+            return loss(outputs) + constant
+
+        value, grads = jax.value_and_grad(lambda p: of(model(p)))(params)
+        given = {"value": value, "curvature": gauss_newton(model, of)}
+        updates, state = tx.update(grads, state, params, **given)
+        return optax.apply_updates(params, updates), state, value - constant
+
+    for constant in (0.0, 100.0, -100.0):
+        params, found = start(jnp.float64), []
+        state = tx.init(params)
+        for _ in range(30):
+            params, state, value = step(params, state, constant)
+            found.append(float(value))
+        yield np.array(found)
+
+
+@pytest.mark.parametrize("name", ["squares", "softmax", "absolute error"])
+def test_a_constant_in_the_loss_changes_nothing(name, x64):
+    def softmax(y):
+        labels = jnp.argmax(targets(y), -1)
+        return optax.softmax_cross_entropy_with_integer_labels(y, labels).mean()
+
+    losses = {"squares": mse, "softmax": softmax} | FLAT
+    plain, *others = with_constants(losses[name])
+    for other in others:
+        np.testing.assert_allclose(other[:20], plain[:20], rtol=1e-5, atol=1e-9)
+
+
+def test_a_constant_in_a_loss_of_next_to_no_curvature_lets_nothing_climb(x64):
+    for losses in with_constants(huber(0.05)):
+        assert losses[-1] < 0.5 * losses[0] and max(losses) < 4 * losses[0]
+
+
 def test_a_factor_in_a_loss_without_curvature_changes_nothing():
     tx = nlcg_auto(preconditioner=None)
     losses, _, _ = train(tx, 12, FLAT["absolute error"])
@@ -450,6 +529,7 @@ def test_a_loss_that_is_its_own_output_is_told_and_falls():
 
 SLOW = {
     "a gradient scaled": ("decrease_ratio", {"scale": 0.1}),
+    "a value that is always 0": ("actual_decrease", {"value": 0.0}),
     "a value averaged twice": ("decrease_ratio", {"value": 1 / 8}),
     "a sum in the curvature": ("loss_ratio", {"own": lambda y: 128 * mse(y)}),
     "rows of padding": ("loss_ratio", {"own": lambda y: mse(y) + 5.0}),

@@ -195,6 +195,8 @@ def noisy(x, t, noise):
 
 def solve(products, slopes, damping):
     lengths = np.sqrt(np.diag(products))
+    # A step that was wholly taken back is none, and has no share.
+    lengths = np.where(lengths > 0, lengths, 1)
     unit = products / np.outer(lengths, lengths) + damping * np.eye(len(slopes))
     return np.linalg.solve(unit, slopes / lengths) / lengths
 
@@ -205,7 +207,7 @@ def oracle(x, noise, steps, horizon):
     last = balance = None
     error = log_length = 0.0
     share, fresh, extra, measured = 1.0, 1.0, 3.0, 0
-    rejections, trend, usual, factor = 0, 0.0, 0.0, 1.0
+    rejections, trend, usual, factor, climb = 0, 0.0, 0.0, 1.0, 0.0
     d = 0 * x
     for t in range(steps):
         f, g = noisy(x, t, noise)
@@ -221,7 +223,7 @@ def oracle(x, noise, steps, horizon):
             x = x - size * 0.1 * (z + beta * d)
             row |= {"x": x, "share": share, "damping": rows[t - 1]["damping"]}
             continue
-        known = contradicted = False
+        known = contradicted = too_long = False
         if last is not None:
             predicted, actual = last["slope"] - last["curve"] / 2, last["f"] - f
             measured = t - sum(row["rejected"] for row in rows[:t])
@@ -233,23 +235,28 @@ def oracle(x, noise, steps, horizon):
             known = measured >= 8 or contradicted
             straight = abs(last["curve"]) < 0.3 * last["slope"]
             part = 0 if straight else 1
-            tolerated = 0 if trend < -0.7 else max(part * predicted, 4 * error)
+            tolerated = max(part * predicted, 4 * error)
+            above = 0.0 if horizon else max(climb - actual, 0)  # the lowest loss
+            high = above > tolerated
+            tolerated = 0 if trend < -0.7 or high else tolerated
             new = abs(predicted - actual)
-            new = min(new, abs(actual)) if straight else new
+            new = min(new, abs(actual)) if straight or climb else new
             new = error + 0.2 * (min(new, 3 * error) - error) if error else new
             factor = 1.0
             if rejections == 2:  # nothing is left of that step
+                too_long = -actual <= tolerated
                 if -actual > tolerated:
-                    extra, trend = extra / 16, 0.0
-                rejections, error = 0, error
+                    extra, trend, climb = extra / 16, 0.0, 0.0
+                    error += 0.2 * (abs(actual) - error)
+                rejections = 0
             elif -actual > tolerated:
                 rejections += 1
                 kept = 0.25 if rejections == 1 else 0.0
                 row |= {"rejected": True, "x": x - (1 - kept) * past[0]}
                 extra = 4 * max(extra, 0.1)
-                error = new if error else 0.0
+                error = new if error and not high else error
             else:
-                rejections, error = 0, new
+                rejections, error, climb = 0, error if high else new, above
                 trend += 0.3 * (np.sign(actual) - trend)
                 extra *= 0.25
                 if straight:
@@ -287,7 +294,7 @@ def oracle(x, noise, steps, horizon):
             usual = usual**0.8 * here**0.2 if usual else here
             delta, slope, curve = -c @ directions, slopes @ c, c @ products @ c
             if past:
-                longest = 3 * max(lengths)
+                longest = 3 * (lengths[0] if too_long else max(lengths))
                 ratio = min(1, longest / np.linalg.norm(delta))
                 delta, slope, curve = ratio * delta, ratio * slope, ratio**2 * curve
             last = {"f": f, "slope": slope, "curve": curve}

@@ -1,5 +1,7 @@
 """The verdict on a step, by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,11 @@ from nlcg_optax.curvature import trust
 from nlcg_optax.curvature.state import LastStep, Trust
 
 
-def trust_of(damping=0.1, extra_damping=0.5, model_error=0.02, rejections=0, trend=0.0):
+def trust_of(
+    damping=0.1, extra_damping=0.5, model_error=0.02, rejections=0, trend=0.0, climb=0.0
+):
     numbers = jnp.float32([damping, extra_damping, 0, model_error, 0, 0])
-    rest = jnp.float32([trend, 0, 1, 0, 1])
+    rest = jnp.float32([trend, climb, 0, 1, 0, 1])
     return Trust(*numbers, jnp.int32(rejections), *rest)
 
 
@@ -25,14 +29,21 @@ def judge(
     finite=True,
     rejections=0,
     trend=0.0,
+    climb=0.0,
+    same_data=False,
 ):
     # At the minimum of a model the slope is the curvature.
     last = (prev_value, 2 * predicted, 2 * predicted, 0.0, 0.0)
     last = LastStep(*map(jnp.float32, last))
-    trusted = trust_of(damping, extra_damping, model_error, rejections, trend)
-    verdict = trust.judge(
-        jnp.float32(loss), jnp.asarray(finite), last, trusted, jnp.float32(damping), 5
+    trusted = trust_of(damping, extra_damping, model_error, rejections, trend, climb)
+    numbers = (
+        jnp.float32(loss),
+        jnp.asarray(finite),
+        last,
+        trusted,
+        jnp.float32(damping),
     )
+    verdict = trust.judge(*numbers, 5, same_data)
     return jax.tree.map(np.asarray, verdict)
 
 
@@ -108,7 +119,7 @@ def test_predictions_that_are_wrong_by_one_factor_are_seen():
         for count, decrease in enumerate(decreases):
             loss = jnp.float32(2.0 - decrease)
             trusted = trust.judge(
-                loss, jnp.array(True), last, trusted, jnp.float32(0.1), count
+                loss, jnp.array(True), last, trusted, jnp.float32(0.1), count, True
             ).trust
         loss = jnp.float32(1.0)
         fits = (loss, loss, None, trusted, len(decreases))
@@ -166,12 +177,43 @@ def test_a_loss_that_climbs_is_stopped():
     assert judge(2.05, predicted=0.0, trend=-0.9, rejections=2).trust.trend == 0
 
 
+def test_a_loss_stays_within_four_errors_of_its_lowest():
+    """Also by rises that are tolerated one by one, with falls between."""
+    above = functools.partial(judge, same_data=True)
+    for climb, loss, rejected in (
+        *((0.04, 2.05, False), (0.07, 2.05, True), (0.2, 1.99, False)),
+        *((0.0, 2.09, False), (0.0, 2.11, True)),
+    ):
+        verdict = above(loss, climb=climb)
+        assert verdict.rejected == rejected
+        # It is above by so much then; and what is too high is no error of the model.
+        stays = rejected or loss < 2
+        assert (verdict.trust.model_error == np.float32(0.02)) == stays
+        after = climb if rejected else climb + loss - 2
+        np.testing.assert_allclose(verdict.trust.climb, after, rtol=1e-4)
+    assert above(1.9, climb=0.04).trust.climb == 0
+    assert judge(2.05).trust.climb == 0  # of sampled batches
+    # What was promised too much is no error either, above the lowest one.
+    for climb, error in ((0.0, 0.028), (0.04, 0.018)):
+        verdict = above(1.99, predicted=5.0, climb=climb)
+        np.testing.assert_allclose(verdict.trust.model_error, error, rtol=1e-4)
+    # A new level is the lowest.
+    level = above(7.0, predicted=0.0, rejections=2, climb=0.09)
+    assert level.new_level and level.trust.climb == 0 and level.trust.model_error > 1
+
+
 def test_a_prediction_that_is_negative_is_judged_all_the_same():
     last = LastStep(*map(jnp.float32, (2.0, 0.1, 0.5, 0.0, 0.0)))
     assert last.predicted_decrease < 0
     for loss, rejected in ((2.1, True), (2.05, False), (1.0, False)):
         verdict = trust.judge(
-            jnp.float32(loss), jnp.array(True), last, trust_of(), jnp.float32(0.1), 5
+            jnp.float32(loss),
+            jnp.array(True),
+            last,
+            trust_of(),
+            jnp.float32(0.1),
+            5,
+            True,
         )
         assert verdict.rejected == rejected
 
@@ -182,14 +224,20 @@ def test_a_straight_line_is_judged_by_what_came():
     for decrease, factor in ((0.3, 2), (0.15, 1), (0.05, 0.5), (-0.05, 0.5)):
         loss = jnp.float32(2.0 - decrease)
         verdict = trust.judge(
-            loss, jnp.array(True), last, trust_of(), jnp.float32(0.1), 5
+            loss, jnp.array(True), last, trust_of(), jnp.float32(0.1), 5, True
         )
         assert not verdict.rejected and verdict.trust.length_factor == factor
     # A curved model may be as wrong as its promise, a line may not.
     for curved, rejected in ((0.01, True), (0.4, False)):
         last = last._replace(prev_curvature=jnp.float32(curved))
         verdict = trust.judge(
-            jnp.float32(2.15), jnp.array(True), last, trust_of(), jnp.float32(0.1), 5
+            jnp.float32(2.15),
+            jnp.array(True),
+            last,
+            trust_of(),
+            jnp.float32(0.1),
+            5,
+            True,
         )
         assert verdict.rejected == rejected
 

@@ -270,9 +270,8 @@ def test_what_is_missing_is_said():
 def test_numbers_of_a_first_step():
     """From the first loss alone nothing is known, and nothing is steered."""
     state = noise_balance.begin(jnp.ones(2), 0.5)
-    new, size, _ = noise_balance.follow(
-        state, state.average, jnp.float32(2.0), jnp.float32(0.0), None, 1.0, 5.0
-    )
+    numbers = jnp.float32(2.0), jnp.float32(0.0), None, 1.0, 5.0
+    new, size, _ = noise_balance.follow(state, jnp.ones(2), state.average, *numbers)
     assert (size, new.balance.now, new.balance.past, new.balance.older) == (
         0.5,
         2,
@@ -280,3 +279,22 @@ def test_numbers_of_a_first_step():
         2,
     )
     assert new.balance.variance == 0
+
+
+def test_what_did_not_go_back_to_the_average_is_not_sent_there_again():
+    """Something changed the update: it would lead ever further away."""
+    state = noise_balance.begin(jnp.zeros(2), 0.5)
+    state = state._replace(balance=state.balance._replace(seen=jnp.int32(20)))
+    x = jnp.full(2, 3.0)
+    for loss in (jnp.nan, 9.0):
+        given = jnp.float32(loss), jnp.float32(9.0), None, 1.0, 5.0
+        once, _, taken = noise_balance.follow(state, x, x / 9, *given)
+        assert not taken and once.size == 0
+        np.testing.assert_array_equal(once.average, 0 * x)
+        twice, _, taken = noise_balance.follow(once, x, x / 9, *given)
+        assert not taken
+        np.testing.assert_array_equal(twice.average, x)
+        # What is no number is no place to be.
+        broken = x.at[0].set(jnp.nan)
+        other, _, _ = noise_balance.follow(once, broken, x / 9, *given)
+        np.testing.assert_array_equal(other.average, [0.0, 3.0])

@@ -62,6 +62,19 @@ def damage(checkpoint):
     return path
 
 
+def test_what_is_no_checkpoint_is_named(tmp_path):
+    """As where one was copied to another name, or linked to a disk that is gone."""
+    folder = tmp_path / "checkpoints"
+    (folder / "02").mkdir(parents=True)
+    (folder / "7").symlink_to(tmp_path / "gone")
+    (folder / "damaged-3-1").mkdir()
+    (folder / "12").mkdir()
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    (note,) = checkpoints.notes
+    assert note.startswith(f"2 in {folder} are no checkpoints") and "02, 7." in note
+    checkpoints.close()
+
+
 def files(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

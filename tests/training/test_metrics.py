@@ -39,6 +39,24 @@ def test_damage_in_the_middle_is_reported(tmp_path):
         metrics.read_metrics(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"step": 1, "split": "train", "loss": 1, "loss": 2}', "loss more than once"),
+        ('{"step": 1, "step": 1, "split": "train"}', "step more than once"),
+        ('{"step": 1, "split": "nan"}', "split is 'nan', expected one of train, "),
+        ('{"step": 1, "split": "tset"}', "split is 'tset'"),
+        ('{"step": 1, "split": 3}', "split is 3"),
+        ('{"step": 1}', "split is None"),
+    ],
+)
+def test_what_no_run_writes_is_reported(tmp_path, line, problem):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(metrics.MetricsError, match=f"line 1 .*{problem}"):
+        metrics.read_metrics(path)
+
+
 def test_what_is_flushed_would_outlast_a_power_cut(tmp_path, monkeypatch):
     """The lines, the events, and the old lines before they replace the file."""
     synced, fsync = [], os.fsync

@@ -18,6 +18,9 @@ DESCRIPTION = (
 
 _EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "ppm", "pgm", "tif", "tiff", "webp")
 _EVAL_SPLITS = ("test", "val", "validation")
+# What people call splits beside that.
+_TRAIN_NAMES = ("train", "training")
+_EVAL_NAMES = (*_EVAL_SPLITS, "testing", "valid", "eval", "evaluation", "dev")
 _NAMED = 3  # of what is passed over for one reason
 
 _logger = logging.getLogger(__name__)
@@ -47,7 +50,10 @@ def load(
                 f"test_fraction={test_fraction} is for a folder without a test split, "
                 f"and {root} has {test_folders[0].name}/: leave it out"
             )
-        splits = [path.name for path in _entries(root) if path.is_dir()] == ["train"]
+        folders = [path.name for path in _entries(root) if path.is_dir()]
+        splits = folders == ["train"]
+        if not splits:
+            _check_classes(root, [name for name in folders if name[0] != "."])
         found, class_names = listing.images(root / "train" if splits else root)
         listing.tell(root)
         count = max(1, round(test_fraction * len(found)))
@@ -78,6 +84,18 @@ def load(
     return train, test, class_names
 
 
+def _check_classes(root: pathlib.Path, names: list[str]) -> None:
+    """Raises if folders that should be classes have the names of splits."""
+    train = [name for name in names if name.lower() in _TRAIN_NAMES]
+    test = [name for name in names if name.lower() in _EVAL_NAMES]
+    if (train and test) or len(train) + len(test) == len(names) > 0:
+        raise DataError(
+            f"{', '.join(train + test)} in {root} would be classes, and have the names "
+            "of splits: call them train and test, without test_fraction where there "
+            "are both"
+        )
+
+
 class _Listing:
     """Files below a folder, what is passed over, and what is odd, by reasons."""
 
@@ -85,6 +103,7 @@ class _Listing:
         self.passed_over: dict[str, list[pathlib.Path]] = {}
         self.odd: dict[str, list[pathlib.Path]] = {}
         self.folders: set[pathlib.Path] = set()
+        self.read: list[pathlib.Path] = []
 
     def skip(self, reason: str, path: pathlib.Path) -> None:
         """Notes that something is passed over."""
@@ -114,6 +133,7 @@ class _Listing:
             if not images:
                 raise DataError(f"no images ({', '.join(_EXTENSIONS)}) in {path}")
             found += images
+            self.read += images
             labels += [label] * len(images)
         files = Files(np.asarray(list(map(str, found))), np.asarray(labels, np.int32))
         return files, tuple(path.name for path in classes)
@@ -150,8 +170,22 @@ class _Listing:
                 self.skip("no images", path)
         return found
 
+    def _note_links(self) -> None:
+        """Notes links to a picture that is read elsewhere, in another split, say."""
+        links = [path for path in self.read if path.is_symlink()]
+        if not links:
+            return
+        folders = {folder: folder.resolve() for folder in {p.parent for p in self.read}}
+        places = {folders[path.parent] / path.name for path in self.read}
+        for path in links:
+            target = pathlib.Path(os.path.realpath(path))  # of a circle too
+            if target in places:
+                self.note("links to a picture that is read elsewhere", path)
+            places.add(target)
+
     def tell(self, root: pathlib.Path) -> None:
         """Says in a line what is passed over, and in another what is odd."""
+        self._note_links()
         for kinds, what in (
             (self.passed_over, "are passed over"),
             (self.odd, "are read, and may not be meant"),

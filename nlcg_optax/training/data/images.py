@@ -158,6 +158,8 @@ def _check_jpeg(content: bytes) -> None:
 
     As where a download broke off, and zeros fill up the file: Pillow takes them for
     grey.
+    One that was cut and closed by an end again is not recognised: libjpeg fills the
+    last rows with grey and warns, which Pillow does not tell.
     """
     if content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN):
         raise ValueError("image file is truncated")

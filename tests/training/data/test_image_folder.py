@@ -261,3 +261,43 @@ def test_images_without_classes_are_told(tmp_path, caplog):
     dataset = data.load("folder", data_dir=tmp_path)
     assert dataset.class_names == ("all",)
     assert "2 the only class (train/all, test/all)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        *(("training", "testing"), ("Train", "Test"), ("TRAIN",), ("train", "valid")),
+        *(("labels", "train", "dev"), ("Training",), ("eval", "train")),
+    ],
+)
+def test_splits_of_other_names_are_no_classes(tmp_path, names):
+    write_folder(tmp_path, splits=names)
+    with pytest.raises(data.DataError, match=f"{names[-1]}.*have the names of splits"):
+        data.load("folder", data_dir=tmp_path, test_fraction=0.5)
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path):
+    write_folder(tmp_path, splits=("bus", "train"))
+    dataset = data.load("folder", data_dir=tmp_path, test_fraction=0.5)
+    assert dataset.class_names == ("bus", "train")
+
+
+def test_links_to_a_picture_that_is_read_elsewhere_are_told(tmp_path, caplog):
+    """As where the same picture is in training and test; not where all are links."""
+    write_folder(tmp_path / "real")
+    root = tmp_path / "linked"
+    for path in sorted((tmp_path / "real").rglob("*.png")):
+        link = root / path.relative_to(tmp_path / "real")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    data.load("folder", data_dir=root)
+    assert "links to" not in caplog.text
+    (root / "test" / "bee" / "again.png").symlink_to(
+        tmp_path / "real" / "train" / "bee" / "0.png"
+    )
+    real = root / "train" / "ant" / "real.png"
+    real.write_bytes((tmp_path / "real" / "train" / "ant" / "1.png").read_bytes())
+    (root / "test" / "ant" / "real.png").symlink_to(real)
+    data.load("folder", data_dir=root)
+    assert "2 links to a picture that is read elsewhere" in caplog.text
+    assert "test/bee/again.png" in caplog.text and "test/ant/real.png" in caplog.text
