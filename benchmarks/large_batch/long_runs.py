@@ -167,7 +167,11 @@ def table(rows: list[dict]) -> str:
         f"the {EVERY:,} steps before, of held-out examples, and of these at the "
         "average of the parameters.",
         "",
+        "<!-- long runs -->",
+        "",
         *report.table(header, cells),
+        "",
+        "<!-- end -->",
         "",
         f"`python benchmarks/large_batch/long_runs.py`; {report.environments(rows)}.",
     ]

@@ -112,7 +112,11 @@ def table(rows: list[dict]) -> str:
         "the tuned peer of the lowest loss, at the rate and schedule of its tuning. A "
         "step back is one that was taken back, or a return to the average.",
         "",
+        "<!-- repeats -->",
+        "",
         *report.table(header, cells),
+        "",
+        "<!-- end -->",
         "",
         f"`python benchmarks/large_batch/repeats.py`; {len(rows)} runs; "
         f"{report.environments(rows)}.",
