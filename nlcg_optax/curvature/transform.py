@@ -193,8 +193,8 @@ def scale_by_quadratic_model(
     if not _check.is_schedule(multiplier):
         _check.number("multiplier", multiplier, minimum=0)
         number: Any = multiplier
-        # By NumPy, for within a traced function jax would trace the comparison. What
-        # `optax.inject_hyperparams` injects has the parameters' dtype, also a complex one.
+        # By NumPy, for within a traced function jax would trace the comparison; of the
+        # real part, for an injected number has the parameters' dtype.
         if not isinstance(number, Tracer) and np.real(np.asarray(number)) > 1:
             raise ValueError(
                 f"multiplier={multiplier} is not valid: expected at most 1, for "
