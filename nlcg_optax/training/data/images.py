@@ -24,6 +24,10 @@ _ADAM7 = (
 )
 _WITH_PALETTE = 3  # the kind of its colours
 _JPEG, _JPEG_SCAN, _JPEG_END = b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+# Pixels of a JPEG, whatever its code is, and others than zeros would be.
+_MORE = bytes((90 + 181 * i) % 255 for i in range(510))
+# Levels of grey in a block without a pattern, and pixels that are soon decoded again.
+_FLAT, _SMALL = 16, 64 * 64
 # Tags of TIFF: bits of a value, what is white, and whether values are signed.
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
@@ -50,6 +54,8 @@ def read_image(file: Any, description: str, channels: int) -> np.ndarray:
                 raise ValueError(f"it has {image.n_frames} frames")  # pyright: ignore
             if parts is not None:  # of a size that Pillow does not refuse
                 _check_pixels(parts)
+            if image.format == "JPEG":
+                _check_last_rows(image, content)
             upright = _upright(_in_8_bits(image))
             decoded = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
     # Decoders raise nearly anything where a file is damaged.
@@ -158,11 +164,32 @@ def _check_jpeg(content: bytes) -> None:
 
     As where a download broke off, and zeros fill up the file: Pillow takes them for
     grey.
-    One that was cut and closed by an end again is not recognised: libjpeg fills the
-    last rows with grey and warns, which Pillow does not tell.
     """
     if content.rfind(_JPEG_END) < content.rfind(_JPEG_SCAN):
         raise ValueError("image file is truncated")
+
+
+def _check_last_rows(image: Any, content: bytes) -> None:
+    """Raises a ValueError if a JPEG ends before its pixels do, though it has an end.
+
+    libjpeg fills its last rows with one colour then, and warns, which Pillow does not
+    tell. What stands before the end is read if, and only if, pixels are missing.
+    """
+    from PIL import Image
+
+    # The last block, or what is seen of it: into its colours others are blurred.
+    corner = (image.width - 1) // 8 * 8, (image.height - 1) // 8 * 8
+    last = np.asarray(image.crop((*corner, *image.size)).convert("L"))
+    small = image.width * image.height <= _SMALL  # and its last block much of it
+    if not (small or image.info.get("progressive")) and np.ptp(last) > _FLAT:
+        return
+    pixels = np.asarray(image)
+    end = content.rfind(_JPEG_END)
+    end -= content[end - 1] == _JPEG_END[0]  # of a marker that was cut
+    more = content[:end] + _MORE + content[end:]
+    with Image.open(io.BytesIO(more), formats=("JPEG",)) as other:
+        if not np.array_equal(pixels, np.asarray(other)):
+            raise ValueError("image file is truncated, for pixels are missing")
 
 
 def resize(

@@ -102,6 +102,29 @@ def test_a_download_that_broke_off_is_refused():
             images.read_image(cut + bytes(len(whole) - len(cut)), "image", 3)
 
 
+def jpeg(pixels, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"quality": 20}]
+)
+def test_a_jpeg_that_was_cut_and_closed_again_is_refused(options):
+    """Its last rows would be of one colour, and only libjpeg knows."""
+    for shape in ((100, 75), (12, 12), (1, 30)):
+        whole = jpeg(random_image(0, *shape), **options)
+        images.read_image(whole, "image", 3)
+        scan = whole.rfind(b"\xff\xda") + 14
+        for part in (0.1, 0.5, 0.9):
+            cut = whole[: scan + int(part * (len(whole) - 2 - scan))]
+            with pytest.raises(errors.BrokenImage, match="image"):
+                images.read_image(cut + b"\xff\xd9", "image", 3)
+    flat = np.full((70, 70, 3), 200, np.uint8)
+    images.read_image(jpeg(flat, **options), "image", 3)
+
+
 def png(width, height, kind, pixels, *more, interlaced=0):
     def part(name, data):
         checksum = struct.pack(">I", zlib.crc32(name + data))
