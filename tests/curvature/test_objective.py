@@ -382,7 +382,10 @@ def test_a_check_needs_a_quadratic_model():
 # --- Weight decay -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [None, WEIGHTS, lambda params: WEIGHTS])
+@pytest.mark.parametrize(
+    "mask",
+    [None, pytest.param(WEIGHTS, marks=pytest.mark.long), lambda params: WEIGHTS],
+)
 def test_weight_decay_is_the_penalty(mask):
     tx = nlcg_auto(weight_decay=0.2, weight_decay_mask=mask)
     got, state = train(15, tx=tx)
