@@ -22,10 +22,17 @@ from workloads import WORKLOADS
 
 # What other questions are asked of.
 LEFT_OUT = ("_ablation", "_draw_1", "_draw_2", "_gpu")
-ERRORS = 2  # a ratio so many of its standard errors from 1 is a difference
+# A ratio so many of its standard errors from 1 is a difference; if it is none, and the
+# error larger than this part, nothing can be said.
+ERRORS, KNOWN = 2, 0.05
 # Whose largest batch is all of the data.
 WHOLE = {name for name, *_ in figures.WHOLE}
-COLOURS = {"below": "#0072B2", "level": "#767676", "above": "#D55E00"}
+COLOURS = {
+    "below": "#0072B2",
+    "level": "#767676",
+    "above": "#D55E00",
+    "open": "#CCBB44",
+}
 
 
 class Ratio(NamedTuple):
@@ -42,7 +49,7 @@ class Ratio(NamedTuple):
     @property
     def verdict(self) -> str:
         if abs(self.value - 1) <= ERRORS * self.error:
-            return "level"
+            return "level" if self.error <= KNOWN * self.value else "open"
         return "below" if self.value < 1 else "above"
 
 
@@ -132,7 +139,7 @@ def label(cell: Cell) -> str:
 
 
 def counts(found: list[Cell]) -> dict[str, int]:
-    """How many are below the best tuned peer, level with it, and above."""
+    """How many are below the best tuned peer, level with it, above, and open."""
     verdicts = [cell.ours.verdict for cell in found]
     return {verdict: verdicts.count(verdict) for verdict in COLOURS}
 
@@ -152,15 +159,17 @@ def table(found: list[Cell], where: str) -> str:
         "",
         "Of held-out examples, where there are any (of `autoencoder` and `burgers` of "
         "the training); ± is the standard error of the test seeds. Below 1 is better. "
-        f"A cell is level where 1 is within {ERRORS} of these errors. The peer was "
-        "chosen among all by this very loss, which favours it.",
+        f"A cell is level where 1 is within {ERRORS} of these errors, and open where "
+        f"the error is also above {100 * KNOWN:.0f}%. The peer was chosen among all by "
+        "this very loss, which favours it.",
         "",
         "<!-- relative -->",
         "",
         f"`nlcg_auto` ends below the best tuned peer in {number['below']} of "
         f"{len(found)} cells, is level with it in {number['level']}, and above it in "
-        f"{number['above']}. It ends below the best of what else has nothing tuned in "
-        f"{lower} of {len(compared)}.",
+        f"{number['above']}; {number['open']} are open, for seeds differ too much. It "
+        f"ends below the best of what else has nothing tuned in {lower} of "
+        f"{len(compared)}.",
         "",
         "<!-- end -->",
         "",
@@ -218,7 +227,7 @@ def plot(found: list[Cell], path: pathlib.Path) -> None:
         [], [], "o", mfc="none", mec="#A0A0A0", label="best untuned other"
     )
     figure.legend(
-        handles=points, loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        handles=points, loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
     figure.savefig(path, dpi=150, facecolor="white")
     plt.close(figure)

@@ -45,7 +45,8 @@ def test_a_ratio_has_the_errors_of_both_means():
     assert found.value == 0.5
     # The standard error of 2 is 1/√3, of 4 none.
     assert found.error == pytest.approx(0.25 / np.sqrt(3))
-    assert relative.Ratio(0.9, 0.06).verdict == "level"
+    assert relative.Ratio(0.98, 0.02).verdict == "level"
+    assert relative.Ratio(0.9, 0.06).verdict == "open"
     assert relative.Ratio(0.9, 0.04).verdict == "below"
     assert relative.Ratio(1.1, 0.04).verdict == "above"
 
