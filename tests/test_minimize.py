@@ -875,3 +875,20 @@ def test_the_covariance_of_a_fit_is_that_of_curve_fit(x64):
     assert jnp.isinf(nlcg_optax.fit_covariance(doubled, jnp.ones(2), t)).all()
     few = nlcg_optax.fit_covariance(doubled, jnp.ones(2), t[:1])
     assert few.shape == (2, 2) and jnp.isinf(few).all()
+
+
+def test_a_start_that_meets_the_tolerance_by_its_units_is_told():
+    """Of a loss in small units the gradient is below an absolute tolerance at once."""
+
+    def fun(x):
+        return 1e-9 * jnp.sum((x - 1) ** 2)
+
+    start = jnp.zeros(3)
+    result = nlcg_optax.minimize(fun, start)
+    assert result.success and result.iterations == 0
+    assert "at the start already" in result.message and "smaller gtol" in repr(result)
+    result = nlcg_optax.minimize(fun, start, gtol=1e-14)
+    assert result.success and result.iterations > 0
+    assert "at the start" not in result.message
+    # At a minimum there is nothing to say.
+    assert "at the start" not in nlcg_optax.minimize(fun, jnp.ones(3)).message

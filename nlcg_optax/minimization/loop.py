@@ -135,7 +135,8 @@ class _Loop:
         value, grad_norm = self.first_value, self.first_norm
         status = _last_that_holds(
             (self.options.max_iter == 0, result.MAX_ITER),
-            (grad_norm <= self.tolerance, result.GTOL),
+            (grad_norm <= self.tolerance, result.AT_START),
+            (grad_norm == 0, result.GTOL),
             (~(jnp.isfinite(value) & jnp.isfinite(grad_norm)), result.BAD_START),
         )
         zero = jnp.zeros([], jnp.int32)

@@ -76,11 +76,12 @@ def minimize(
 
     the second being the decrease that the next step promises if it is as long as the
     last one: from a start far away, where the gradient is huge, much may be left to
-    gain though the first holds. A starting point need only meet that. Where no lower
-    point is found, or neither the value nor the gradient has fallen for 10 iterations,
-    the direction is started afresh from the gradient, once; if that does not help
-    either the search stops and says so. Nothing raises inside: points where the value
-    or the gradient is not finite are backed off from.
+    gain though the first holds. A starting point need only meet that, and the message
+    says so: an objective in small units needs a smaller `gtol`. Where no lower point is
+    found, or neither the value nor the gradient has fallen for 10 iterations, the
+    direction is started afresh from the gradient, once; if that does not help either
+    the search stops and says so. Nothing raises inside: points where the value or the
+    gradient is not finite are backed off from.
 
     The default preconditioner is limited-memory BFGS. Its newest pair makes the
     direction satisfy Perry's condition :math:`d_t^\top y_{t-1} = -g_t^\top s_{t-1}`, so

@@ -19,11 +19,12 @@ _MESSAGES = (
     "stopped: the callback asked for it",
     "stopped: the objective seems to have no lower bound; its value falls ever "
     "further, and its gradient does not shrink",
+    "converged: the gradient is small enough (gtol) at the start already; if that is "
+    "no minimum, the objective's units are small: multiply it, or give a smaller gtol",
 )
 # By which a result's status is named.
-RUNNING, GTOL, FTOL, MAX_ITER, STUCK, BAD_START, NONFINITE, CALLBACK, UNBOUNDED = range(
-    len(_MESSAGES)
-)
+RUNNING, GTOL, FTOL, MAX_ITER, STUCK = range(5)
+BAD_START, NONFINITE, CALLBACK, UNBOUNDED, AT_START = range(5, len(_MESSAGES))
 
 
 # What has no place in a result of ours, for those who come from scipy.
@@ -81,7 +82,7 @@ class MinimizeResult(NamedTuple):
     @property
     def success(self) -> jax.Array:
         """Whether a tolerance was met."""
-        return (self.status == GTOL) | (self.status == FTOL)
+        return (self.status == GTOL) | (self.status == FTOL) | (self.status == AT_START)
 
     @property
     def x(self) -> Any:

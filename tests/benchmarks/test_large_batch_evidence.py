@@ -1,5 +1,7 @@
 """Ratios to the best peer, repeats, constants one by one, and long runs."""
 
+import pathlib
+
 import constants
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from nlcg_optax.training.config import base_config
 # Most of optax's optimizers promote dtypes.
 pytestmark = pytest.mark.standard_promotion
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 WHERE = {"versions": {"jax": "1"}, "device": "cpu", "cores": 1}
 
 
@@ -85,6 +88,12 @@ def test_the_picture_on_record_is_of_the_rows():
     assert f"best tuned peer in {number['below']} of {len(found)} cells" in said
     for cell in found:
         assert f"| {relative.label(cell)} |" in said
+    readme = (ROOT / "README.md").read_text()
+    counted = (
+        f"in {number['below']} of {len(found)} cells, level in {number['level']}, "
+        f"above in {number['above']}; {number['open']} are open"
+    )
+    assert counted in readme
 
 
 def test_repeats_count_what_failed():
