@@ -13,6 +13,7 @@ import repeats
 import sweep
 import training_tasks
 import workloads
+from sweep_rows import WHERE, row
 
 import nlcg_optax
 from nlcg_optax.training.config import base_config
@@ -21,26 +22,6 @@ from nlcg_optax.training.config import base_config
 pytestmark = pytest.mark.standard_promotion
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-WHERE = {"versions": {"jax": "1"}, "device": "cpu", "cores": 1}
-
-
-def row(optimizer, loss, seed=0, **fields):
-    return {
-        "workload": "autoencoder",
-        "optimizer": optimizer,
-        "batch_size": 32,
-        "phase": "test",
-        "learning_rate": 1.0,
-        "schedule": "constant",
-        "seed": seed,
-        "steps": 10,
-        "diverged": loss is None,
-        "loss": loss,
-        "accuracy": None,
-        "evaluations": [] if loss is None else [[10, loss]],
-        **WHERE,
-        **fields,
-    }
 
 
 def test_a_ratio_has_the_errors_of_both_means():
@@ -57,9 +38,9 @@ def test_a_ratio_has_the_errors_of_both_means():
 def test_the_peer_is_the_best_that_came_to_its_end(tmp_path):
     name = "autoencoder"
     rows = [
-        *(row("nlcg by curvature", x, i) for i, x in enumerate((0.5, 0.6, 0.7))),
-        *(row("soap", x, i) for i, x in enumerate((1.0, 1.0, 1.0))),
-        *(row("muon", x, i) for i, x in enumerate((0.1, None, 0.1))),
+        *(row("nlcg by curvature", x, seed=i) for i, x in enumerate((0.5, 0.6, 0.7))),
+        *(row("soap", x, seed=i) for i, x in enumerate((1.0, 1.0, 1.0))),
+        *(row("muon", x, seed=i) for i, x in enumerate((0.1, None, 0.1))),
         row("adamw", 0.01, phase="tuning"),
     ]
     for each in rows:
@@ -97,10 +78,10 @@ def test_the_picture_on_record_is_of_the_rows():
 
 
 def test_repeats_count_what_failed():
-    ours = [row("nlcg by curvature", x, i) for i, x in enumerate((1.0, 1.0, 1.2))]
+    ours = [row("nlcg by curvature", x, seed=i) for i, x in enumerate((1.0, 1.0, 1.2))]
     for each, back in zip(ours, (0, 2, 0), strict=True):
         each["steps_back"] = back
-    peers = [row("soap", x, i) for i, x in enumerate((2.0, None, 2.0))]
+    peers = [row("soap", x, seed=i) for i, x in enumerate((2.0, None, 2.0))]
     text = repeats.table(peers + ours)
     assert "nothing tuned | 1 (1 to 1.2) | 3 | 0 | 1 | 1 |" in text
     # What diverged is above the median too.

@@ -10,14 +10,13 @@ import step_cost
 import training_tasks
 import untuned
 import workloads
+from sweep_rows import WHERE, row
 
 import nlcg_optax
 from nlcg_optax.training.config import base_config
 
 # Most of optax's optimizers promote dtypes.
 pytestmark = pytest.mark.standard_promotion
-
-WHERE = {"versions": {"jax": "1"}, "device": "cpu", "cores": 1}
 
 
 def line_workload():
@@ -58,23 +57,6 @@ def test_defaults_run_once_with_and_without_a_decay(tmp_path):
     assert [row["learning_rate"] for row in rows] == [0.01, 0.01, 0.0025]
     # A rate that falls to zero goes less far.
     assert rows[0]["loss"] < rows[1]["loss"] < rows[1]["evaluations"][0][1]
-
-
-def row(optimizer, loss, schedule="constant", seed=0):
-    return {
-        "workload": "autoencoder",
-        "optimizer": optimizer,
-        "batch_size": 32,
-        "phase": "test",
-        "learning_rate": 1.0,
-        "schedule": schedule,
-        "seed": seed,
-        "steps": 10,
-        "diverged": loss is None,
-        "loss": loss,
-        "accuracy": None,
-        **WHERE,
-    }
 
 
 def test_table_has_the_best_that_came_to_an_end(tmp_path):
