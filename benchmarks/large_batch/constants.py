@@ -16,10 +16,11 @@ import functools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
+import figures
 import jax
 import matplotlib.pyplot as plt
 import protocol
@@ -117,16 +118,6 @@ OF_NOISE = {
 WITHOUT_NOISE = "autoencoder, all"
 
 
-@contextlib.contextmanager
-def anew() -> Iterator[None]:
-    """What was traced by another constant is not to be used."""
-    jax.clear_caches()
-    try:
-        yield
-    finally:
-        jax.clear_caches()
-
-
 def run(data_dir: str | None, only: str | None = None) -> None:
     """Adds the rows that are not there, of one task or all."""
     done = {
@@ -161,7 +152,8 @@ def add(
     if not left:
         return
     context, start = constant.changed(make(data_dir), value)
-    with anew(), context:
+    jax.clear_caches()  # what was traced by another constant is not to be used
+    with context:
         programs = starts.make(start)
         for seed in left:
             row = starts.run(start, programs, seed)
@@ -207,8 +199,7 @@ def table(rows: list[dict]) -> str:
                 elif not math.isfinite(loss):
                     line.append("diverged")
                 else:
-                    text = f"{100 * (loss / usual - 1):+.1f}%".replace("-", "−")
-                    line.append(text)
+                    line.append(figures.change(loss / usual))
             cells.append(line)
     usual = [
         f"{means(rows, task, 'none')[1.0]:.4g} ± {100 * error(rows, task):.1f}%"

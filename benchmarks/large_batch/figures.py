@@ -143,6 +143,11 @@ def spread(error: float, digits: str) -> str:
     return " (one seed)" if math.isnan(error) else f" ± {error:{digits}}"
 
 
+def change(ratio: float) -> str:
+    """By how many percent a ratio is above 1."""
+    return f"{100 * (ratio - 1):+.1f}%".replace("-", "−")
+
+
 def table(
     corner: str, header: Iterable[str], rows: dict[str, list[Cell]]
 ) -> Iterable[str]:
@@ -192,8 +197,7 @@ def beside_the_best(results: Results) -> Iterable[str]:
         for size in sizes:
             ours, loss = results.loss(workload, CURVATURE, size)
             best, least = results.best_peer("loss", workload, size)
-            difference = f"{100 * (loss / least - 1):+.1f}%".replace("-", "−")
-            cells.append([f"`{workload}`, {size:,}", ours, best, difference])
+            cells.append([f"`{workload}`, {size:,}", ours, best, change(loss / least)])
     return report.table(
         ["sampled batches", SHOWN[CURVATURE], "best tuned peer", ""], cells
     )

@@ -9,14 +9,12 @@ Writes `results/relative.md` and `results/relative.png` from the recorded rows.
 
 import math
 import pathlib
-import statistics
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import figures
 import matplotlib.pyplot as plt
 import protocol
 import report
-import targets
 import untuned
 from workloads import WORKLOADS
 
@@ -25,6 +23,7 @@ LEFT_OUT = ("_ablation", "_draw_1", "_draw_2", "_gpu")
 # A ratio so many of its standard errors from 1 is a difference; if it is none, and the
 # error larger than this part, nothing can be said.
 ERRORS, KNOWN = 2, 0.05
+OURS = untuned.OURS
 # Whose largest batch is all of the data.
 WHOLE = {name for name, *_ in figures.WHOLE}
 COLOURS = {
@@ -75,15 +74,6 @@ class Cell(NamedTuple):
     other: str | None
 
 
-def ends(rows: list[dict[str, Any]]) -> list[float] | None:
-    """The losses at the end, of held-out examples if any; None if one diverged."""
-    if not rows or any(row["diverged"] for row in rows):
-        return None
-    if rows[0]["accuracy"] is not None:  # a classifier's are those of its test set
-        return [row["loss"] for row in rows]
-    return [float(targets.trajectory(row)[1][-1]) for row in rows]
-
-
 def ratio(ours: list[float], peers: list[float]) -> Ratio:
     """With the error that both means have."""
     (a, da), (b, db) = map(report.mean_and_error, (ours, peers))
@@ -103,25 +93,25 @@ def cells(folder: pathlib.Path) -> list[Cell]:
         groups = report.group(rows, workload)
         for size in workload.batch_sizes:
             tested = {
-                who: losses
-                for who in (figures.CURVATURE, *report.PEERS)
-                if (losses := ends(report.tested(groups.get((who, size), []))))
+                who: report.tested(groups.get((who, size), [])) for who in report.PEERS
             }
-            ours = tested.pop(figures.CURVATURE, None)
-            if not ours or not tested:
+            ours = untuned.ends(report.tested(groups.get((OURS, size), [])))
+            peer = untuned.best(tested)
+            if not ours or peer is None:
                 continue
-            peer = min(tested, key=lambda who: statistics.mean(tested[who]))
+            least = untuned.ends(tested[peer])
             settings = untuned.settings(without, name, size)
             other = untuned.best(settings)
-            others = ends(settings[other]) if other else None
+            others = untuned.ends(settings[other]) if other else None
+            assert least is not None  # or it were not the best
             found.append(
                 Cell(
                     name,
                     size,
                     size == workload.batch_sizes[-1] and name in WHOLE,
                     peer,
-                    ratio(ours, tested[peer]),
-                    ratio(others, tested[peer]) if others else None,
+                    ratio(ours, least),
+                    ratio(others, least) if others else None,
                     other,
                 )
             )
