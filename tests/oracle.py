@@ -308,6 +308,7 @@ class NoiseBalance:
     older: float = 0.0
     variance: float = 0.0
     mean: object = 0.0
+    room: float = 0.0
     discounted: float = 0.0
     doubt: float = 0.0
     steps: int = 0
@@ -353,6 +354,12 @@ class NoiseBalance:
         cost = self.excess + 3.3 * self.age / n * gain
         if self.older - self.past > 1.5 * gain:
             gain *= 1.5 * gain / (self.older - self.past)
+        if min(loss, there) < 0:
+            self.room = math.inf
+        elif self.room < math.inf:
+            self.room = self.now
+        gain = min(gain, self.room)
+        fast = n > 1 and -self.excess / (3.3 * self.age / n) > 0.1 * self.room
         doubt = math.sqrt(self.variance * 9 / (n + 8))
         self.discounted, self.doubt = gain, doubt
         wanted = self.target * max(gain, 0.1 * doubt)
@@ -360,5 +367,8 @@ class NoiseBalance:
         size = wanted + abs(cost) + min(doubt, gain)
         if n > 1 and part < 0.55 and size > 0:
             window = (n + 8) / 9
-            self.rate *= math.exp(1.4 * (wanted - cost) / size / (window + self.delay))
+            too_low = (wanted - cost) / size
+            if fast:
+                too_low = min(too_low, 0)
+            self.rate *= math.exp(1.4 * too_low / (window + self.delay))
         return self.rate * min(max((1 - part) / 0.45, 0), 1)

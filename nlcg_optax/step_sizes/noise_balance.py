@@ -21,6 +21,8 @@ _LAG = 3.3
 _FLATTER = 1.5
 # A gain counts as this part of its standard error at least.
 _LEAST = 0.1
+# The gain, in parts of what is left of the loss, at whose pace it falls fast enough.
+_PACE = 0.1
 # How far log(rate) goes in a window, at most.
 _SPEED = 1.4
 # The part of a run in which the rate is steered; then it falls to zero along a line.
@@ -54,6 +56,8 @@ class Balance(NamedTuple):
       past: the same, a third of the steps old.
       older: average of `past`, a third of the steps older.
       variance: of the loss at the average parameters, from batch to batch.
+      room: what the loss can fall by: `now`, as long as it never was negative, and
+        infinite from then on.
     """
 
     seen: jax.typing.ArrayLike
@@ -64,24 +68,34 @@ class Balance(NamedTuple):
     past: jax.Array
     older: jax.Array
     variance: jax.Array
+    room: jax.Array
+
+    @property
+    def lag(self) -> jax.Array:
+        """What the average of the parameters lags behind, in parts of the gain."""
+        steps = jnp.maximum(jnp.asarray(self.seen), 1).astype(self.age.dtype)
+        return _LAG * self.age / steps
 
     @property
     def cost(self) -> jax.Array:
         r"""What noise costs: :math:`E` and what the average lags behind."""
-        steps = jnp.maximum(jnp.asarray(self.seen), 1).astype(self.age.dtype)
-        return self.excess + _LAG * self.age / steps * jnp.maximum(
-            self.past - self.now, 0
-        )
+        return self.excess + self.lag * jnp.maximum(self.past - self.now, 0)
 
     @property
     def gain(self) -> jax.Array:
-        """What the run still gains: R, and less of it where the descent flattens."""
+        """What the run still gains: R, less where the descent flattens or nears 0."""
         gain = jnp.maximum(self.past - self.now, 0)
         before = self.older - self.past
         flattens = before > _FLATTER * gain
-        return jnp.where(
+        gain = jnp.where(
             flattens, _FLATTER * gain**2 / jnp.where(flattens, before, 1), gain
         )
+        return jnp.minimum(gain, self.room)
+
+    @property
+    def fast(self) -> jax.Array:
+        """Whether the loss falls so fast that no larger rate is needed."""
+        return -self.excess > _PACE * self.room * self.lag
 
     @property
     def doubt(self) -> jax.Array:
@@ -159,7 +173,15 @@ def scale_by_noise_balance(
     tenth of its standard error σ at least, so that a rate which died comes back, and
     the σ of the denominator is R at most. To E is added what :math:`\bar x` lags
     behind, :math:`3.3 R\, a / n` with the mean age a of the parameters in it. A change
-    of units of the loss, or a constant in it, changes nothing.
+    of units of the loss changes nothing.
+
+    A loss that never was negative is taken for one that cannot be, as an error or a
+    cross-entropy: R counts as :math:`L(\bar x)` at most, for no run gains more than
+    there is. And the rate does not grow while the loss falls steeply, where
+    :math:`-E > 0.33\, L(\bar x)\, a / n`: at that pace a tenth of what is left is
+    gained in about half a run. What a rate does is seen there when it is too late, and
+    the damage of a rate that is far too large does not heal. From the first negative
+    loss on neither holds, and a constant in it changes nothing.
 
     The rate is steered in 55% of the steps, and then falls to zero along a line. Where
     the end is not known it is steered throughout, and :func:`eval_params` gives the
@@ -355,6 +377,9 @@ def watch(balance: Balance, loss: jax.Array, excess: jax.Array) -> Balance:
         past=past,
         older=balance.older + long * (past - balance.older),
         variance=balance.variance + newest * (spread - balance.variance),
+        room=jnp.where(
+            (loss < 0) | (there < 0) | jnp.isinf(balance.room), jnp.inf, now
+        ),
     )
 
 
@@ -370,6 +395,7 @@ def change(
     # Doubt slows the rate down, where there is a gain to doubt.
     size = wanted + jnp.abs(cost) + jnp.minimum(doubt, balance.gain)
     too_low = jnp.where(size > 0, (wanted - cost) / jnp.where(size > 0, size, 1), 0)
+    too_low = jnp.where(balance.fast, jnp.minimum(too_low, 0), too_low)
     window = (jnp.asarray(balance.seen).astype(dtype) + _NOW) / (_NOW + 1)
     return _SPEED * too_low / (window + _tree.real_scalar(delay, dtype))
 

@@ -108,13 +108,52 @@ def balanced(rate, num_steps=400, direction=None):
     return optax.chain(direction, scale_by_noise_balance(num_steps, first_rate=rate))
 
 
-def test_units_and_a_constant_of_the_loss_change_nothing():
+def test_units_of_the_loss_change_nothing():
     tx = balanced(0.01)
     expected = run(tx, *start(tx), 0, 100)[2]
     units = run(tx, *start(tx), 0, 100, factor=1024.0)[2]
     np.testing.assert_allclose(units, expected, rtol=2e-4, atol=1e-5)
-    constant = run(tx, *start(tx), 0, 100, offset=4.0)[2]
+
+
+def test_a_constant_of_a_loss_that_is_negative_changes_nothing():
+    tx = balanced(0.01)
+    expected = run(tx, *start(tx), 0, 100, offset=-4.0)[2]
+    constant = run(tx, *start(tx), 0, 100, offset=-8.0)[2]
     np.testing.assert_allclose(constant, expected, rtol=2e-2, atol=2e-3)
+
+
+def told(losses, excesses):
+    """The balance after these losses, and by how much it is to change the rate."""
+    balance = noise_balance.begin(jnp.zeros([1]), 0.01).balance
+    for loss, excess in zip(losses, excesses, strict=True):
+        balance = noise_balance.watch(balance, jnp.asarray(loss), jnp.asarray(excess))
+    return balance, float(noise_balance.change(balance, 1.0, 5.0))
+
+
+def test_no_run_gains_more_than_is_left_of_the_loss():
+    losses = np.float32([4.0] * 10 + [0.1] * 10)
+    balance, _ = told(losses, np.zeros(20))
+    assert balance.past - balance.now > 3 * balance.now
+    np.testing.assert_allclose(balance.gain, balance.now)
+    # Not where it was negative once, though it is positive now.
+    losses[0] = -1.0
+    balance, _ = told(losses, np.zeros(20))
+    assert balance.gain > 2 * balance.now
+    np.testing.assert_allclose(balance.room, np.inf)
+
+
+def test_the_rate_does_not_grow_in_a_steep_descent():
+    """By a twentieth in each step, or by a five-thousandth."""
+    steep, gentle = 4 * 0.95 ** np.arange(20.0), 4 * 0.9998 ** np.arange(20.0)
+    for losses, grows in ((steep, False), (gentle, True), (steep - 5, True)):
+        averages = [losses[max(0, t - 9) : t + 1].mean() for t in range(20)]
+        excesses = np.float32(losses) - np.float32(averages)
+        balance, change = told(np.float32(losses), excesses)
+        assert balance.excess < 0
+        assert (change > 0) == grows
+    # But it falls there, where noise costs more than it gains.
+    balance = balance._replace(now=balance.past, excess=jnp.float32(1.0))
+    assert noise_balance.change(balance, 1.0, 5.0) < 0
 
 
 def test_the_first_rate_hardly_matters():
