@@ -102,6 +102,7 @@ CONSTANTS = {
     "balance: cost over gain": of_module(transform, "_TARGET", 0.25, 0.5, 2.0, 4.0),
     "balance: delay": of_module(transform, "_DELAY", 2.0, 10.0, 20.0),
     "balance: speed": of_module(noise_balance, "_SPEED", 0.7, 2.8),
+    "balance: pace of a steep descent": of_module(noise_balance, "_PACE", 0.05, 0.2),
     "balance: memory of losses": of_module(noise_balance, "_NOW", 4.0, 16.0),
     "average: part of the run": of_module(noise_balance, "_PART", 0.05, 0.2),
     "part that is steered": of_module(noise_balance, "_STEERED", 0.4, 0.7),

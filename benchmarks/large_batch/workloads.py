@@ -446,6 +446,30 @@ def inpainting(data_dir: str | None = None) -> Workload:
     )
 
 
+def adding(data_dir: str | None = None) -> Workload:
+    """The sum of two marked numbers of a sequence."""
+    del data_dir
+    return _by_steps(
+        "The adding problem by a GRU",
+        base_config(),
+        untouched_tasks.adding,
+        {64: 800, 512: 300},
+        _once(AUTOENCODER),
+    )
+
+
+def antiderivative(data_dir: str | None = None) -> Workload:
+    """From functions to their integrals."""
+    del data_dir
+    return _by_steps(
+        "Antiderivatives by a DeepONet",
+        base_config(),
+        untouched_tasks.antiderivative,
+        {64: 1000, 1024: 250},
+        _once(AUTOENCODER),
+    )
+
+
 def cifar10_jpeg_gpu(data_dir: str | None = None) -> Workload:
     """What `gpu.py` runs: ResNet-32 on all images of 32×32."""
     config = cifar10_jpeg(data_dir).config
@@ -477,5 +501,7 @@ WORKLOADS: dict[str, Callable[[str | None], Workload]] = {
     "two_digits": two_digits,
     "rare_words": rare_words,
     "inpainting": inpainting,
+    "adding": adding,
+    "antiderivative": antiderivative,
     "cifar10_jpeg_gpu": cifar10_jpeg_gpu,
 }

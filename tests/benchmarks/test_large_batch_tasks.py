@@ -13,6 +13,7 @@ import peers
 import pytest
 import sweep
 import training_tasks
+import untouched_tasks
 import workloads
 from flax import nnx
 
@@ -248,3 +249,34 @@ def test_embedding_and_head_are_left_to_adam(tmp_path):
     assert float(jnp.std(kernel)) == pytest.approx(0.2, rel=0.25)
     values = np.linalg.svd(kernel, compute_uv=False)
     assert values.max() < 2 * np.median(values)
+
+
+def test_the_adding_problem_is_a_gru_that_reads_marked_numbers():
+    task = untouched_tasks.adding(base_config())
+    x, y = task.data
+    numbers, marks = x[..., 0], x[..., 1]
+    np.testing.assert_array_equal(marks.sum(-1), 2)
+    np.testing.assert_allclose(y, (numbers * marks).sum(-1), rtol=1e-6)
+    params = jax.tree.map(np.float64, task.init(0))
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    h, n = np.zeros(untouched_tasks.UNITS), untouched_tasks.UNITS
+    for token in np.float64(x[0]):
+        given, known = token @ params["input"], h @ params["state"]
+        update, reset = sigmoid(given[:n] + known[:n]), sigmoid((given + known)[n:-n])
+        new = np.tanh(given[-n:] + reset * known[-n:])
+        h = update * h + (1 - update) * new
+    (output,) = task.outputs(task.init(0), (x[:1], y[:1]))
+    np.testing.assert_allclose(output, h @ params["out"], rtol=1e-4)
+
+
+def test_antiderivatives_have_the_functions_for_derivatives():
+    task = untouched_tasks.antiderivative(base_config())
+    u, y = task.data
+    np.testing.assert_allclose(y[:, 0], 0)
+    slopes = np.diff(y) * (untouched_tasks.POINTS - 1)
+    np.testing.assert_allclose(slopes, (u[:, 1:] + u[:, :-1]) / 2, atol=1e-4)
+    assert 0.9 < np.std(u) < 1.1
+    assert task.outputs(task.init(0), task.data).shape == y.shape
