@@ -30,6 +30,7 @@ CELLS = {
     "autoencoder_cifar": (1024, 4096),
     "burgers": (1,),
     "digits": (512,),
+    "two_digits": (64, 1024),
 }
 
 
