@@ -358,7 +358,6 @@ class NoiseBalance:
             self.room = math.inf
         elif self.room < math.inf:
             self.room = self.now
-        gain = min(gain, self.room)
         fast = n > 1 and -self.excess / (3.3 * self.age / n) > 0.1 * self.room
         doubt = math.sqrt(self.variance * 9 / (n + 8))
         self.discounted, self.doubt = gain, doubt

@@ -83,14 +83,13 @@ class Balance(NamedTuple):
 
     @property
     def gain(self) -> jax.Array:
-        """What the run still gains: R, less where the descent flattens or nears 0."""
+        """What the run still gains: R, and less of it where the descent flattens."""
         gain = jnp.maximum(self.past - self.now, 0)
         before = self.older - self.past
         flattens = before > _FLATTER * gain
-        gain = jnp.where(
+        return jnp.where(
             flattens, _FLATTER * gain**2 / jnp.where(flattens, before, 1), gain
         )
-        return jnp.minimum(gain, self.room)
 
     @property
     def fast(self) -> jax.Array:
@@ -175,13 +174,12 @@ def scale_by_noise_balance(
     behind, :math:`3.3 R\, a / n` with the mean age a of the parameters in it. A change
     of units of the loss changes nothing.
 
-    A loss that never was negative is taken for one that cannot be, as an error or a
-    cross-entropy: R counts as :math:`L(\bar x)` at most, for no run gains more than
-    there is. And the rate does not grow while the loss falls steeply, where
+    The rate does not grow while the loss falls steeply, where
     :math:`-E > 0.33\, L(\bar x)\, a / n`: at that pace a tenth of what is left is
     gained in about half a run. What a rate does is seen there when it is too late, and
-    the damage of a rate that is far too large does not heal. From the first negative
-    loss on neither holds, and a constant in it changes nothing.
+    the damage of a rate that is far too large does not heal. That takes a loss that
+    never was negative for one that cannot be, as an error or a cross-entropy; from the
+    first negative loss on it does not hold, and a constant in it changes nothing.
 
     The rate is steered in 55% of the steps, and then falls to zero along a line. Where
     the end is not known it is steered throughout, and :func:`eval_params` gives the
