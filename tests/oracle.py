@@ -308,7 +308,7 @@ class NoiseBalance:
     older: float = 0.0
     variance: float = 0.0
     mean: object = 0.0
-    room: float = 0.0
+    negative: bool = False
     discounted: float = 0.0
     doubt: float = 0.0
     steps: int = 0
@@ -354,11 +354,9 @@ class NoiseBalance:
         cost = self.excess + 3.3 * self.age / n * gain
         if self.older - self.past > 1.5 * gain:
             gain *= 1.5 * gain / (self.older - self.past)
-        if min(loss, there) < 0:
-            self.room = math.inf
-        elif self.room < math.inf:
-            self.room = self.now
-        fast = n > 1 and -self.excess / (3.3 * self.age / n) > 0.1 * self.room
+        self.negative |= min(loss, there) < 0
+        fast = n > 1 and -self.excess / (3.3 * self.age / n) > 0.1 * self.now
+        fast &= not self.negative
         doubt = math.sqrt(self.variance * 9 / (n + 8))
         self.discounted, self.doubt = gain, doubt
         wanted = self.target * max(gain, 0.1 * doubt)

@@ -56,8 +56,7 @@ class Balance(NamedTuple):
       past: the same, a third of the steps old.
       older: average of `past`, a third of the steps older.
       variance: of the loss at the average parameters, from batch to batch.
-      room: what the loss can fall by: `now`, as long as it never was negative, and
-        infinite from then on.
+      negative: whether a loss ever was: it may then fall by more than there is of it.
     """
 
     seen: jax.typing.ArrayLike
@@ -68,7 +67,7 @@ class Balance(NamedTuple):
     past: jax.Array
     older: jax.Array
     variance: jax.Array
-    room: jax.Array
+    negative: jax.typing.ArrayLike
 
     @property
     def lag(self) -> jax.Array:
@@ -94,7 +93,8 @@ class Balance(NamedTuple):
     @property
     def fast(self) -> jax.Array:
         """Whether the loss falls so fast that no larger rate is needed."""
-        return -self.excess > _PACE * self.room * self.lag
+        steep = -self.excess > _PACE * self.now * self.lag
+        return steep & ~jnp.asarray(self.negative)
 
     @property
     def doubt(self) -> jax.Array:
@@ -288,7 +288,7 @@ def begin(params: optax.Params, rate: jax.typing.ArrayLike) -> NoiseBalanceState
     numbers = {
         name: jnp.zeros([], dtype)
         for name in Balance._fields
-        if name not in ("seen", "rate")
+        if name not in ("seen", "rate", "negative")
     }
     return NoiseBalanceState(
         count=jnp.zeros([], jnp.int32),
@@ -300,6 +300,7 @@ def begin(params: optax.Params, rate: jax.typing.ArrayLike) -> NoiseBalanceState
         balance=Balance(
             seen=jnp.zeros([], jnp.int32),
             rate=_tree.real_scalar(rate, dtype),
+            negative=jnp.zeros([], bool),
             **numbers,
         ),
     )
@@ -375,9 +376,7 @@ def watch(balance: Balance, loss: jax.Array, excess: jax.Array) -> Balance:
         past=past,
         older=balance.older + long * (past - balance.older),
         variance=balance.variance + newest * (spread - balance.variance),
-        room=jnp.where(
-            (loss < 0) | (there < 0) | jnp.isinf(balance.room), jnp.inf, now
-        ),
+        negative=jnp.asarray(balance.negative) | (loss < 0) | (there < 0),
     )
 
 
