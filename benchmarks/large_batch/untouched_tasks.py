@@ -29,6 +29,11 @@ def cross_entropy(logits: jax.Array, examples: Any) -> jax.Array:
     return jnp.mean(losses)
 
 
+def mean_squared_error(y: jax.Array, examples: Any) -> jax.Array:
+    """Of examples whose last array are the targets."""
+    return jnp.mean((y - examples[-1]) ** 2)
+
+
 def two_digits(config: ConfigDict) -> FunctionTask:
     """Two of scikit-learn's digits side by side, a hundred classes: 128-256-256-100.
 
@@ -171,7 +176,7 @@ def adding(config: ConfigDict) -> FunctionTask:
     return FunctionTask(
         init,
         outputs,
-        lambda y, examples: jnp.mean((y - examples[1]) ** 2),
+        mean_squared_error,
         examples(16_384),
         examples(2_048),
         config,
@@ -212,7 +217,7 @@ def antiderivative(config: ConfigDict) -> FunctionTask:
     return FunctionTask(
         init,
         outputs,
-        lambda y, examples: jnp.mean((y - examples[1]) ** 2),
+        mean_squared_error,
         examples(16_384),
         examples(2_048),
         config,
