@@ -27,7 +27,7 @@ import peers
 import protocol
 import report
 from sklearn.datasets import load_digits
-from training_tasks import FunctionTask, mlp, mlp_init
+from training_tasks import FunctionTask, gru_cell, mlp, mlp_init
 
 import nlcg_optax
 from nlcg_optax.training import data
@@ -207,10 +207,8 @@ def gru(data_dir: str | None = None) -> Task:
         x = params["embedding"][rows[..., 0]] @ params["input"]
 
         def step(h: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            r, z, n = jnp.split(x, 3, -1)
-            hr, hz, hn = jnp.split(h @ params["state"], 3, -1)
-            gate = jax.nn.sigmoid(z + hz)
-            h = gate * h + (1 - gate) * jnp.tanh(n + jax.nn.sigmoid(r + hr) * hn)
+            known = jnp.split(h @ params["state"], 3, -1)
+            h = gru_cell(h, jnp.split(x, 3, -1), known)
             return h, h
 
         _, h = jax.lax.scan(step, jnp.zeros((len(rows), width)), jnp.swapaxes(x, 0, 1))

@@ -287,6 +287,20 @@ def mlp_init(widths: Sequence[int], seed: Any) -> Any:
     ]
 
 
+def gru_cell(
+    h: jax.Array, given: Sequence[jax.Array], known: Sequence[jax.Array]
+) -> jax.Array:
+    """The next state of a GRU (Cho et al., 2014).
+
+    Args:
+      h: the state.
+      given: of the input, for the reset gate, the update gate and the new state.
+      known: the same of the state.
+    """
+    reset, update = (jax.nn.sigmoid(given[i] + known[i]) for i in range(2))
+    return update * h + (1 - update) * jnp.tanh(given[2] + reset * known[2])
+
+
 def _autoencoder(
     train: np.ndarray, held_out: np.ndarray | None, code: int, config: ConfigDict
 ) -> FunctionTask:
