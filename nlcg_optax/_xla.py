@@ -62,6 +62,11 @@ def compute_once(scalar: jax.Array) -> jax.Array:
     return scalar / one
 
 
+def decide_once(condition: jax.Array) -> jax.Array:
+    """`condition` itself, found in one kernel and not in every one that goes by it."""
+    return compute_once(condition.astype(jnp.float32)) > 0
+
+
 def finite(x: jax.Array) -> jax.Array:
     """The elements that are finite, and 0 for the others: to be multiplied by 0 or 1.
 

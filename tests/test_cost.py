@@ -14,8 +14,8 @@ import pytest
 from oracle import Oracle
 from problems import NonConvex, paper, record, relative_errors, replay
 
-from nlcg_optax import nlcg, nlcg_paper
-from nlcg_optax._xla import after, compute_once
+from nlcg_optax import nlcg, nlcg_paper, scale_by_noise_balance
+from nlcg_optax._xla import after, compute_once, decide_once
 
 SIZE = 1 << 18
 RMS = optax.scale_by_rms()
@@ -133,6 +133,25 @@ def test_the_program_grows_with_the_leaves_and_not_with_their_square():
     assert many < 4.5 * few
 
 
+def test_the_balance_decides_once_for_all_leaves():
+    tx = scale_by_noise_balance(100)
+
+    def comparisons(leaves):
+        x = [jnp.ones(8 + i) for i in range(leaves)]
+
+        def value(x):
+            return jnp.sum(x[0])
+
+        def step(x, state):
+            return tx.update(x, state, x, value=value(x), value_fn=value)
+
+        program = jax.jit(step).lower(x, tx.init(x)).compile()
+        return program.as_text().count(" compare(")
+
+    # Three for a leaf; ten where each finds out by itself whether a step is taken.
+    assert comparisons(12) - comparisons(2) <= 10 * 6
+
+
 @pytest.mark.parametrize("options", [options for options, *_ in BOUNDS], ids=written)
 def test_one_program_and_nothing_from_the_host(options):
     tx = paper(optax.linear_schedule(0.1, 0.0, 10), **options)
@@ -187,3 +206,5 @@ def test_the_order_changes_no_value():
         once = jax.jit(compute_once)(value)
         np.testing.assert_array_equal(once, value)
         assert np.signbit(once) == np.signbit(value)
+    for condition in (True, False):
+        assert jax.jit(decide_once)(jnp.asarray(condition)) == condition

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nlcg_optax import _check, _transformations, _tree
+from nlcg_optax import _check, _transformations, _tree, _xla
 
 # The parameters are averaged over the last tenth of the steps, and over ten at first.
 _PART, _FEWEST = 0.1, 10.0
@@ -439,7 +439,7 @@ def follow(
     far = finite & steered & (jnp.asarray(balance.seen).astype(dtype) > _FEWEST)
     far &= balance.excess > _FAR * (balance.gain + balance.doubt)
     counted = _transformations.increment(done)
-    size = decay * balance.rate
+    size = _xla.compute_once(decay * balance.rate)
     new = state._replace(count=counted, average=average, size=size, balance=balance)
     cut = state.balance._replace(
         rate=_CUT * state.balance.rate,
@@ -447,7 +447,9 @@ def follow(
         excess=jnp.where(far, 0, state.balance.excess),
     )
     # Where there is none yet, or they were to be there, the parameters stay.
-    there = (jnp.asarray(state.balance.seen) > 0) & (jnp.asarray(state.size) > 0)
+    there = _xla.decide_once(
+        (jnp.asarray(state.balance.seen) > 0) & (jnp.asarray(state.size) > 0)
+    )
 
     def stay(mean: jax.Array, x: jax.Array) -> jax.Array:
         mean = jnp.asarray(mean)
@@ -462,7 +464,7 @@ def follow(
         returns=jnp.asarray(state.returns) + far.astype(jnp.int32),
         balance=cut,
     )
-    taken = finite & ~far
+    taken = _xla.decide_once(finite & ~far)
     return _tree.where(taken, new, back), size, taken
 
 
