@@ -3,10 +3,11 @@
     taskset -c 1 python benchmarks/large_batch/seconds.py --workload=autoencoder
 
 For each batch size the peer is the one that, as tuned in `results/<workload>.jsonl`,
-is there in the fewest seconds. Both are compiled anew and run by turns, on the same
-core, in as many rounds as there are test seeds; beside them stand the seconds that the
-peer's tuning took by the protocol. Writes `results/seconds_<workload>.md`. On an idle
-core: seconds are of the processor, but another program beside makes them longer too.
+is there in the fewest seconds by each of its runs, three at least. Both are compiled
+anew and run by turns, on the same core, in as many rounds as there are test seeds;
+beside them stand the seconds that the peer's tuning took by the protocol. Writes
+`results/seconds_<workload>.md`. On an idle core: seconds are of the processor, but
+another program beside makes them longer too.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import targets
 from workloads import UNTUNED, WORKLOADS, Workload
 
 OURS = "nlcg by curvature"
+# The test seeds of a setting that was chosen.
+TESTED = 3
 
 
 class Timed(NamedTuple):
@@ -47,18 +50,33 @@ class Timed(NamedTuple):
 def best_peer(
     groups: targets.Groups, size: int, target: float
 ) -> tuple[str, targets.Reached] | None:
-    """The tuned peer that is at the target in the fewest seconds, and its setting."""
-    found = [
-        (reached.seconds, name, reached)
-        for name in report.PEERS
-        if (rows := groups.get((name, size)))
-        and (reached := targets.reached(rows, target)) is not None
-        and reached.seconds is not None
+    """The tuned peer that is at the target in the fewest seconds, and its setting.
+
+    Of a setting that ran once, in the tuning, nobody knows whether it always gets
+    there: those that were tested by three seeds go first.
+    """
+    for runs in (TESTED, 1):
+        found = [
+            (reached.seconds, name, reached)
+            for name in report.PEERS
+            if (rows := with_runs(groups.get((name, size), []), runs))
+            and (reached := targets.reached(rows, target)) is not None
+            and reached.seconds is not None
+        ]
+        if found:
+            _, name, reached = min(found, key=lambda each: each[:2])
+            return name, reached
+    return None
+
+
+def with_runs(rows: targets.Rows, least: int) -> targets.Rows:
+    """The runs of those settings that have at least so many."""
+    return [
+        row
+        for runs in targets.settings(rows).values()
+        if len(runs) >= least
+        for row in runs
     ]
-    if not found:
-        return None
-    _, name, reached = min(found, key=lambda each: each[:2])
-    return name, reached
 
 
 def tuning_seconds(rows: targets.Rows) -> float:

@@ -31,6 +31,10 @@ def test_the_peer_that_is_there_in_the_fewest_seconds():
     }
     name, reached = seconds.best_peer(groups, 8, 2.0)
     assert (name, reached.learning_rate, reached.steps) == ("adamw", 0.1, 20.0)
+    # A setting that was tested goes before a faster one that ran once.
+    three = [row(0.7, [4.0, 3.0, 2.0], "test", seed) for seed in range(3)]
+    name, reached = seconds.best_peer({**groups, ("soap", 8): three}, 8, 2.0)
+    assert (name, reached.seeds, reached.steps) == ("soap", 3, 30.0)
     assert seconds.best_peer(groups, 8, 0.5) is None
     assert seconds.best_peer(groups, 16, 2.0) is None
     # 15 + 15 seconds of steps, and its program once.
