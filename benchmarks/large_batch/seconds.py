@@ -1,21 +1,23 @@
 """Seconds to the target, compile time included: ours, and the best tuned peer's.
 
     taskset -c 1 python benchmarks/large_batch/seconds.py --workload=autoencoder
+    python benchmarks/large_batch/seconds.py --table
 
 For each batch size the peer is the one that, as tuned in `results/<workload>.jsonl`,
 is there in the fewest seconds by each of its runs, three at least. Both are compiled
 anew and run by turns, on the same core, in as many rounds as there are test seeds;
-beside them stand the seconds that the peer's tuning took by the protocol. Writes
-`results/seconds_<workload>.md`. On an idle core: seconds are of the processor, but
-another program beside makes them longer too.
+beside them stand the seconds that the peer's tuning took by the protocol. Cells are
+lines of `results/seconds.jsonl`, of which the last of a kind counts, and `--table`
+writes `results/seconds.md`. On an idle core: seconds are of the processor, but another
+program beside makes them longer too.
 """
 
 import argparse
 import math
-import pathlib
 import statistics
 from typing import Any, NamedTuple
 
+import figures
 import jax
 import protocol
 import report
@@ -23,6 +25,7 @@ import sweep
 import targets
 from workloads import UNTUNED, WORKLOADS, Workload
 
+RESULTS = sweep.RESULTS / "seconds.jsonl"
 OURS = "nlcg by curvature"
 # The test seeds of a setting that was chosen.
 TESTED = 3
@@ -134,44 +137,120 @@ def duel(
     ]
 
 
-def table(rows: dict[int, list[Timed]]) -> list[str]:
-    """The results as lines of Markdown."""
+def row_of(name: str, size: int, target: float, timed: list[Timed]) -> dict[str, Any]:
+    """What is recorded of a cell: medians, and all seconds; None for not reached."""
 
-    def spread(values: list[float]) -> str:
-        middle = statistics.median(values)
-        if not math.isfinite(middle):
+    def known(value: float, digits: int = 1) -> float | None:
+        return round(value, digits) if math.isfinite(value) else None
+
+    return {
+        "workload": name,
+        "batch_size": size,
+        "target": protocol.rounded(target),
+        "timed": [
+            {
+                "optimizer": each.optimizer,
+                "steps": known(statistics.median(each.steps), 0),
+                "compile_seconds": known(statistics.median(each.compile_seconds)),
+                "seconds": [known(x) for x in sorted(each.seconds)],
+                "tuning_seconds": known(each.tuning_seconds),
+            }
+            for each in timed
+        ],
+        **protocol.environment(),
+    }
+
+
+def middle(timed: dict[str, Any]) -> float:
+    """Seconds to the target, the median; infinite where it was not reached."""
+    return statistics.median(math.inf if x is None else x for x in timed["seconds"])
+
+
+def counts(rows: list[dict[str, Any]]) -> str:
+    """In how many cells ours is there first."""
+    fewer = single = compiled = whole = cells = 0
+    for ours, peer in (row["timed"] for row in rows if len(row["timed"]) == 2):
+        cells += 1
+        steps = [math.inf if x is None else x for x in (ours["steps"], peer["steps"])]
+        fewer += steps[0] < steps[1]
+        single += middle(ours) < middle(peer)
+        after = [middle(each) - each["compile_seconds"] for each in (ours, peer)]
+        compiled += after[0] < after[1]
+        whole += middle(ours) < middle(peer) + peer["tuning_seconds"]
+    return (
+        f"Of {cells} cells `nlcg_auto` takes fewer steps than the peer in {fewer}, "
+        f"fewer seconds than one run of it in {single} ({compiled} once it is "
+        f"compiled), and fewer than that run with its tuning in {whole}."
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+
+    def spread(timed: dict[str, Any]) -> str:
+        if not math.isfinite(middle(timed)):
             return "not reached"
-        return f"{middle:,.1f} ({min(values):,.1f} to {max(values):,.1f})"
+        ends = ["–" if x is None else f"{x:,.1f}" for x in timed["seconds"]]
+        return f"{middle(timed):,.1f} ({ends[0]} to {ends[-1]})"
 
-    lines = [
-        "| batch | optimizer | steps | compile | to the target | with its tuning |",
-        "|---:|---|---:|---:|---:|---:|",
-    ]
-    for size, timed in rows.items():
-        for each in timed:
-            middle = statistics.median(each.seconds)
-            whole = middle + each.tuning_seconds
-            steps = statistics.median(each.steps)
-            cells = [
-                f"{size:,}",
-                each.optimizer,
-                f"{steps:,.0f}" if math.isfinite(steps) else "–",
-                f"{statistics.median(each.compile_seconds):.1f}",
-                spread(each.seconds),
-                f"{whole:,.0f}" if math.isfinite(whole) else "–",
+    def number(x: float | None) -> str:
+        return "–" if x is None else f"{x:,.0f}"
+
+    rows = list({(row["workload"], row["batch_size"]): row for row in rows}.values())
+    order = {name: place for place, name in enumerate(WORKLOADS)}
+    rows.sort(key=lambda row: (order[row["workload"]], row["batch_size"]))
+    cells = []
+    for row in rows:
+        ours, *peers = row["timed"]
+        name = f"`{row['workload']}`, {row['batch_size']:,}; {row['target']:.3g}"
+        own = [number(ours["steps"]), f"{ours['compile_seconds']:.1f}", spread(ours)]
+        theirs = ["none gets there", *["–"] * 4]
+        for peer in peers:
+            whole = middle(peer) + peer["tuning_seconds"]
+            theirs = [
+                figures.SHOWN.get(peer["optimizer"], peer["optimizer"]),
+                number(peer["steps"]),
+                f"{peer['compile_seconds']:.1f}",
+                spread(peer),
+                number(whole if math.isfinite(whole) else None),
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        cells.append([name, *own, *theirs])
+    header = ["batches; target", "`nlcg_auto`: steps", "compiling"]
+    header += ["to the target", "tuned peer", "steps", "compiling", "to the target"]
+    header += ["and its tuning"]
+    lines = [
+        "# Seconds to the target, compiling included",
+        "",
+        "<!-- seconds -->",
+        "",
+        counts(rows),
+        "",
+        *report.table(header, cells),
+        "",
+        "<!-- end -->",
+        "",
+        "Seconds of one core, medians of the rounds (and the least and the most; – "
+        "where a round did not get there) in which both take turns, each compiled "
+        "anew. The last column adds the tuning by the protocol, as it was recorded. "
+        "The target is the loss of the best tuned peer at one batch size. `python "
+        f"benchmarks/large_batch/seconds.py`; {report.environments(rows)}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    parser.add_argument("--workload", choices=WORKLOADS)
     parser.add_argument("--batch_sizes", help="such as 64,256; all by default")
     parser.add_argument("--data_dir", help="the folder of a workload that needs one")
     parser.add_argument("--rounds", type=int, help="by default one for each test seed")
-    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--table", action="store_true", help="write seconds.md")
     flags = parser.parse_args()
+    if flags.table:
+        RESULTS.with_suffix(".md").write_text(table(protocol.read(RESULTS)))
+        return
+    if not flags.workload:
+        parser.error("--workload or --table?")
     jax.config.update("jax_enable_compilation_cache", False)
     workload = WORKLOADS[flags.workload](flags.data_dir)
     if workload.program:
@@ -183,26 +262,12 @@ def main() -> None:
     target = None if set_at is None else targets.target(groups, report.PEERS, set_at)
     if target is None:
         parser.error(f"{flags.workload} has no target yet: run the sweep of its peers")
-    sizes = sweep.sizes_of(workload, flags.batch_sizes)
     seeds = tuple(range(flags.rounds)) if flags.rounds else workload.test_seeds
-    rows = {}
-    for size in sizes:
-        rows[size] = duel(workload, groups, size, target[0], seeds)
-        print("\n".join(table({size: rows[size]})[2:]), flush=True)
-    where = protocol.environment()
-    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
-    lines = [
-        *table(rows),
-        "",
-        f"Target: a loss of {target[0]:.4g}. Seconds of one core, medians of "
-        f"{len(seeds)} rounds (and the least and the most) in which both take turns, "
-        "each compiled anew; steps and compiling are of these. The last column adds "
-        "the tuning by the protocol, as it was recorded. `python "
-        f"benchmarks/large_batch/seconds.py --workload={flags.workload}`, {versions}, "
-        f"device: {where['device']}.",
-    ]
-    path = flags.output or sweep.RESULTS / f"seconds_{flags.workload}.md"
-    path.write_text("\n".join(lines) + "\n")
+    for size in sweep.sizes_of(workload, flags.batch_sizes):
+        timed = duel(workload, groups, size, target[0], seeds)
+        row = row_of(flags.workload, size, target[0], timed)
+        protocol.append(RESULTS, row)
+        print(table([row]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What a step costs over a whole run, beside tuned SOAP's, and what its state holds.
+"""What a step costs over a whole run, beside SOAP's and AdamW's, and what states hold.
 
     taskset -c 1 python benchmarks/large_batch/step_cost.py --workload=autoencoder \
         --batch_sizes=32,512
     python benchmarks/large_batch/step_cost.py --table
 
-Both train at once, by turns of some steps, so that whatever else the machine does
-slows both. SOAP has the rate and the schedule that the sweep chose. Cells are lines of
-`results/step_cost.jsonl`, and `--table` writes `results/step_cost.md`.
+All train at once, by turns of some steps, so that whatever else the machine does slows
+all. SOAP and AdamW have the rates and the schedules that the sweep chose; AdamW's step
+is next to nothing but the gradient. Cells are lines of `results/step_cost.jsonl`, and
+`--table` writes `results/step_cost.md`.
 """
 
 import argparse
@@ -23,12 +24,12 @@ from workloads import WORKLOADS, Workload
 from nlcg_optax.training import data
 
 RESULTS = sweep.RESULTS / "step_cost.jsonl"
-OURS, PEER = "nlcg by curvature", "soap"
+OURS, PEERS = "nlcg by curvature", ("soap", "adamw")
 TURN = 20  # steps
 
 
 class Run:
-    """One of the two trainings, step by step."""
+    """One of the trainings, step by step."""
 
     def __init__(self, trainer: sweep.Trainer, optimizer: str, size: int, setting: Any):
         rate, schedule = setting
@@ -69,57 +70,70 @@ def arrays_of_state(run: Run) -> float:
 def measure(name: str, workload: Workload, size: int) -> dict:
     """The row of a cell."""
     rows = protocol.read(sweep.RESULTS / f"{name}.jsonl")
-    (tested, *_) = (
-        row
-        for row in rows
-        if (row["optimizer"], row["batch_size"], row["phase"]) == (PEER, size, "test")
-    )
-    setting = tested["learning_rate"], tested["schedule"]
+    settings = {OURS: (1.0, next(iter(workload.schedules)))}
+    for peer in PEERS:
+        cell = peer, size, "test"
+        settings[peer] = next(
+            (row["learning_rate"], row["schedule"])
+            for row in rows
+            if (row["optimizer"], row["batch_size"], row["phase"]) == cell
+        )
     trainer = sweep.Trainer(workload)
-    settings = {OURS: (1.0, next(iter(workload.schedules))), PEER: setting}
-    runs = [Run(trainer, who, size, settings[who]) for who in (OURS, PEER)]
+    runs = [Run(trainer, who, size, settings[who]) for who in settings]
     while len(runs[0].seconds) < runs[0].num_steps:
         for run in runs:
             run.turn()
-    ours, peer = (run.seconds for run in runs)
-    # The first step of each reads what no later one has to.
-    ratios = [
-        statistics.median(ours[i : i + TURN]) / statistics.median(peer[i : i + TURN])
-        for i in range(0, len(ours), TURN)
-    ]
+    ours, *peers = (run.seconds for run in runs)
     return {
         "workload": name,
         "batch_size": size,
         "steps": runs[0].num_steps,
-        "median_ms": [1e3 * statistics.median(x) for x in (ours, peer)],
-        "mean_ms": [1e3 * statistics.mean(x) for x in (ours, peer)],
-        "ratios": [protocol.rounded(ratio) for ratio in ratios],
+        "median_ms": [milliseconds(statistics.median(run.seconds)) for run in runs],
+        "mean_ms": [milliseconds(statistics.mean(run.seconds)) for run in runs],
+        "ratios": [
+            # The first step of each reads what no later one has to.
+            [
+                protocol.rounded(
+                    statistics.median(ours[i : i + TURN])
+                    / statistics.median(peer[i : i + TURN])
+                )
+                for i in range(0, len(ours), TURN)
+            ]
+            for peer in peers
+        ],
         "state": [protocol.rounded(arrays_of_state(run)) for run in runs],
         **protocol.environment(),
     }
 
 
+def milliseconds(seconds: float) -> float:
+    return round(1e3 * seconds, 3)
+
+
 def table(rows: list[dict]) -> str:
     cells = []
     for row in rows:
-        medians, means = row["median_ms"], row["mean_ms"]
-        ratios = row["ratios"]
+        ours, *peers = row["mean_ms"]
         cells.append(
             [
                 f"`{row['workload']}`, {row['batch_size']:,} ({row['steps']:,} steps)",
-                f"{medians[0]:.3g}, {medians[1]:.3g}",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f})",
-                f"{means[0]:.3g}, {means[1]:.3g}; {means[0] / means[1]:.2f}",
-                f"{row['state'][0]:.2f}, {row['state'][1]:.2f}",
+                ", ".join(f"{each:.3g}" for each in row["median_ms"]),
+                *(
+                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+                    f"{max(ratios):.2f}); {ours / peer:.2f}"
+                    for ratios, peer in zip(row["ratios"], peers, strict=True)
+                ),
+                ", ".join(f"{each:.1f}" for each in row["state"]),
             ]
         )
-    header = ["batches", "median step, ms", "ratio of turns: median, range"]
-    header += ["mean step, ms; ratio", "numbers of state a parameter"]
+    header = ["batches", "median step, ms", "over SOAP's", "over AdamW's"]
+    header += ["numbers of state a parameter"]
     lines = [
         "# What a step costs over a whole run",
         "",
-        f"`{OURS}` first, tuned SOAP second; both renew their bases in every step.",
+        f"`{OURS}` first, then SOAP and AdamW as tuned; the first two renew their "
+        "bases in every step. Ratios are of turns, their median and range; after the "
+        "semicolon of all steps of the run.",
         "",
         *report.table(header, cells),
         "",

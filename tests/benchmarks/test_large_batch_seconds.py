@@ -6,6 +6,8 @@ import pytest
 import seconds
 import workloads
 
+WHERE = {"versions": {"jax": "1.0"}, "device": "cpu", "cores": 1}
+
 
 def row(rate, losses, phase="tuning", seed=100, step_seconds=0.5):
     return {
@@ -65,15 +67,39 @@ def test_both_take_turns_and_the_tuning_counts(monkeypatch):
     ]
     assert ours.seconds == [3.0 + 20.0] * 2 and ours.tuning_seconds == 0
     assert peer.seconds == [3.0 + 30.0] * 2 and peer.tuning_seconds == 3.0 + 15.0
-    lines = seconds.table({8: [ours, peer]})
-    assert lines[2] == (
-        "| 8 | nlcg by curvature | 20 | 3.0 | 23.0 (23.0 to 23.0) | 23 |"
-    )
-    assert lines[3].endswith("| 33.0 (33.0 to 33.0) | 51 |")
+    cell = seconds.row_of("autoencoder", 8, 1.0, [ours, peer]) | WHERE
+    text = seconds.table([cell | {"target": 5.0}, cell])  # the last one counts
+    assert (
+        "| `autoencoder`, 8; 1 | 20 | 3.0 | 23.0 (23.0 to 23.0) | AdamW | 30 | 3.0 | "
+        "33.0 (33.0 to 33.0) | 51 |"
+    ) in text
+    assert "Of 1 cells `nlcg_auto` takes fewer steps than the peer in 1, fewer" in text
+    assert "one run of it in 1 (1 once it is compiled), and fewer than that" in text
+    assert "run with its tuning in 1." in text
 
 
 def test_what_is_not_reached_is_said():
     assert seconds.way(row(0.1, [4.0, 3.0]), 1.0) == (math.inf, math.inf)
-    timed = seconds.Timed("nlcg", [math.inf], [math.inf], [3.0], 0.0)
-    assert "| – | 3.0 | not reached | – |" in seconds.table({8: [timed]})[2]
     assert seconds.way(row(0.1, [4.0, 1.0]), 1.0) == pytest.approx((13.0, 20.0))
+    never, once = [math.inf] * 3, [5.0, math.inf, 4.0]
+    ours = seconds.Timed("nlcg by curvature", never, never, [3.0], 0.0)
+    peer = seconds.Timed("muon", once, once, [1.0], 10.0)
+    alone = seconds.row_of("burgers", 1, 0.5, [ours]) | WHERE
+    both = seconds.row_of("digits", 64, 0.25, [ours, peer]) | WHERE
+    lines = seconds.table([alone, both]).splitlines()
+    assert (
+        "| `digits`, 64; 0.25 | – | 3.0 | not reached | Muon, momentum 0.95 | 5 | 1.0 "
+        "| 5.0 (4.0 to –) | 15 |"
+    ) in lines
+    told = "| `burgers`, 1; 0.5 | – | 3.0 | not reached | none gets there | – | – | – |"
+    assert f"{told} – |" in lines
+    assert (
+        "Of 1 cells `nlcg_auto` takes fewer steps than the peer in 0, fewer seconds "
+        "than one run of it in 0 (0 once it is compiled), and fewer than that run with "
+        "its tuning in 0."
+    ) in lines
+
+
+def test_the_table_is_that_of_the_rows():
+    text = seconds.table(seconds.protocol.read(seconds.RESULTS))
+    assert seconds.RESULTS.with_suffix(".md").read_text() == text
