@@ -403,9 +403,7 @@ def _guarded(
         kept = go_on & (finite | (metrics["taken_back"] > 0))
     go_on = kept
     # Not asked anew in the kernel of every array.
-    finite, kept = (
-        _xla.compute_once(x.astype(jnp.float32)) > 0 for x in (finite, kept)
-    )
+    finite, kept = map(_xla.decide_once, (finite, kept))
 
     def guard(keep: jax.Array, new: Any, old: Any) -> Any:
         return jax.tree.map(lambda new, old: jnp.where(keep, new, old), new, old)
